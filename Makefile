@@ -1,0 +1,46 @@
+# Every target sets up what it needs from a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo test test-slow lint format bench wheel runs clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)  ## record, fit, score, ask a what-if, retrain to confirm it
+	$(BIN)/simfluence demo --folder build/demo
+
+test: $(READY)  ## the tests, under ten minutes on two cores
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the longer tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## every claim of speed, measured here
+	$(BIN)/python benchmarks/record.py
+
+runs: $(READY)  ## the recorded runs that the repository ships
+	$(BIN)/simfluence record curricula/digits.yaml --store runs/digits
+
+wheel: $(READY)  ## build the wheel and try it in an empty environment
+	rm -rf dist build/wheel-env
+	$(BIN)/python -m build --wheel
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && wheel-env/bin/simfluence demo --folder wheel-demo
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,56 @@
+"""Simulate training runs: what would the losses have been under another curriculum?
+
+task + recipe + curricula ──record──▶ runs ──fit──▶ simulator ──what_if──▶ forecast ──verify──▶ truth
+"""
+
+from simfluence import tasks
+from simfluence._version import __version__
+from simfluence.curriculum import Curriculum, random_curricula
+from simfluence.edits import Edit, Remove, Reorder, Repeat
+from simfluence.errors import SimfluenceError
+from simfluence.evaluation import evaluate
+from simfluence.examples import Examples
+from simfluence.recipe import Recipe
+from simfluence.recording import Checkpoint, record
+from simfluence.runs import Run, Runs
+from simfluence.simulators import (
+    AdditiveSimulator,
+    LinearSimulator,
+    MeanTrajectorySimulator,
+    MultiplicativeSimulator,
+    PersistenceSimulator,
+    Simulator,
+)
+from simfluence.store import RunStore
+from simfluence.task import Task
+from simfluence.whatif import Forecast, Verification, what_if
+
+__all__ = [
+    "AdditiveSimulator",
+    "Checkpoint",
+    "Curriculum",
+    "Edit",
+    "Examples",
+    "Forecast",
+    "LinearSimulator",
+    "MeanTrajectorySimulator",
+    "MultiplicativeSimulator",
+    "PersistenceSimulator",
+    "Recipe",
+    "Remove",
+    "Reorder",
+    "Repeat",
+    "Run",
+    "RunStore",
+    "Runs",
+    "SimfluenceError",
+    "Simulator",
+    "Task",
+    "Verification",
+    "__version__",
+    "evaluate",
+    "random_curricula",
+    "record",
+    "tasks",
+    "what_if",
+]

@@ -1,0 +1,20 @@
+"""Array types of the public functions. Axes are named once, here.
+
+``runs``   one entry per training run        ``times``  steps + 1: before any update, then after each step
+``steps``  one entry per batch               ``train``, ``test``  one entry per example of that side
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Indices = Int[np.ndarray, " k"]
+RunLosses = Float[np.ndarray, "times test"]
+Losses = Float[np.ndarray, "runs times test"]
+InitialLosses = Float[np.ndarray, "runs test"]
+
+#: Which examples are meant: a filter over their metadata, their indices, or their ids.
+Target = str | Sequence[int] | Sequence[str] | np.ndarray

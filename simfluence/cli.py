@@ -1,0 +1,327 @@
+"""The command line: arguments in, tables or JSON out."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from simfluence import simulators, tasks
+from simfluence.demo import run_demo
+from simfluence.edits import Edit, Remove, Reorder, Repeat
+from simfluence.errors import InvalidInput, SimfluenceError
+from simfluence.evaluation import METRICS
+from simfluence.evaluation import evaluate as evaluate_simulators
+from simfluence.recording import record as record_runs
+from simfluence.runs import Run, Runs
+from simfluence.simulators import SIMULATORS, Simulator
+from simfluence.specs import RecordingSpec
+from simfluence.store import RunStore
+from simfluence.whatif import Forecast, Verification
+from simfluence.whatif import what_if as ask
+
+app = typer.Typer(
+    help="Simulate training runs: what would the losses have been under another curriculum?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+runs_app = typer.Typer(help="Look into a run store.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+
+StorePath = Annotated[Path, typer.Argument(help="Folder of recorded runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+HeldOut = Annotated[int, typer.Option(help="How many runs are kept from fitting.")]
+Seed = Annotated[int, typer.Option(help="Seed of the split into fitting and held-out runs.")]
+Parameters = Annotated[list[str] | None, typer.Option("--set", help="A simulator's parameter: l2=10, prior=zero, …")]
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to record and draw.")] = Path("simfluence-demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Record real runs, fit, score on unseen runs, ask a what-if, and retrain to confirm it."""
+    found = run_demo(folder)
+    if as_json:
+        parts = {"store": str(found.store.path), "picture": str(found.picture), "edit": str(found.edit)}
+        _print_json(parts | {"evaluation": _records(found.table), "what_if": _records(found.answers)})
+        return
+    print(f"Recorded runs of the digits task: {found.store.path}")
+    _print_table(
+        _readable(found.table), "Forecasts of 8 unseen runs, from 24 recorded ones (skill 0: the mean trajectory)"
+    )
+    _print_table(found.answers, f"What if we {found.edit}? Change of the final loss, predicted and retrained")
+    print(f"Simulated and real trajectories: {found.picture}")
+
+
+@app.command()
+def record(
+    spec: Annotated[Path, typer.Argument(help="YAML file with the keys task, recipe and curricula.")],
+    store: Annotated[Path, typer.Option(help="Folder to keep the runs in.")],
+    checkpoints: Annotated[str, typer.Option(help="Steps to save parameters at, such as 0,100,200.")] = "",
+    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Train under each curriculum of SPEC and record every test loss; goes on where it stopped."""
+    wanted = RecordingSpec.read(spec)
+    task = wanted.task.build()
+    curricula = wanted.curricula.build(len(task.train))
+    try:
+        runs = record_runs(task, wanted.recipe, curricula, store, checkpoints=_steps(checkpoints), device=device)
+    except KeyboardInterrupt:
+        there = len(RunStore(store).ids()) if RunStore(store).exists else 0
+        print(f"\nStopped. {there} runs are whole in {store}; the same command goes on from there.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    found = {"store": str(store), "runs": len(runs), "diverged": sum(run.diverged for run in runs)}
+    if as_json:
+        _print_json(found)
+    else:
+        print(f"{found['runs']} runs in {store} ({found['diverged']} diverged)")
+
+
+@app.command()
+def fit(
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="File for the fitted simulator (.safetensors).")],
+    simulator: Annotated[str, typer.Option(help=f"One of {', '.join(SIMULATORS)}.")] = "linear",
+    parameters: Parameters = None,
+    held_out: HeldOut = 8,
+    seed: Seed = 0,
+) -> None:
+    """Fit a simulator on the runs of STORE that are not held out, and save it."""
+    chosen = simulators.build(simulator, **_parsed(parameters))
+    part, _ = RunStore(store).load().split(held_out, seed)
+    chosen.fit(part).save(out)
+    print(f"{chosen} fitted on {len(part)} runs: {out}")
+
+
+@app.command()
+def evaluate(
+    store: StorePath,
+    simulator: Annotated[
+        list[str] | None, typer.Option(help="Name or file of one; again for more. All if none.")
+    ] = None,
+    parameters: Parameters = None,
+    held_out: HeldOut = 8,
+    seed: Seed = 0,
+    metric: Annotated[list[str] | None, typer.Option(help="One metric; again for more. All if none.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score simulators on the held-out runs of STORE against the mean trajectory of the others."""
+    part, held = RunStore(store).load().split(held_out, seed)
+    fitted = {name: _fitted(name, part, parameters) for name in simulator or SIMULATORS}
+    table = evaluate_simulators(fitted, held, part, metrics=metric or METRICS)
+    if as_json:
+        _print_json(_records(table))
+    else:
+        _print_table(_readable(table), f"{store}: {len(held)} held-out runs, {len(part)} to fit on")
+
+
+@app.command("what-if")
+def what_if(
+    store: StorePath,
+    remove: Annotated[str | None, typer.Option(help="Filter: never show these, such as 'label == 3'.")] = None,
+    repeat: Annotated[str | None, typer.Option(help="Filter: show these --times as often.")] = None,
+    times: Annotated[int, typer.Option(help="For --repeat.")] = 2,
+    first: Annotated[str | None, typer.Option(help="Filter: show these first.")] = None,
+    then: Annotated[str | None, typer.Option(help="Filter: show these after --first.")] = None,
+    simulator: Annotated[str, typer.Option(help="Name or file of a simulator.")] = "linear",
+    parameters: Parameters = None,
+    run: Annotated[str | None, typer.Option(help="Id of the base run; by default the first held-out one.")] = None,
+    held_out: HeldOut = 8,
+    seed: Seed = 0,
+    verify: Annotated[bool, typer.Option(help="Retrain to confirm.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the tidy frame to this Parquet file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forecast the test losses of a run of STORE had its curriculum been edited."""
+    edits = _edits(remove, repeat, times, first, then)
+    opened = RunStore(store)
+    part, held = opened.load().split(held_out, seed)
+    base = opened.read(run) if run else held[0]
+    task = tasks.rebuild(opened.info) if verify else None
+    forecast = ask(_fitted(simulator, part, parameters), base, edits, task=task)
+    verified = forecast.verify() if verify else None
+    if out:
+        (verified or forecast).frame.to_parquet(out, index=False)
+    if as_json:
+        _print_json(_answer(forecast, verified))
+    else:
+        _print_answer(forecast, verified)
+
+
+@runs_app.command("ls")
+def runs_ls(store: StorePath, as_json: AsJson = False) -> None:
+    """List the runs of STORE."""
+    opened = RunStore(store)
+    info = opened.info
+    rows = [_row(opened.read(run_id)) for run_id in opened.ids()]
+    if as_json:
+        _print_json(rows)
+    else:
+        title = f"{store}: task {info.name}, {info.n_train} training and {info.n_test} test examples, {len(rows)} runs"
+        _print_table(pd.DataFrame(rows).set_index("run") if rows else pd.DataFrame(), title)
+
+
+@runs_app.command("show")
+def runs_show(
+    store: StorePath, run: Annotated[str, typer.Argument(help="Id of the run.")], as_json: AsJson = False
+) -> None:
+    """Show one run of STORE."""
+    found = RunStore(store).read(run)
+    recipe = found.recipe.model_dump() if found.recipe else None
+    shown = _row(found) | {"recipe": recipe, "checkpoints": sorted(found.checkpoints)}
+    if as_json:
+        mean = [float(value) for value in found.losses.mean(1)]
+        _print_json(shown | {"mean_losses": mean, "curriculum": found.curriculum.tolist()})
+    else:
+        for name, value in shown.items():
+            print(f"{name:>14}  {value}")
+
+
+def main() -> None:
+    """Entry point: errors raised on purpose become one line and exit code 1."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app()
+    except SimfluenceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _edits(remove: str | None, repeat: str | None, times: int, first: str | None, then: str | None) -> list[Edit]:
+    edits: list[Edit] = []
+    if remove:
+        edits.append(Remove(remove))
+    if repeat:
+        edits.append(Repeat(repeat, times))
+    if first:
+        edits.append(Reorder(first, then))
+    if not edits or (then and not first):
+        raise InvalidInput("say what to change: --remove, --repeat, or --first (with --then)")
+    return edits
+
+
+def _fitted(name: str, part: Runs, parameters: list[str] | None) -> Simulator:
+    """A simulator read from a file, or one fitted now; parameters go to those that have them."""
+    if name not in SIMULATORS and Path(name).is_file():
+        return Simulator.load(name)
+    chosen = simulators.build(name)
+    given = _parsed(parameters)
+    known = {key for kind in SIMULATORS.values() for key in kind().get_params()}
+    return chosen.with_parameters(**{k: v for k, v in given.items() if k in chosen.get_params() or k not in known}).fit(
+        part
+    )
+
+
+def _parsed(parameters: list[str] | None) -> dict[str, Any]:
+    """``name=value`` texts; a value is read as JSON where it is JSON, and is text otherwise."""
+    found = {}
+    for text in parameters or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidInput(f"--set {text!r}: write name=value")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InvalidInput(f"--checkpoints {text!r}: write step numbers such as 0,100,200") from None
+
+
+def _row(run: Run) -> dict[str, Any]:
+    first, last = float(run.losses[0].mean()), float(run.losses[-1].mean())
+    return {"run": run.id, "steps": run.steps, "initial_loss": first, "final_loss": last, "diverged": run.diverged}
+
+
+def _answer(forecast: Forecast, verified: Verification | None) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "run": forecast.run.id,
+        "edits": [str(edit) for edit in forecast.edits],
+        "final_loss": {"base": forecast.base[-1].tolist(), "what_if": forecast.what_if[-1].tolist()},
+        "change": forecast.change.tolist(),
+    }
+    if verified:
+        answer |= {"actual_change": verified.actual_change.tolist(), "final_mse": verified.final_mse}
+        answer["delta_correlation"] = verified.delta_correlation
+    return answer
+
+
+def _print_answer(forecast: Forecast, verified: Verification | None) -> None:
+    change = pd.DataFrame({"predicted": forecast.change}).rename_axis("test")
+    if verified:
+        change["retrained"] = verified.actual_change
+    if forecast.run.test is not None:
+        change = change.join(forecast.run.test.table)
+    largest = change["predicted"].abs().sort_values(ascending=False).index[:10]
+    print(forecast)
+    _print_table(change.loc[largest], "Largest changes of the final loss")
+    if verified:
+        print(f"Retrained: mean final loss {verified.actual[-1].mean():.3f} (was {forecast.run.losses[-1].mean():.3f})")
+        print(f"Delta correlation {verified.delta_correlation:.3f}, final-loss MSE {verified.final_mse:.4g}")
+
+
+def _readable(table: pd.DataFrame) -> pd.DataFrame:
+    """An evaluation table with each metric and its spread in one column."""
+    columns = {}
+    for name in table.columns:
+        if f"{name}_sd" in table:
+            columns[name] = [f"{_cell(a)} ± {_cell(b)}" for a, b in table[[name, f"{name}_sd"]].to_numpy()]
+        elif f"{name}_low" in table:
+            rows = table[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+            columns[name] = ["–" if math.isnan(v) else f"{_cell(v)} [{_cell(a)}, {_cell(b)}]" for v, a, b in rows]
+        elif not name.endswith(("_sd", "_low", "_high")):
+            columns[name] = table[name].tolist()
+    return pd.DataFrame(columns, index=table.index)
+
+
+def _print_table(table: pd.DataFrame, title: str) -> None:
+    shown = Table()
+    shown.add_column(str(table.index.name or ""))
+    for name in table.columns:
+        shown.add_column(str(name).replace("_", " "), justify="right")
+    for index, *values in table.itertuples():
+        shown.add_row(str(index), *(_cell(value) for value in values))
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)  # a pipe has no width to keep to
+    console.print(f"\n{title}", highlight=False)
+    console.print(shown)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.reset_index().to_dict("records")]
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(_plain(content), indent=2))
+
+
+def _plain(content: Any) -> Any:
+    """What JSON can say: NaN and infinities become null, NumPy's numbers plain ones."""
+    if isinstance(content, dict):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    if hasattr(content, "item"):
+        content = content.item()
+    return None if isinstance(content, float) and not math.isfinite(content) else content

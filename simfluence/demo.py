@@ -1,0 +1,103 @@
+"""The main job in a minute: record real runs, fit, score on unseen runs, ask one what-if, retrain to confirm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from simfluence import plots, tasks
+from simfluence.curriculum import random_curricula
+from simfluence.edits import Edit, Remove
+from simfluence.evaluation import evaluate
+from simfluence.recipe import Recipe
+from simfluence.recording import record
+from simfluence.runs import Runs
+from simfluence.simulators import SIMULATORS, Simulator
+from simfluence.store import RunStore
+from simfluence.task import Task
+from simfluence.whatif import Verification, what_if
+
+LABEL = 3
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo found.
+
+    Args:
+        store: the recorded runs.
+        table: scores on the held-out runs, a row per simulator.
+        edit: the what-if question.
+        answers: what each simulator said, beside retraining; the row ``retrained`` is the truth.
+        picture: a PNG of simulated and real trajectories.
+    """
+
+    store: RunStore
+    table: pd.DataFrame
+    edit: Edit
+    answers: pd.DataFrame
+    picture: Path
+
+
+def run_demo(folder: str | Path) -> Demo:
+    """Record the digits protocol into ``folder``/runs (or read it from there), and go through the main job."""
+    folder = Path(folder)
+    task, recipe = tasks.digits(n_train=300, n_test=100, seed=0), Recipe(optimizer="sgd", lr=0.1)
+    curricula = random_curricula(n_train=300, runs=32, steps=200, batch_size=8, subset=0.5, seed=0)
+    store = RunStore(folder / "runs")
+    fit, held = record(task, recipe, curricula, store).split(held_out=8, seed=0)
+    simulators = {name: kind().fit(fit) for name, kind in SIMULATORS.items()}
+    table = evaluate(simulators, held, reference=fit)
+    edit = Remove(f"label == {LABEL}")
+    forecasts = {name: what_if(s, held[0], edit, task=task) for name, s in simulators.items()}
+    actual = forecasts["linear"].verify().actual  # the same training answers all of them
+    verified = {name: Verification(forecast, actual) for name, forecast in forecasts.items()}
+    picture = _draw(folder / "demo.png", task, simulators, held, verified)
+    return Demo(store, table, edit, _answers(task, verified), picture)
+
+
+def _answers(task: Task, verified: Mapping[str, Verification]) -> pd.DataFrame:
+    """Change of the final loss, mean over the test examples of the removed label and over the others."""
+    removed = (task.test.table["label"] == LABEL).to_numpy()
+    truth = verified["linear"].actual_change
+    rows = {
+        name: {
+            f"change_of_{LABEL}s": answer.forecast.change[removed].mean(),
+            "change_of_others": answer.forecast.change[~removed].mean(),
+            "delta_correlation": answer.delta_correlation,
+            "final_mse": answer.final_mse,
+        }
+        for name, answer in verified.items()
+    }
+    rows["retrained"] = {f"change_of_{LABEL}s": truth[removed].mean(), "change_of_others": truth[~removed].mean()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulator")
+
+
+def _draw(
+    path: Path, task: Task, simulators: Mapping[str, Simulator], held: Runs, verified: Mapping[str, Verification]
+) -> Path:
+    """Left: a held-out run as it was. Right: the same run without the label, on the test examples of the label."""
+    simulated = {name: s.simulate(held.curricula[:1], held.initial_losses[:1])[0] for name, s in simulators.items()}
+    removed = (task.test.table["label"] == LABEL).to_numpy()
+    truth = verified["linear"].actual
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plots.trajectories(
+        held[0].losses.mean(1), {name: losses.mean(1) for name, losses in simulated.items()}, left,
+        f"An unseen run: mean of {held.n_test} test examples",
+    )  # fmt: skip
+    plots.trajectories(
+        truth[:, removed].mean(1),
+        {name: answer.forecast.what_if[:, removed].mean(1) for name, answer in verified.items()}, right,
+        f"The same without any {LABEL} in training: mean of {removed.sum()} test {LABEL}s",
+    )  # fmt: skip
+    left.set_ylim(0, 2 * held[0].losses.mean(1).max())
+    right.set_ylim(0, 2 * truth[:, removed].mean(1).max())
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.suptitle("digits: simulators fitted on 24 recorded runs (axes end at twice the real losses)")
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,191 @@
+"""How good is a forecast? Metrics as pure functions of simulated and true losses, and their table.
+
+Losses are ``[runs, steps + 1, test]``. NaN in the true losses means not recorded, and does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from jaxtyping import Float
+
+from simfluence._types import Losses
+from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.runs import Runs
+from simfluence.simulators import Simulator
+from simfluence.simulators.base import usable
+from simfluence.simulators.baselines import MeanTrajectorySimulator
+
+PerRun = Float[np.ndarray, " runs"]
+
+#: Columns of ``evaluate`` in order: what can be asked for by ``metrics=``.
+METRICS = ("mse", "final_spearman", "skill", "final_skill", "run_correlation")
+
+_BOOTSTRAP_ENTRIES = 2_000_000  # of resampled losses ranked at a time
+
+
+def all_steps_mse(simulated: Losses, true: Losses) -> PerRun:
+    """Per run, the mean of (simulated − true)² over steps 1…T and test examples."""
+    return np.nanmean(_squares(simulated, true)[:, 1:], axis=(1, 2))
+
+
+def final_spearman(simulated: Losses, true: Losses) -> PerRun:
+    """Per run, over test examples, Spearman's ρ of simulated and true loss after the run's last step."""
+    return _row_spearman(final(simulated, true), final(true, true))
+
+
+def skill(simulated: Losses, true: Losses, mean: Losses) -> float:
+    """1 − SSE(simulated)/SSE(mean trajectory), pooled over runs, steps 1…T and test examples."""
+    return _skill(all_errors(simulated, true), all_errors(mean, true))
+
+
+def final_skill(simulated: Losses, true: Losses, mean: Losses) -> float:
+    """``skill`` of the losses after the last step alone."""
+    return _skill(final_errors(simulated, true), final_errors(mean, true))
+
+
+def run_correlation(simulated: Losses, true: Losses) -> float:
+    """Per test example, Spearman's ρ over runs of simulated and true final loss; mean over test examples.
+
+    A linear datamodeling score. Test examples whose forecast or truth is the same for all runs have none;
+    NaN if that is all of them.
+    """
+    return _mean_or_nan(_row_spearman(final(simulated, true).T, final(true, true).T))
+
+
+def delta_correlation(predicted: Float[np.ndarray, " test"], actual: Float[np.ndarray, " test"]) -> float:
+    """Pearson's r over test examples of predicted and retrained change of the final loss; NaN for a constant."""
+    if np.ptp(predicted) == 0 or np.ptp(actual) == 0:
+        return float("nan")
+    return float(np.corrcoef(predicted, actual)[0, 1])
+
+
+def evaluate(
+    simulators: Mapping[str, Simulator],
+    held: Runs,
+    reference: Runs,
+    *,
+    metrics: Sequence[str] = METRICS,
+    bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score fitted simulators on runs they have not seen: one row per simulator.
+
+    Args:
+        simulators: fitted, by the name of their row.
+        held: the runs to be forecast, from their initial losses and curricula.
+        reference: the fitting runs, whose mean trajectory has skill 0.
+        metrics: some of ``METRICS``; each comes with its spread: ``_sd`` over runs (mse, final_spearman), or
+            ``_low`` and ``_high``, the bootstrap interval over runs (skill, final_skill, run_correlation).
+        bootstrap, confidence, seed: number of resamples, coverage and seed of those intervals.
+
+    Returns:
+        A table indexed by simulator, with the columns above, ``runs`` and ``test_examples``: how many went in.
+        A metric that is not defined (run correlation of a constant forecast) is NaN.
+
+    Raises:
+        InvalidInput: an unknown metric, no run, or runs in both ``held`` and ``reference``.
+    """
+    for metric in metrics:
+        if metric not in METRICS:
+            raise InvalidInput(f"unknown metric {metric!r}, {did_you_mean(metric, METRICS)}")
+    held, reference = usable(held, "evaluate on"), usable(reference, "compare with")
+    if shared := set(held.ids) & set(reference.ids):
+        raise InvalidInput(f"{len(shared)} runs are both held out and in the reference: split(…) gives disjoint parts")
+    true = held.losses.astype(np.float64)
+    mean = MeanTrajectorySimulator().fit(reference).simulate(held.curricula, held.initial_losses)
+    resamples = np.random.default_rng(seed).integers(len(held), size=(bootstrap, len(held)))
+    rows = {}
+    for name, simulator in simulators.items():
+        simulated = simulator.simulate(held.curricula, held.initial_losses)
+        scores: dict[str, Any] = {}
+        for metric in metrics:
+            scores |= _scored(metric, simulated, true, mean, resamples, confidence)
+        rows[name] = scores | {"runs": len(held), "test_examples": held.n_test}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulator")
+
+
+def _scored(
+    metric: str, simulated: Losses, true: Losses, mean: Losses, resamples: np.ndarray, confidence: float
+) -> dict[str, float]:
+    """One metric and its spread, as columns."""
+    if metric in ("mse", "final_spearman"):
+        per_run = all_steps_mse(simulated, true) if metric == "mse" else final_spearman(simulated, true)
+        return {metric: _mean_or_nan(per_run), f"{metric}_sd": _sd_or_nan(per_run)}
+    if metric == "run_correlation":
+        value = run_correlation(simulated, true)
+        draws = _resampled_correlations(final(simulated, true), final(true, true), resamples)
+    else:
+        errors = all_errors if metric == "skill" else final_errors
+        ours, theirs = errors(simulated, true), errors(mean, true)
+        value = _skill(ours, theirs)
+        draws = 1 - ours[resamples].sum(1) / theirs[resamples].sum(1)
+    low, high = _interval(draws, confidence)
+    return {metric: value, f"{metric}_low": low, f"{metric}_high": high}
+
+
+def all_errors(simulated: Losses, true: Losses) -> PerRun:
+    """Per run, the sum of (simulated − true)² over steps 1…T and test examples."""
+    return np.nansum(_squares(simulated, true)[:, 1:], axis=(1, 2))
+
+
+def final_errors(simulated: Losses, true: Losses) -> PerRun:
+    """Per run, the sum of (simulated − true)² over test examples after the last step."""
+    return np.sum((final(simulated, true) - final(true, true)) ** 2, axis=1)
+
+
+def final(losses: Losses, true: Losses) -> Float[np.ndarray, "runs test"]:
+    """The losses at the last time that ``true`` has of each run."""
+    recorded = ~np.isnan(true).any(axis=2)  # [runs, times]
+    last = recorded.shape[1] - 1 - np.argmax(recorded[:, ::-1], axis=1)
+    return losses[np.arange(len(losses)), last]
+
+
+def _squares(simulated: Losses, true: Losses) -> np.ndarray:
+    """(simulated − true)², NaN only where the truth is not recorded."""
+    if simulated.shape != true.shape:
+        raise InvalidInput(f"simulated losses {simulated.shape} and true losses {true.shape} differ in shape")
+    return (simulated - true) ** 2
+
+
+def _skill(ours: PerRun, theirs: PerRun) -> float:
+    return float(1 - ours.sum() / theirs.sum()) if theirs.sum() > 0 else float("nan")
+
+
+def _row_spearman(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Spearman's ρ along the last axis; NaN where a side is constant."""
+    ranks = [scipy.stats.rankdata(side, axis=-1) for side in (left, right)]
+    centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
+    scale = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
+    covariance = (centred[0] * centred[1]).sum(-1)
+    return np.divide(covariance, scale, out=np.full_like(scale, np.nan), where=scale > 0)
+
+
+def _resampled_correlations(simulated: np.ndarray, true: np.ndarray, resamples: np.ndarray) -> np.ndarray:
+    """``run_correlation`` of every resample of the runs; inputs are final losses ``[runs, test]``."""
+    chunks = np.array_split(resamples, max(1, resamples.size * simulated.shape[1] // _BOOTSTRAP_ENTRIES))
+    pairs = ((simulated[chunk].swapaxes(1, 2), true[chunk].swapaxes(1, 2)) for chunk in chunks)
+    return np.array([_mean_or_nan(row) for left, right in pairs for row in _row_spearman(left, right)])
+
+
+def _interval(draws: np.ndarray, confidence: float) -> tuple[float, float]:
+    known = draws[np.isfinite(draws)]
+    if len(known) == 0:
+        return float("nan"), float("nan")
+    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _mean_or_nan(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _sd_or_nan(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=1)) if len(known) > 1 else float("nan")

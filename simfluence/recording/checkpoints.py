@@ -1,0 +1,87 @@
+"""Parameters, buffers and optimizer state of one moment of training, as safetensors. No pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from simfluence._files import write_whole
+from simfluence.errors import StoreError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One moment of a run.
+
+    Args:
+        step: number of updates made so far.
+        model: parameters and buffers by name, as in ``module.state_dict()``.
+        optimizer: per-parameter state: parameter number → name → tensor or plain number.
+        extra: further tensors that whoever wrote it needs.
+    """
+
+    step: int
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[int, Mapping[str, Any]]
+    extra: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: Tensor) -> Checkpoint:
+        """The present moment. Tensors are shared with the model until ``save``."""
+        return cls(step, model.state_dict(), optimizer.state_dict()["state"], extra)
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Put the state back into a model and an optimizer built as they were."""
+        model.load_state_dict(dict(self.model))
+        if optimizer is not None:
+            groups = optimizer.state_dict()["param_groups"]
+            state = {number: dict(entries) for number, entries in self.optimizer.items()}
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def save(self, path: Path, aside: Path | None = None) -> None:
+        """Write to ``path``, whole or not at all."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.items()}
+        tensors |= {f"extra/{name}": tensor for name, tensor in self.extra.items()}
+        numbers: dict[str, Any] = {}
+        for index, entries in self.optimizer.items():
+            for name, value in entries.items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{index}/{name}"] = value
+        portable = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        about = json.dumps({"step": self.step, "numbers": numbers})
+        write_whole(path, safetensors.torch.save(portable, {"simfluence": about}), aside)
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a checkpoint.
+
+        Raises:
+            StoreError: the file is damaged or not a checkpoint.
+        """
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["simfluence"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise StoreError(f"{path} is damaged or no checkpoint: {error}") from None
+        parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "extra": {}}
+        for name, value in (tensors | about["numbers"]).items():
+            part, rest = name.split("/", 1)
+            parts[part][rest] = value
+        return cls(about["step"], parts["model"], _by_parameter(parts["optimizer"]), parts["extra"])
+
+
+def _by_parameter(flat: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    nested: dict[int, dict[str, Any]] = {}
+    for name, value in flat.items():
+        index, entry = name.split("/", 1)
+        nested.setdefault(int(index), {})[entry] = value
+    return nested

@@ -1,0 +1,185 @@
+"""What trainings recorded: one ``Run``, and several ``Runs`` of one task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from jaxtyping import Float
+
+from simfluence._types import InitialLosses, Losses, RunLosses
+from simfluence.curriculum import Curriculum
+from simfluence.errors import InvalidInput
+from simfluence.examples import Examples
+from simfluence.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one training recorded.
+
+    Args:
+        id: content address, or any distinct text.
+        curriculum: what it was trained on.
+        losses: ``[steps + 1, test]``; ``losses[0]`` before any update. NaN where not recorded or diverged.
+        learning_rates: of each step, ``[steps]``.
+        recipe: how it was trained, if known.
+        fingerprint: of its task, if known.
+        train, test: ids and metadata of the task's two sides, if known.
+        checkpoints: files of the saved steps.
+    """
+
+    id: str
+    curriculum: Curriculum
+    losses: RunLosses
+    learning_rates: Float[np.ndarray, " steps"] | None = None
+    recipe: Recipe | None = None
+    fingerprint: str | None = None
+    train: Examples | None = None
+    test: Examples | None = None
+    checkpoints: Mapping[int, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.losses.shape[0] != len(self.curriculum) + 1:
+            raise InvalidInput(
+                f"run {self.id}: {len(self.curriculum)} steps need {len(self.curriculum) + 1} rows of losses "
+                f"(the first before any update), got {self.losses.shape[0]}"
+            )
+
+    @property
+    def initial_losses(self) -> Float[np.ndarray, " test"]:
+        return self.losses[0]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss became NaN or infinite."""
+        return not bool(np.isfinite(self.losses).all())
+
+    @property
+    def steps(self) -> int:
+        return len(self.curriculum)
+
+    def __repr__(self) -> str:
+        note = ", diverged" if self.diverged else ""
+        return f"Run({self.id}, steps={self.steps}, test={self.losses.shape[1]}{note})"
+
+
+class Runs(Sequence[Run]):
+    """Several runs of one task: a sequence of ``Run`` whose slices are ``Runs`` again.
+
+    Raises:
+        InvalidInput: the runs are of different tasks, or of different numbers of examples.
+    """
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self._runs = tuple(runs)
+        sizes = {(run.curriculum.n_train, run.losses.shape[1]) for run in self._runs}
+        if len(sizes) > 1:
+            shown = "; ".join(f"{train} training and {test} test examples" for train, test in sorted(sizes))
+            raise InvalidInput(f"runs of different examples do not go together: {shown}")
+        if len({run.fingerprint for run in self._runs if run.fingerprint}) > 1:
+            raise InvalidInput("runs of different tasks (their fingerprints differ) do not go together")
+
+    @classmethod
+    def from_arrays(cls, curricula: Iterable[Any], losses: Any, n_train: int | None = None) -> Runs:
+        """Runs without a task or a store.
+
+        Args:
+            curricula: ``Curriculum`` objects, or for each run a sequence of batches of training indices.
+            losses: ``[runs, steps + 1, test]``.
+            n_train: number of training examples; by default one more than the largest index.
+
+        >>> Runs.from_arrays([[[0], [1]], [[1], [1]]], np.zeros((2, 3, 5)))
+        Runs(2: train=2, test=5)
+        """
+        curricula = list(curricula)
+        if not all(isinstance(curriculum, Curriculum) for curriculum in curricula):
+            plain = [Curriculum(batches, n_train) for batches in curricula]
+            width = n_train or max(curriculum.n_train for curriculum in plain)
+            curricula = [Curriculum.from_flat(c.indices, c.sizes, width) for c in plain]
+        if len(curricula) != len(losses):
+            raise InvalidInput(f"{len(curricula)} curricula, but losses of {len(losses)} runs")
+        return cls(_from_arrays(curriculum, np.asarray(run)) for curriculum, run in zip(curricula, losses, strict=True))
+
+    @property
+    def curricula(self) -> list[Curriculum]:
+        return [run.curriculum for run in self]
+
+    @property
+    def losses(self) -> Losses:
+        """All losses ``[runs, steps + 1, test]``; rows after the end of a shorter run are NaN."""
+        times = max((len(run.losses) for run in self), default=0)
+        dtype = np.result_type(*(run.losses for run in self)) if len(self) else np.float32
+        losses = np.full((len(self), times, self.n_test), np.nan, dtype)
+        for index, run in enumerate(self):
+            losses[index, : len(run.losses)] = run.losses
+        return losses
+
+    @property
+    def initial_losses(self) -> InitialLosses:
+        return np.stack([run.initial_losses for run in self])
+
+    @property
+    def ids(self) -> list[str]:
+        return [run.id for run in self]
+
+    @property
+    def n_train(self) -> int:
+        return self[0].curriculum.n_train if len(self) else 0
+
+    @property
+    def n_test(self) -> int:
+        return self[0].losses.shape[1] if len(self) else 0
+
+    @property
+    def train(self) -> Examples | None:
+        return self[0].train if len(self) else None
+
+    @property
+    def test(self) -> Examples | None:
+        return self[0].test if len(self) else None
+
+    def split(self, held_out: int | float, seed: int = 0) -> tuple[Runs, Runs]:
+        """Two disjoint parts ``(fit, held)``, each sorted by run id, so the order of the runs does not matter.
+
+        Args:
+            held_out: how many (int) or which fraction (float) of the runs go into ``held``.
+
+        Raises:
+            InvalidInput: a part would be empty.
+        """
+        ids = sorted(set(self.ids))
+        count = round(held_out * len(ids)) if isinstance(held_out, float) else held_out
+        if not 1 <= count < len(ids):
+            raise InvalidInput(f"held_out={held_out!r} of {len(ids)} runs: leave at least one for each part")
+        held = {ids[index] for index in np.random.default_rng(seed).permutation(len(ids))[:count]}
+        ordered = sorted(self, key=lambda run: run.id)
+        return Runs(run for run in ordered if run.id not in held), Runs(run for run in ordered if run.id in held)
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @overload
+    def __getitem__(self, index: int) -> Run: ...
+    @overload
+    def __getitem__(self, index: slice) -> Runs: ...
+    def __getitem__(self, index: int | slice) -> Run | Runs:
+        return Runs(self._runs[index]) if isinstance(index, slice) else self._runs[index]
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs)
+
+    def __repr__(self) -> str:
+        return f"Runs({len(self)}: train={self.n_train}, test={self.n_test})"
+
+
+def _from_arrays(curriculum: Curriculum, losses: np.ndarray) -> Run:
+    if losses.ndim != 2 or losses.dtype.kind not in "fiu":
+        raise InvalidInput(f"losses must be numbers of shape [runs, steps + 1, test]; a run has {losses.shape}")
+    losses = losses if losses.dtype.kind == "f" else losses.astype(np.float64)
+    digest = hashlib.sha256(curriculum.digest.encode() + np.ascontiguousarray(losses).tobytes())
+    return Run(digest.hexdigest()[:16], curriculum, losses)

@@ -1,0 +1,45 @@
+"""Simulators: ``fit(runs)``, then ``simulate(curricula, initial_losses)`` without training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.simulators.base import Simulator
+from simfluence.simulators.baselines import MeanTrajectorySimulator, PersistenceSimulator
+from simfluence.simulators.markov import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
+
+#: Every simulator by its name on the command line and in files.
+SIMULATORS: Mapping[str, type[Simulator]] = {
+    kind.name: kind
+    for kind in (
+        PersistenceSimulator,
+        MeanTrajectorySimulator,
+        AdditiveSimulator,
+        MultiplicativeSimulator,
+        LinearSimulator,
+    )
+}
+
+
+def build(name: str, **parameters: object) -> Simulator:
+    """An unfitted simulator by name.
+
+    Raises:
+        InvalidInput: there is none of that name, or it has no such parameter.
+    """
+    if name not in SIMULATORS:
+        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, SIMULATORS)}")
+    return SIMULATORS[name]().with_parameters(**parameters)
+
+
+__all__ = [
+    "SIMULATORS",
+    "AdditiveSimulator",
+    "LinearSimulator",
+    "MeanTrajectorySimulator",
+    "MultiplicativeSimulator",
+    "PersistenceSimulator",
+    "Simulator",
+    "build",
+]

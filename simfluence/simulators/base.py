@@ -1,0 +1,175 @@
+"""What every simulator shares: checked input, the round trip to disk, scikit-learn's habits."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import sklearn.base
+
+from simfluence._files import write_whole
+from simfluence._types import Losses
+from simfluence._version import __version__
+from simfluence.curriculum import Curriculum
+from simfluence.errors import DivergedWarning, InvalidInput, NotFittedError, StoreError, did_you_mean
+from simfluence.runs import Runs
+
+
+class Simulator(sklearn.base.BaseEstimator, ABC):
+    """Predicts the test losses of a training run from its curriculum and the losses before it.
+
+    Subclasses implement ``_fit(runs)``, which sets arrays whose names end in an underscore, and
+    ``_simulate(curricula, initial)``. Classes are abstract or final: to vary one, wrap it.
+    """
+
+    name: ClassVar[str]
+
+    def fit(self, runs: Runs) -> Self:
+        """Learn from recorded runs; diverged ones are left out with a warning.
+
+        Raises:
+            InvalidInput: there is no run left to learn from, or the runs are of several recipes.
+        """
+        self._check_parameters()
+        runs = usable(runs, "fit")
+        self.n_train_ = runs.n_train
+        self.n_test_ = runs.n_test
+        self._fit(runs)
+        return self
+
+    def simulate(self, curricula: Sequence[Curriculum], initial_losses: Any) -> Losses:
+        """The losses under each curriculum, ``[runs, steps + 1, test]``, float64.
+
+        Rows after the end of a curriculum shorter than the longest are NaN.
+
+        Args:
+            curricula: of the training examples that the simulator was fitted on.
+            initial_losses: before any update, ``[runs, test]``, or ``[test]`` for all curricula alike.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            InvalidInput: other numbers of examples or curricula.
+        """
+        self._check_fitted()
+        curricula = list(curricula)
+        initial = self._check_initial(curricula, initial_losses)
+        losses = self._simulate(curricula, initial)
+        losses[:, 0] = initial
+        for index, curriculum in enumerate(curricula):
+            losses[index, len(curriculum) + 1 :] = np.nan
+        return losses
+
+    def with_parameters(self, **parameters: object) -> Self:
+        """Set parameters like ``set_params``, with an error that names the nearest one.
+
+        Raises:
+            InvalidInput: there is no such parameter.
+        """
+        known = self.get_params()
+        for name in parameters:
+            if name not in known:
+                raise InvalidInput(f"simulator {self.name!r} has no parameter {name!r}, {did_you_mean(name, known)}")
+        return self.set_params(**parameters)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted simulator as safetensors: data, never code.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        self._check_fitted()
+        learned = {name: value for name, value in vars(self).items() if name.endswith("_")}
+        arrays = {name: np.ascontiguousarray(v) for name, v in learned.items() if isinstance(v, np.ndarray)}
+        about = {
+            "simulator": self.name,
+            "parameters": self.get_params(),
+            "learned": {name: value for name, value in learned.items() if name not in arrays},
+            "library": __version__,
+        }
+        write_whole(Path(path), safetensors.numpy.save(arrays, {"simfluence": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a fitted simulator of this class; ``Simulator.load`` reads one of any class.
+
+        Raises:
+            StoreError: the file is damaged, no simulator, or one of another class.
+        """
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                about = json.loads((file.metadata() or {})["simfluence"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            kind, parameters, learned = about["simulator"], about["parameters"], about["learned"]
+        except FileNotFoundError:
+            raise StoreError(f"no simulator at {path}") from None
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise StoreError(f"{path} is damaged or no simulator: {error}") from None
+        found = {each.name: each for each in _final_classes(Simulator)}.get(kind)  # type: ignore[type-abstract]
+        if found is None or not issubclass(found, cls):
+            raise StoreError(f"{path} holds a simulator {kind!r}, not one of {cls.__name__}")
+        simulator = found().with_parameters(**parameters)
+        for name, value in (learned | arrays).items():
+            setattr(simulator, name, value)
+        return simulator
+
+    @abstractmethod
+    def _fit(self, runs: Runs) -> None: ...
+
+    @abstractmethod
+    def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        """Losses ``[runs, longest + 1, test]``; what stands at time 0 and after a curriculum's end is ignored."""
+
+    def _check_parameters(self) -> None:
+        """Raise ``InvalidInput`` for parameters out of range."""
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "n_train_"):
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit(runs) first")
+
+    def _check_initial(self, curricula: list[Curriculum], initial_losses: Any) -> np.ndarray:
+        if not curricula:
+            raise InvalidInput("no curriculum to simulate")
+        for curriculum in curricula:
+            if curriculum.n_train != self.n_train_:
+                raise InvalidInput(
+                    f"a curriculum of {curriculum.n_train} training examples, but this simulator was fitted on "
+                    f"{self.n_train_}"
+                )
+        initial = np.asarray(initial_losses, np.float64)
+        if initial.shape not in ((self.n_test_,), (len(curricula), self.n_test_)):
+            raise InvalidInput(
+                f"initial losses must be [{len(curricula)} runs, {self.n_test_} test examples] as fitted, "
+                f"or [{self.n_test_}]; got {list(initial.shape)}"
+            )
+        return np.broadcast_to(initial, (len(curricula), self.n_test_))
+
+
+def usable(runs: Runs, purpose: str) -> Runs:
+    """The runs that did not diverge, checked to be of one recipe; warns about those left out.
+
+    Raises:
+        InvalidInput: none is left, or they are of several recipes.
+    """
+    if len(runs) == 0:
+        raise InvalidInput(f"no run to {purpose}: record some first")
+    kept = Runs(run for run in runs if not run.diverged)
+    if len(kept) < len(runs):
+        lost = [run.id for run in runs if run.diverged]
+        warnings.warn(f"left out {len(lost)} diverged runs: {', '.join(lost)}", DivergedWarning, stacklevel=3)
+    if len(kept) == 0:
+        raise InvalidInput(f"no run to {purpose}: all {len(runs)} diverged (a loss became NaN or infinite)")
+    if len({run.recipe for run in kept}) > 1:
+        raise InvalidInput(f"cannot {purpose} runs of several recipes together: load(recipe=…) chooses one")
+    return kept
+
+
+def _final_classes(kind: type[Simulator]) -> list[type[Simulator]]:
+    nested = [final for subclass in kind.__subclasses__() for final in _final_classes(subclass)]
+    return nested or [kind]

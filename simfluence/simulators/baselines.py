@@ -1,0 +1,51 @@
+"""Forecasts that cost nothing. A simulator worth having beats them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from simfluence.curriculum import Curriculum
+from simfluence.runs import Runs
+from simfluence.simulators.base import Simulator
+
+
+class PersistenceSimulator(Simulator):
+    """The losses stay as they started: ``L_t = L_0``."""
+
+    name = "persistence"
+
+    def _fit(self, runs: Runs) -> None:
+        pass
+
+    def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        return np.repeat(initial[:, None], _times(curricula), axis=1)
+
+
+class MeanTrajectorySimulator(Simulator):
+    """The mean of the fitting runs at each step, whatever the curriculum: ``L_t = m_t``.
+
+    Beyond the longest fitting run the last mean is held.
+
+    Attributes:
+        mean_: ``[steps + 1, test]``, over the runs that have that step.
+    """
+
+    name = "mean_trajectory"
+
+    def _fit(self, runs: Runs) -> None:
+        self.mean_ = mean_trajectory(runs)
+
+    def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        times = np.minimum(np.arange(_times(curricula)), len(self.mean_) - 1)
+        return np.repeat(self.mean_[times][None], len(curricula), axis=0)
+
+
+def mean_trajectory(runs: Runs) -> np.ndarray:
+    """Mean losses ``[steps + 1, test]`` in float64, at each time over the runs that have it."""
+    return np.nanmean(runs.losses.astype(np.float64), axis=0)
+
+
+def _times(curricula: Sequence[Curriculum]) -> int:
+    return max(len(curriculum) for curriculum in curricula) + 1

@@ -1,0 +1,162 @@
+"""What is trained: a model factory, training and test examples, and a per-example loss."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simfluence.errors import InvalidInput, SimfluenceError
+from simfluence.examples import Examples
+
+#: Model inputs: a tensor, or a mapping or sequence of tensors; the first axis of each counts examples.
+Inputs = Any
+Data = tuple[Inputs, Tensor]
+
+#: Test examples per forward pass: bounds memory, does not change the losses.
+EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a store remembers of its task: enough to refuse another one, and to rebuild a ready-made one."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    fingerprint: str
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model factory, training examples, test examples, and a per-example loss.
+
+    Args:
+        name: of the task, for people and files.
+        model: called without arguments after torch was seeded by the recipe, returns a fresh module; or a
+            module, whose present weights every run starts from.
+        train_data, test_data: ``(inputs, targets)``. Inputs are a tensor, or a mapping or sequence of tensors.
+            A mapping is passed to the model as keyword arguments, anything else as one argument.
+        loss: ``loss(outputs, targets)`` → losses ``[batch]``, not reduced.
+        train, test: ids and metadata of the two sides.
+        arguments: what rebuilds a ready-made task from its name.
+
+    Raises:
+        InvalidInput: the number of examples, inputs and targets differ on a side.
+    """
+
+    name: str
+    model: nn.Module | Callable[[], nn.Module]
+    train_data: Data
+    test_data: Data
+    loss: Callable[[Any, Tensor], Tensor]
+    train: Examples
+    test: Examples
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for side, examples, data in (("train", self.train, self.train_data), ("test", self.test, self.test_data)):
+            counts = {len(examples)} | {len(tensor) for tensor in tensors(data)}
+            if len(counts) > 1 or 0 in counts:
+                raise InvalidInput(f"{side} examples, inputs and targets must be equally many and some: {counts}")
+
+    def build_model(self, seed: int) -> nn.Module:
+        """A fresh model with the initial weights that ``seed`` gives. Leaves torch's global seed as it was."""
+        if isinstance(self.model, nn.Module):
+            return copy.deepcopy(self.model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.model()
+        if not isinstance(model, nn.Module):
+            raise InvalidInput(f"task {self.name!r}: model() returned {type(model).__name__}, not a torch module")
+        return model
+
+    def batch_losses(self, model: nn.Module, data: Data) -> Tensor:
+        """The loss of each example of ``data``, ``[batch]``, in the model's present mode."""
+        inputs, targets = data
+        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        losses = self.loss(outputs, targets)
+        if losses.shape != targets.shape[:1]:
+            raise InvalidInput(
+                f"the loss of task {self.name!r} returned shape {tuple(losses.shape)} for {len(targets)} examples: "
+                "give one loss per example, [batch] (in torch: reduction='none', and a mean over further axes)"
+            )
+        return losses
+
+    def evaluate(self, model: nn.Module, data: Data) -> Tensor:
+        """The loss of each example of ``data``, ``[batch]``, in the model's present mode, without gradients."""
+        with torch.no_grad():
+            if len(data[1]) <= EVALUATION_BATCH:
+                return self.batch_losses(model, data)
+            parts = torch.arange(len(data[1]), device=data[1].device).split(EVALUATION_BATCH)
+            return torch.cat([self.batch_losses(model, take(data, part)) for part in parts])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over data, ids, loss name, model structure and, for a given module, its weights.
+
+        It finds another data set, split, architecture or loss; it does not see inside the code of functions.
+        """
+        digest = hashlib.sha256()
+        model = self.build_model(0)
+        described = {
+            "name": self.name,
+            "modules": [[name, type(module).__name__] for name, module in model.named_modules()],
+            "parameters": [[name, list(p.shape), p.requires_grad] for name, p in model.named_parameters()],
+            "loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
+            "ids": [self.train.ids, self.test.ids],
+        }
+        digest.update(json.dumps(described, sort_keys=True).encode())
+        weights = tuple(self.model.state_dict().values()) if isinstance(self.model, nn.Module) else ()
+        for tensor in tensors((self.train_data, self.test_data, weights)):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def info(self) -> TaskInfo:
+        return TaskInfo(self.name, self.arguments, self.fingerprint, len(self.train), len(self.test))
+
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}, train={len(self.train)}, test={len(self.test)})"
+
+
+def convert(function: Callable[[Tensor], Tensor], data: Any) -> Any:
+    """``data`` with ``function`` applied to every tensor in its mappings and sequences."""
+    if isinstance(data, Tensor):
+        return function(data)
+    if isinstance(data, Mapping):
+        return {name: convert(function, part) for name, part in data.items()}
+    if isinstance(data, tuple | list):
+        return type(data)([convert(function, part) for part in data])
+    raise SimfluenceError(f"task data must be tensors, or mappings and sequences of them; found {type(data).__name__}")
+
+
+def take(data: Any, indices: Tensor) -> Any:
+    """The examples ``indices`` of ``data``."""
+    return convert(lambda tensor: tensor[indices], data)
+
+
+def tensors(data: Any) -> list[Tensor]:
+    """All tensors in ``data``, in order."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    convert(keep, data)
+    return found
+
+
+def cast(data: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """``data`` on ``device``, its floating tensors as ``dtype``."""
+    return convert(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), data)

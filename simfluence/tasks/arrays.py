@@ -1,0 +1,97 @@
+"""A task made of a user's own arrays and model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.examples import Examples
+from simfluence.task import Data, Task, take, tensors
+from simfluence.tasks.losses import BY_NAME
+
+
+def from_arrays(
+    model: nn.Module | Callable[[], nn.Module],
+    X: Any,
+    y: Any,
+    loss: str | Callable[[Any, Tensor], Tensor],
+    *,
+    test: tuple[Any, Any] | int | float = 0.25,
+    metadata: pd.DataFrame | None = None,
+    test_metadata: pd.DataFrame | None = None,
+    seed: int = 0,
+    name: str = "arrays",
+) -> Task:
+    """A task from arrays: NumPy, torch, or mappings and sequences of them; the first axis counts examples.
+
+    Args:
+        model: a factory of fresh modules, or a module whose present weights every run starts from.
+        X, y: inputs and targets.
+        loss: "cross_entropy", "squared_error", or ``loss(outputs, targets)`` → ``[batch]``, not reduced.
+        test: the test side as ``(X, y)``, or how many (int) or which fraction (float) of the examples to
+            hold out for it, drawn with ``seed``.
+        metadata: one row per example of ``X`` for filters to speak of. By default, whole-number targets
+            become a column ``label``.
+        test_metadata: the same for a test side given as arrays.
+        seed: of the held-out sample.
+        name: of the task.
+
+    Raises:
+        InvalidInput: unequal lengths, an unknown loss, or a test side that leaves no training example.
+
+    >>> rng = np.random.default_rng(0)
+    >>> from_arrays(nn.Linear(2, 3), rng.normal(size=(8, 2)), rng.integers(3, size=8), "cross_entropy")
+    Task('arrays', train=6, test=2)
+    """
+    if isinstance(loss, str):
+        if loss not in BY_NAME:
+            raise InvalidInput(f"unknown loss {loss!r}, {did_you_mean(loss, BY_NAME)}")
+        loss = BY_NAME[loss]
+    data = _as_data(X, y)
+    if isinstance(test, tuple):
+        train, held = _examples(data, metadata), _as_data(*test)
+        return Task(name, model, data, held, loss, train, _examples(held, test_metadata))
+    rows = np.random.default_rng(seed).permutation(len(data[1]))
+    n_test = round(test * len(rows)) if isinstance(test, float) else test
+    if not 1 <= n_test < len(rows):
+        raise InvalidInput(f"test={test!r} of {len(rows)} examples: leave some for each side")
+    everything = _examples(data, metadata).table
+    sides = [np.sort(rows[n_test:]), np.sort(rows[:n_test])]
+    train_data, test_data = (take(data, torch.as_tensor(side)) for side in sides)
+    train, held_out = (
+        Examples(everything["id"].iloc[side].tolist(), everything.drop(columns="id").iloc[side]) for side in sides
+    )
+    return Task(name, model, train_data, test_data, loss, train, held_out)
+
+
+def _as_data(X: Any, y: Any) -> Data:
+    inputs, targets = _tensors_of(X), _tensors_of(y)
+    if not isinstance(targets, Tensor):
+        raise InvalidInput("targets must be one array")
+    counts = {len(tensor) for tensor in tensors((inputs, targets))}
+    if len(counts) != 1:
+        raise InvalidInput(f"inputs and targets must be equally many, got {sorted(counts)}")
+    return inputs, targets
+
+
+def _tensors_of(data: Any) -> Any:
+    """NumPy and pandas become tensors; the recipe's dtype is applied when recording."""
+    if isinstance(data, dict):
+        return {name: _tensors_of(part) for name, part in data.items()}
+    if isinstance(data, tuple):
+        return tuple(_tensors_of(part) for part in data)
+    tensor = data if isinstance(data, Tensor) else torch.tensor(np.asarray(data))
+    return tensor.detach()
+
+
+def _examples(data: Data, metadata: pd.DataFrame | None) -> Examples:
+    targets = data[1]
+    if metadata is None and targets.ndim == 1 and not targets.is_floating_point():
+        metadata = pd.DataFrame({"label": targets.cpu().numpy()})
+    return Examples.numbered(len(targets), metadata)
