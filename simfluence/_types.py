@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,4 +18,4 @@ Losses = Float[np.ndarray, "runs times test"]
 InitialLosses = Float[np.ndarray, "runs test"]
 
 #: Which examples are meant: a filter over their metadata, their indices, or their ids.
-Target = str | Sequence[int] | Sequence[str] | np.ndarray
+Target = str | Sequence[Any] | np.ndarray

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -153,8 +153,8 @@ def _random_curriculum(rng: np.random.Generator, n_train: int, size: int, steps:
 
 def _subset_size(n_train: int, subset: float | int) -> int:
     is_fraction = isinstance(subset, float | np.floating)
-    size = round(subset * n_train) if is_fraction else int(subset)
-    if (is_fraction and not 0 < subset <= 1) or not 1 <= size <= n_train:
+    size = round(subset * n_train) if is_fraction and 0 < subset <= 1 else 0 if is_fraction else int(subset)
+    if not 1 <= size <= n_train:
         raise InvalidInput(
             f"subset={subset!r} of {n_train} training examples: "
             "give a fraction (a float in (0, 1]) or a number of examples (an int)"
@@ -168,7 +168,7 @@ def _check_positive(**values: int) -> None:
         raise InvalidInput(f"must be 1 or more: {', '.join(bad)}")
 
 
-def _as_indices(batch: Sequence[int], step: int) -> np.ndarray:
+def _as_indices(batch: Any, step: int) -> np.ndarray:
     array = np.asarray(batch)
     if array.size == 0:
         return np.empty(0, np.int64)

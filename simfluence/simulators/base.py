@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import safetensors
@@ -21,6 +21,9 @@ from simfluence.curriculum import Curriculum
 from simfluence.errors import DivergedWarning, InvalidInput, NotFittedError, StoreError, did_you_mean
 from simfluence.runs import Runs
 
+# Not typing.Self: the tests' runtime type checker wraps functions, not classes.
+SimulatorT = TypeVar("SimulatorT", bound="Simulator")
+
 
 class Simulator(sklearn.base.BaseEstimator, ABC):
     """Predicts the test losses of a training run from its curriculum and the losses before it.
@@ -31,7 +34,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
 
     name: ClassVar[str]
 
-    def fit(self, runs: Runs) -> Self:
+    def fit(self: SimulatorT, runs: Runs) -> SimulatorT:
         """Learn from recorded runs; diverged ones are left out with a warning.
 
         Raises:
@@ -66,7 +69,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
             losses[index, len(curriculum) + 1 :] = np.nan
         return losses
 
-    def with_parameters(self, **parameters: object) -> Self:
+    def with_parameters(self: SimulatorT, **parameters: object) -> SimulatorT:
         """Set parameters like ``set_params``, with an error that names the nearest one.
 
         Raises:
@@ -96,7 +99,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         write_whole(Path(path), safetensors.numpy.save(arrays, {"simfluence": json.dumps(about)}))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[SimulatorT], path: str | Path) -> SimulatorT:
         """Read a fitted simulator of this class; ``Simulator.load`` reads one of any class.
 
         Raises:
@@ -111,11 +114,14 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
             raise StoreError(f"no simulator at {path}") from None
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StoreError(f"{path} is damaged or no simulator: {error}") from None
-        found = {each.name: each for each in _final_classes(Simulator)}.get(kind)  # type: ignore[type-abstract]
+        found = {each.name: each for each in _final_classes(Simulator)}.get(kind)
         if found is None or not issubclass(found, cls):
             raise StoreError(f"{path} holds a simulator {kind!r}, not one of {cls.__name__}")
         simulator = found().with_parameters(**parameters)
+        simulator._check_parameters()
         for name, value in (learned | arrays).items():
+            if not name.isidentifier() or name.startswith("_") or not name.endswith("_"):
+                raise StoreError(f"{path} is damaged or no simulator: it sets {name!r}")
             setattr(simulator, name, value)
         return simulator
 
@@ -170,6 +176,6 @@ def usable(runs: Runs, purpose: str) -> Runs:
     return kept
 
 
-def _final_classes(kind: type[Simulator]) -> list[type[Simulator]]:
+def _final_classes(kind: Any) -> list[type[Simulator]]:
     nested = [final for subclass in kind.__subclasses__() for final in _final_classes(subclass)]
     return nested or [kind]

@@ -13,7 +13,7 @@ example in a full batch; at |c| = B this is the paper's equation. An empty batch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import scipy.sparse
@@ -127,7 +127,7 @@ class MultiplicativeSimulator(MarkovSimulator):
     learns_slope = True
     learns_intercept = False
 
-    def __init__(self, l2: float = 1.0, prior: Literal["identity", "zero"] = "identity") -> None:
+    def __init__(self, l2: float = 1.0, prior: str = "identity") -> None:
         self.l2 = l2
         self.prior = prior
 
@@ -150,7 +150,7 @@ class LinearSimulator(MarkovSimulator):
     learns_slope = True
     learns_intercept = True
 
-    def __init__(self, l2: float = 1.0, prior: Literal["identity", "zero"] = "identity") -> None:
+    def __init__(self, l2: float = 1.0, prior: str = "identity") -> None:
         self.l2 = l2
         self.prior = prior
 

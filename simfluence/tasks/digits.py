@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from simfluence.task import Data, Task
 from simfluence.tasks.losses import cross_entropy
 
 
-def digits(n_train: int = 300, n_test: int = 100, model: Literal["mlp", "cnn"] = "mlp", seed: int = 0) -> Task:
+def digits(n_train: int = 300, n_test: int = 100, model: str = "mlp", seed: int = 0) -> Task:
     """Scikit-learn's 1,797 digit images, pixels divided by 16, cross-entropy over ten classes.
 
     Args:

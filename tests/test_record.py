@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import simfluence as sf
+from simfluence.errors import InvalidInput, StoreError
+from simfluence.recording import loop
+
+recording = importlib.import_module("simfluence.recording.record")  # the package's name for it is the function
+
+RECIPES = {
+    "sgd": sf.Recipe(lr=0.3),
+    "momentum": sf.Recipe(lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adam": sf.Recipe(optimizer="adam", lr=0.01),
+    "adamw": sf.Recipe(
+        optimizer="adamw", lr=0.02, weight_decay=0.1, schedule="cosine", horizon=12, warmup=3, clip_norm=0.5
+    ),
+    "double": sf.Recipe(lr=0.3, dtype="float64"),
+}
+
+
+def by_hand(task, recipe, curriculum):
+    """The same training as a person would write it."""
+    model = task.build_model(recipe.seed).to(recipe.torch_dtype)
+    optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](
+        model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay,
+        **({"momentum": recipe.momentum} if recipe.momentum else {}),
+    )  # fmt: skip
+    (X, y), (X_test, y_test) = task.train_data, task.test_data
+    X, X_test = X.to(recipe.torch_dtype), X_test.to(recipe.torch_dtype)
+    losses = []
+
+    def measure():
+        with torch.no_grad():
+            losses.append(nn.functional.cross_entropy(model(X_test), y_test, reduction="none").numpy())
+
+    measure()
+    for t, batch in enumerate(curriculum):
+        if len(batch):
+            optimizer.param_groups[0]["lr"] = recipe.learning_rates(len(curriculum))[t]
+            rows = torch.tensor(batch).long()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X[rows]), y[rows]).backward()
+            if recipe.clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            optimizer.step()
+        measure()
+    return np.stack(losses)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_equals_training_by_hand(task, recipe, curricula):
+    ragged = sf.Curriculum([[0, 1, 2], [], [5], [5, 5, 7, 8, 9], [3, 4]], n_train=12)
+    for run in sf.record(task, recipe, [*curricula[:2], ragged]):
+        expected = by_hand(task, recipe, run.curriculum)
+        assert np.allclose(run.losses, expected, rtol=1e-6, atol=1e-7)
+        assert run.losses.dtype == np.dtype(recipe.dtype)
+        assert run.learning_rates.tolist() == recipe.learning_rates(run.steps).tolist()
+
+
+def test_an_empty_batch_is_a_step_without_an_update(task):
+    recipe = sf.Recipe(lr=0.3, momentum=0.9, schedule="linear", horizon=3)
+    run = sf.record(task, recipe, [sf.Curriculum([[0], [], [1]], n_train=12)])[0]
+    assert np.array_equal(run.losses[1], run.losses[2])
+    assert not np.array_equal(run.losses[2], run.losses[3])
+    assert run.learning_rates.tolist() == pytest.approx([0.3, 0.2, 0.1])
+
+
+def test_all_runs_start_from_the_same_losses(runs, task, curricula):
+    assert np.ptp(runs.initial_losses, axis=0).max() == 0
+    other = sf.record(task, sf.Recipe(lr=0.3, seed=1), curricula[:1])
+    assert not np.array_equal(other.initial_losses[0], runs.initial_losses[0])
+
+
+def test_returned_in_the_order_of_the_curricula(task, recipe, curricula, store):
+    backwards = sf.record(task, recipe, [*curricula[::-1], curricula[0]], store)
+    assert backwards.curricula == [*curricula[::-1], curricula[0]]
+    assert backwards[0].losses.tolist() == sf.record(task, recipe, curricula)[-1].losses.tolist()
+    assert store.load().ids == sorted(store.load().ids)
+
+
+def test_recorded_runs_are_read_not_made_again(task, recipe, curricula, store, monkeypatch):
+    monkeypatch.setattr(loop.Training, "advance", lambda self: pytest.fail("trained again"))
+    again = sf.record(task, recipe, curricula, store)
+    assert len(again) == len(curricula)
+
+
+def test_the_global_seed_is_left_alone(task, recipe, curricula):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    sf.record(task, recipe, curricula[:1])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def noisy_task(task):
+    def model():
+        return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+    (X, y), test = task.train_data, task.test_data
+    return sf.tasks.from_arrays(model, X, y, "cross_entropy", test=test, name="noisy")
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "dropout"])
+def test_an_interrupted_run_goes_on_bit_for_bit(task, recipe, noisy, tmp_path, monkeypatch):
+    task = noisy_task(task) if noisy else task
+    curricula = sf.random_curricula(n_train=12, runs=2, steps=12, batch_size=4, seed=0)
+    whole = sf.record(task, recipe, curricula, tmp_path / "whole")
+    monkeypatch.setattr(recording, "SECONDS_BETWEEN_SAVES", -1.0)  # keep every step
+    advance, made = loop.Training.advance, []
+
+    def interrupted(self):
+        if len(made) == 7:
+            made.append("interrupted")
+            raise KeyboardInterrupt
+        made.append(self.step)
+        advance(self)
+
+    monkeypatch.setattr(loop.Training, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sf.record(task, recipe, curricula, tmp_path / "broken")
+    assert sf.RunStore(tmp_path / "broken").ids() == []
+    resumed = sf.record(task, recipe, curricula, tmp_path / "broken")
+    assert made == [*range(7), "interrupted", *range(7, 12), *range(12)]  # nothing trained twice
+    assert np.array_equal(resumed.losses, whole.losses)
+    assert np.array_equal(sf.RunStore(tmp_path / "broken").load().losses, sf.RunStore(tmp_path / "whole").load().losses)
+    assert not (tmp_path / "broken" / "partial").exists()
+
+
+def test_a_damaged_unfinished_run_is_started_again(task, recipe, curricula, runs, tmp_path):
+    store = sf.RunStore(tmp_path / "s")
+    store.open_for(task)
+    file = store.partial(runs[0].id) / "training.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half a file")
+    assert np.array_equal(sf.record(task, recipe, curricula, store).losses, runs.losses)
+
+
+def test_checkpoints_hold_parameters_and_optimizer_state(task, curricula, tmp_path):
+    recipe = RECIPES["adamw"]
+    run = sf.record(task, recipe, curricula[:1], tmp_path, checkpoints=[0, 4, 10])[0]
+    run = sf.RunStore(tmp_path).read(run.id)
+    assert list(run.checkpoints) == [0, 4, 10]
+    for step, file in run.checkpoints.items():
+        checkpoint = sf.Checkpoint.load(file)
+        model = task.build_model(1)
+        optimizer = recipe.build_optimizer(model.parameters())
+        checkpoint.restore(model, optimizer)
+        model.eval()
+        assert checkpoint.step == step
+        assert np.array_equal(task.evaluate(model, task.test_data).numpy(), run.losses[step])
+        if step:
+            assert optimizer.state_dict()["state"][0]["step"] == step
+            assert optimizer.state_dict()["state"][0]["exp_avg_sq"].abs().sum() > 0
+
+
+def test_asking_later_for_checkpoints_replays_the_run(task, recipe, curricula, store):
+    before = store.load()
+    sf.record(task, recipe, curricula[:2], store, checkpoints=[5])
+    assert sum(len(run.checkpoints) for run in store.load()) == 2
+    assert np.array_equal(store.load().losses, before.losses)
+
+
+def test_a_replay_that_differs_is_refused(task, recipe, curricula, store, monkeypatch):
+    monkeypatch.setattr(loop.Training, "recorded", lambda self: self.losses.numpy() + 1)
+    before = store.load()
+    with pytest.raises(StoreError, match="gave other losses than are recorded"):
+        sf.record(task, recipe, curricula[:1], store, checkpoints=[5])
+    assert np.array_equal(store.load().losses, before.losses)
+
+
+def test_a_diverged_run_is_kept_and_marked(task, curricula, tmp_path):
+    recipe = sf.Recipe(lr=1e38, momentum=0.9)
+    runs = sf.record(task, recipe, curricula[:1], tmp_path)
+    assert runs[0].diverged
+    assert sf.RunStore(tmp_path).load()[0].diverged
+    assert np.isfinite(runs[0].losses[0]).all()
+
+
+def test_modules_with_their_own_train_get_it_called(task, recipe):
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    (X, y), test = task.train_data, task.test_data
+    frozen = sf.tasks.from_arrays(lambda: nn.Sequential(Frozen(3), nn.Linear(3, 2)), X, y, "cross_entropy", test=test)
+    training = loop.Training(
+        frozen,
+        recipe,
+        sf.Curriculum([[0, 1]], 12),
+        torch.device("cpu"),
+        loop.prepare(frozen, recipe, torch.device("cpu")),
+    )
+    training.advance()
+    assert training.model[0].running_mean.abs().sum() == 0
+
+
+def test_parameters_without_gradient_are_left_alone(task, recipe):
+    def model():
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        net[0].requires_grad_(False)
+        return net
+
+    (X, y), test = task.train_data, task.test_data
+    partly = sf.tasks.from_arrays(model, X, y, "cross_entropy", test=test)
+    training = loop.Training(
+        partly,
+        recipe,
+        sf.Curriculum([[0, 1]], 12),
+        torch.device("cpu"),
+        loop.prepare(partly, recipe, torch.device("cpu")),
+    )
+    training.advance()
+    assert torch.equal(training.model[0].weight, partly.build_model(0)[0].weight)
+    assert not torch.equal(training.model[1].weight, partly.build_model(0)[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"curricula": []}, "no curriculum"),
+        ({"curricula": [sf.Curriculum([[0]], n_train=13)]}, "curriculum 0 is of 13 training examples"),
+        ({"checkpoints": [0]}, "give store="),
+        ({"checkpoints": [11], "store": "s"}, r"checkpoints=\[11\]: steps go from 0 to 10"),
+        ({"checkpoints": [-1], "store": "s"}, "steps go from 0"),
+    ],
+)
+def test_bad_requests(task, recipe, curricula, change, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInput, match=said):
+        sf.record(**{"task": task, "recipe": recipe, "curricula": curricula, **change})
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import simfluence as sf
+from simfluence import tasks
+from simfluence.errors import InvalidInput, StoreError
+
+X, Y = np.arange(24, dtype=np.float32).reshape(8, 3), np.arange(8) % 2
+
+
+def linear() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+def test_digits_are_scikit_learns():
+    task = tasks.digits(n_train=30, n_test=10, seed=1)
+    images, labels = load_digits(return_X_y=True)
+    rows = [int(name.removeprefix("digits-")) for name in task.train.ids + task.test.ids]
+    assert len(set(rows)) == 40
+    assert np.array_equal(torch.cat([task.train_data[0], task.test_data[0]]), (images[rows] / 16).astype(np.float32))
+    assert [*task.train.table["label"], *task.test.table["label"]] == labels[rows].tolist()
+    assert task.train_data[1].tolist() == task.train.table["label"].tolist()
+
+
+@pytest.mark.parametrize(("model", "parameters"), [("mlp", 64 * 128 + 128 + 1290), ("cnn", 1898)])
+def test_digits_models(model, parameters):
+    task = tasks.digits(n_train=5, n_test=3, model=model)
+    built = task.build_model(0)
+    assert sum(parameter.numel() for parameter in built.parameters()) == parameters
+    assert task.evaluate(built, task.test_data).shape == (3,)
+
+
+def test_initial_weights_follow_the_seed_and_leave_torch_alone(task):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, same, other = (task.build_model(seed)[0].weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_given_module_is_where_every_run_starts():
+    module = linear()
+    task = tasks.from_arrays(module, X, Y, "cross_entropy")
+    assert torch.equal(task.build_model(1).weight, module.weight)
+    assert task.build_model(1).weight is not module.weight
+
+
+def test_from_arrays_holds_examples_out():
+    task = tasks.from_arrays(
+        linear, X, Y, "cross_entropy", test=0.25, metadata=pd.DataFrame({"name": list("abcdefgh")})
+    )
+    assert (len(task.train), len(task.test)) == (6, 2)
+    rows = [int(name) for name in task.train.ids + task.test.ids]
+    assert sorted(rows) == list(range(8))
+    assert torch.equal(torch.cat([task.train_data[0], task.test_data[0]]), torch.tensor(X[rows]))
+    assert [*task.train.table["name"], *task.test.table["name"]] == ["abcdefgh"[row] for row in rows]
+
+
+def test_inputs_may_be_mappings():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = linear()
+
+        def forward(self, left, right):
+            return self.layer(left + right)
+
+    task = tasks.from_arrays(Sum, {"left": X, "right": -X}, Y, "cross_entropy", test=2)
+    model = task.build_model(0)
+    expected = nn.functional.cross_entropy(model.layer.bias.expand(2, 2), task.test_data[1], reduction="none")
+    assert torch.allclose(task.evaluate(model, task.test_data), expected)
+    curriculum = sf.Curriculum([[0, 1], [2]], n_train=6)
+    assert sf.record(task, sf.Recipe(), [curriculum]).losses.shape == (1, 3, 2)
+
+
+def test_squared_error():
+    outputs, targets = torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 1.0])
+    assert tasks.losses.squared_error(outputs, targets).tolist() == [1, 4]
+    assert tasks.losses.squared_error(torch.ones(2, 2), torch.tensor([[1.0, 3], [1, 1]])).tolist() == [2, 0]
+
+
+def test_evaluation_does_not_depend_on_its_batches(task, monkeypatch):
+    model = task.build_model(0)
+    whole = task.evaluate(model, task.train_data)
+    monkeypatch.setattr("simfluence.task.EVALUATION_BATCH", 5)
+    assert torch.allclose(task.evaluate(model, task.train_data), whole, atol=1e-6)
+
+
+def test_fingerprint_sees_data_ids_loss_and_model():
+    def made(X=X, Y=Y, model=linear, loss="cross_entropy", name="arrays", seed=0):
+        return tasks.from_arrays(model, X, Y, loss, seed=seed, name=name).fingerprint
+
+    changed = X.copy()
+    changed[0, 0] += 1e-6
+    others = [
+        made(X=changed), made(seed=1), made(name="b"), made(Y=1 - Y),
+        made(model=lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh())), made(model=lambda: nn.Linear(3, 2, bias=False)),
+        made(loss=lambda outputs, targets: outputs[:, 0]),
+    ]  # fmt: skip
+    assert made() == made()
+    assert len({made(), *others}) == 8
+    assert made(model=linear()) != made(model=linear())  # other initial weights of a given module
+
+
+def test_a_ready_made_task_is_rebuilt_from_its_name():
+    task = tasks.digits(n_train=9, n_test=4, model="cnn", seed=3)
+    assert tasks.rebuild(task.info).fingerprint == task.fingerprint
+    with pytest.raises(StoreError, match="differs from the recorded one"):
+        tasks.rebuild(tasks.digits(n_train=9, n_test=4, seed=3).info.__class__(
+            "digits", task.arguments, "other", 9, 4
+        ))  # fmt: skip
+    with pytest.raises(StoreError, match="not a ready-made one"):
+        tasks.rebuild(tasks.from_arrays(linear, X, Y, "cross_entropy").info)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: tasks.digits(n_train=1800), "1797 images"),
+        (lambda: tasks.digits(n_test=0), "1797 images"),
+        (lambda: tasks.digits(model="mpl"), "did you mean 'mlp'"),
+        (lambda: tasks.build("digit"), "did you mean 'digits'"),
+        (lambda: tasks.build("digits", n=3), "unexpected keyword"),
+        (lambda: tasks.from_arrays(linear, X, Y[:5], "cross_entropy"), "equally many"),
+        (lambda: tasks.from_arrays(linear, X, Y, "cross_entropi"), "did you mean 'cross_entropy'"),
+        (lambda: tasks.from_arrays(linear, X, Y, "cross_entropy", test=8), "leave some for each side"),
+        (lambda: tasks.from_arrays(lambda: 3, X, Y, "cross_entropy").build_model(0), "not a torch module"),
+    ],
+)
+def test_bad_tasks(call, said):
+    with pytest.raises(InvalidInput, match=said):
+        call()
+
+
+def test_a_reduced_loss_is_refused():
+    task = tasks.from_arrays(linear, X, Y, nn.functional.cross_entropy)
+    with pytest.raises(InvalidInput, match="one loss per example"):
+        sf.record(task, sf.Recipe(), [sf.Curriculum([[0]], n_train=6)])
