@@ -1,4 +1,4 @@
-"""The base of frozen, validated specifications: every bad field is reported at once, by name."""
+"""The base of frozen, validated specifications: every bad field is reported at once, by its path."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import Any
 import pydantic
 
 from simfluence.errors import InvalidInput, did_you_mean
+
+
+class InvalidSpec(InvalidInput):
+    """A specification with bad fields: ``problems`` maps the path of each to what is wrong with it."""
+
+    def __init__(self, name: str, problems: dict[str, str]) -> None:
+        self.problems = problems
+        said = [f"{path}: {message}" if path else message for path, message in problems.items()]
+        super().__init__(f"{name}: {'; '.join(said)}")
 
 
 class Spec(pydantic.BaseModel):
@@ -18,21 +27,24 @@ class Spec(pydantic.BaseModel):
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
-            raise InvalidInput(_explain(type(self), error)) from None
+            raise InvalidSpec(type(self).__name__, _problems(type(self), error)) from None
 
     def replace(self, **changes: Any) -> Any:
         """A copy with some fields changed, validated like a new one."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
-def _explain(spec: type[Spec], error: pydantic.ValidationError) -> str:
-    problems = [_problem(spec, dict(detail)) for detail in error.errors(include_url=False)]
-    return f"{spec.__name__}: " + "; ".join(problems)
-
-
-def _problem(spec: type[Spec], detail: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown field {where!r}, {did_you_mean(where, spec.model_fields)}"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {detail['input']!r})" if where else message
+def _problems(spec: type[Spec], error: pydantic.ValidationError) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        path = ".".join(str(part) for part in detail["loc"])
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidSpec):  # a specification within this one: its own paths, continued
+            found |= {f"{path}.{inner}".rstrip("."): message for inner, message in cause.problems.items()}
+        elif detail["type"] == "extra_forbidden":
+            found[path] = f"unknown field, {did_you_mean(path, spec.model_fields)}"
+        elif isinstance(detail["input"], dict):
+            found[path] = detail["msg"].removeprefix("Value error, ")
+        else:
+            found[path] = f"{detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})"
+    return found

@@ -146,7 +146,7 @@ def final(losses: Losses, true: Losses) -> Float[np.ndarray, "runs test"]:
     return losses[np.arange(len(losses)), last]
 
 
-def _squares(simulated: Losses, true: Losses) -> np.ndarray:
+def _squares(simulated: np.ndarray, true: np.ndarray) -> np.ndarray:
     """(simulated − true)², NaN only where the truth is not recorded."""
     if simulated.shape != true.shape:
         raise InvalidInput(f"simulated losses {simulated.shape} and true losses {true.shape} differ in shape")

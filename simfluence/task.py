@@ -109,7 +109,7 @@ class Task:
         model = self.build_model(0)
         described = {
             "name": self.name,
-            "modules": [[name, type(module).__name__] for name, module in model.named_modules()],
+            "modules": [[name, type(m).__name__, m.extra_repr()] for name, m in model.named_modules()],
             "parameters": [[name, list(p.shape), p.requires_grad] for name, p in model.named_parameters()],
             "loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
             "ids": [self.train.ids, self.test.ids],

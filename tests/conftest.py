@@ -6,9 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from torch import nn
 
-import simfluence as sf
+install_import_hook("simfluence", "typechecking.check")
+
+import simfluence as sf  # noqa: E402 (after its hook)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,11 +62,11 @@ class KnownProcess:
 
     def __init__(self, n_train=8, n_test=4, runs=30, steps=40, batch=3, seed=0):
         rng = np.random.default_rng(seed)
+        self.batch = batch
         self.A = 1 / batch + 0.05 * rng.normal(size=(n_train, n_test))
         self.B = 0.3 * rng.normal(size=(n_train, n_test))
         curricula = sf.random_curricula(n_train, runs, steps, batch, subset=0.75, seed=seed)
         self.runs = sf.Runs.from_arrays(curricula, [self.roll(c, rng.normal(size=n_test)) for c in curricula])
-        self.batch = batch
 
     def roll(self, curriculum: sf.Curriculum, initial: np.ndarray) -> np.ndarray:
         losses = [initial]

@@ -102,10 +102,12 @@ def test_fingerprint_sees_data_ids_loss_and_model():
     others = [
         made(X=changed), made(seed=1), made(name="b"), made(Y=1 - Y),
         made(model=lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh())), made(model=lambda: nn.Linear(3, 2, bias=False)),
+        made(model=lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1))),
+        made(model=lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.2))),
         made(loss=lambda outputs, targets: outputs[:, 0]),
     ]  # fmt: skip
     assert made() == made()
-    assert len({made(), *others}) == 8
+    assert len({made(), *others}) == 10
     assert made(model=linear()) != made(model=linear())  # other initial weights of a given module
 
 

@@ -57,8 +57,8 @@ class MarkovSimulator(Simulator):
         return alpha, beta
 
     def _check_parameters(self) -> None:
-        if not self.l2 > 0:
-            raise InvalidInput(f"l2 must be above 0, got {self.l2!r}")
+        if not isinstance(self.l2, int | float) or not self.l2 > 0:
+            raise InvalidInput(f"l2 must be a number above 0, got {self.l2!r}")
         if self.prior not in PRIORS:
             raise InvalidInput(f"unknown prior {self.prior!r}, {did_you_mean(str(self.prior), PRIORS)}")
 

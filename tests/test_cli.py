@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import simfluence as sf
+from simfluence import cli
+
+SPEC = """
+task: {name: digits, arguments: {n_train: 40, n_test: 12}}
+recipe: {lr: 0.1}
+curricula: {runs: 8, steps: 12, batch_size: 4, subset: 0.5, seed: 0}
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line as its entry point does: exit code, standard output, standard error."""
+    monkeypatch.setattr("warnings.showwarning", None)
+
+    def _run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["simfluence", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return _run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "spec.yaml").write_text(SPEC)
+    spec = sf.specs.RecordingSpec.parse(SPEC)
+    task = spec.task.build()
+    sf.record(task, spec.recipe, spec.curricula.build(40), folder / "runs")
+    return folder
+
+
+def test_record(run, folder, tmp_path):
+    code, out, _ = run("record", folder / "spec.yaml", "--store", tmp_path / "s", "--checkpoints", "0,12", "--json")
+    assert (code, json.loads(out)) == (0, {"store": str(tmp_path / "s"), "runs": 8, "diverged": 0})
+    assert np.array_equal(sf.RunStore(tmp_path / "s").load().losses, sf.RunStore(folder / "runs").load().losses)
+    assert list(sf.RunStore(tmp_path / "s").load()[0].checkpoints) == [0, 12]
+
+
+def test_evaluate(run, folder):
+    code, out, _ = run("evaluate", folder / "runs", "--held-out", 3, "--json")
+    rows = {row["simulator"]: row for row in json.loads(out)}
+    assert code == 0
+    assert list(rows) == ["persistence", "mean_trajectory", "additive", "multiplicative", "linear"]
+    fit, held = sf.RunStore(folder / "runs").load().split(held_out=3)
+    expected = sf.evaluate({"linear": sf.LinearSimulator().fit(fit)}, held, fit)
+    assert rows["linear"]["skill"] == pytest.approx(expected.loc["linear", "skill"])
+    assert rows["mean_trajectory"]["run_correlation"] is None
+    code, out, _ = run("evaluate", folder / "runs", "--held-out", 3, "--simulator", "linear")
+    assert code == 0
+    assert "run correlation" in out
+    assert "persistence" not in out
+
+
+def test_fit_then_use_the_file(run, folder, tmp_path):
+    file = tmp_path / "linear.safetensors"
+    assert (
+        run("fit", folder / "runs", "--out", file, "--set", "l2=10", "--set", "prior=zero")[0] == 1
+    )  # 8 of 8 held out
+    code, out, _ = run("fit", folder / "runs", "--out", file, "--set", "l2=10", "--set", "prior=zero", "--held-out", 3)
+    assert code == 0
+    assert "fitted on 5 runs" in out
+    assert sf.LinearSimulator.load(file).get_params() == {"l2": 10, "prior": "zero"}
+    code, out, _ = run("evaluate", folder / "runs", "--held-out", 3, "--simulator", file, "--json")
+    assert code == 0
+    assert [row["simulator"] for row in json.loads(out)] == [str(file)]
+
+
+def test_what_if(run, folder, tmp_path):
+    out_file = tmp_path / "frame.parquet"
+    code, out, _ = run(
+        "what-if", folder / "runs", "--remove", "label == 3", "--repeat", "label == 1", "--times", 3,
+        "--held-out", 3, "--verify", "--out", out_file, "--json",
+    )  # fmt: skip
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["edits"] == ["remove examples where label == 3", "show examples where label == 1 3 times as often"]
+    assert len(answer["change"]) == len(answer["actual_change"]) == 12
+    frame = pd.read_parquet(out_file)
+    assert list(frame.columns)[:5] == ["step", "test", "base", "what_if", "delta"]
+    assert np.allclose(frame["delta"].tail(12), answer["change"])
+    code, out, _ = run("what-if", folder / "runs", "--first", "label < 5", "--held-out", 3, "--verify")
+    assert code == 0
+    assert "Delta correlation" in out
+
+
+def test_runs(run, folder):
+    code, out, _ = run("runs", "ls", folder / "runs", "--json")
+    listed = json.loads(out)
+    assert (code, len(listed)) == (0, 8)
+    code, out, _ = run("runs", "show", folder / "runs", listed[0]["run"], "--json")
+    shown = json.loads(out)
+    assert shown["recipe"]["lr"] == 0.1
+    assert shown["final_loss"] == listed[0]["final_loss"]
+    assert sf.Curriculum(shown["curriculum"], n_train=40) == sf.RunStore(folder / "runs").load()[0].curriculum
+    assert run("runs", "ls", folder / "runs")[0] == 0
+    assert run("runs", "show", folder / "runs", listed[0]["run"])[0] == 0
+
+
+def test_demo(run, tmp_path, monkeypatch):
+    code, out, _ = run("demo", "--folder", tmp_path / "demo", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [row["simulator"] for row in found["evaluation"]] == [
+        "persistence", "mean_trajectory", "additive", "multiplicative", "linear",
+    ]  # fmt: skip
+    assert found["what_if"][-1]["simulator"] == "retrained"
+    assert found["what_if"][-1]["change_of_3s"] > 1
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    code, out, _ = run("demo", "--folder", tmp_path / "demo")  # reads what is recorded
+    assert code == 0
+    assert "What if we remove examples where label == 3?" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["runs", "ls", "nowhere"], "no run store at nowhere"),
+        (["runs", "show", "{runs}", "abc"], "no run 'abc'"),
+        (["evaluate", "{runs}", "--simulator", "linera", "--held-out", "3"], "did you mean 'linear'"),
+        (["evaluate", "{runs}", "--metric", "skil", "--held-out", "3"], "did you mean 'skill'"),
+        (["evaluate", "{runs}", "--set", "l3=1", "--held-out", "3"], "no parameter 'l3'"),
+        (["evaluate", "{runs}", "--set", "l2", "--held-out", "3"], "write name=value"),
+        (["evaluate", "{runs}", "--set", "l2=abc", "--held-out", "3"], "l2 must be"),
+        (["evaluate", "{runs}", "--held-out", "8"], "leave at least one"),
+        (["what-if", "{runs}", "--held-out", "3"], "say what to change"),
+        (["what-if", "{runs}", "--then", "label == 1", "--held-out", "3"], "say what to change"),
+        (["what-if", "{runs}", "--remove", "label == 77", "--held-out", "3"], "matches none"),
+        (["what-if", "{runs}", "--remove", "label.max()", "--held-out", "3"], "position 5"),
+        (["record", "nowhere.yaml", "--store", "s"], "nowhere.yaml"),
+        (["record", "{spec}", "--store", "s", "--checkpoints", "a"], "write step numbers"),
+    ],
+)
+def test_errors_are_one_line(run, folder, arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled = [argument.format(runs=folder / "runs", spec=folder / "spec.yaml") for argument in arguments]
+    code, out, err = run(*filled)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert said in err
+    assert out == ""

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import simfluence as sf
+from simfluence import evaluation as ev
+from simfluence.errors import DivergedWarning, InvalidInput
+
+RNG = np.random.default_rng(0)
+TRUE = RNG.normal(size=(9, 6, 7))
+SIMULATED = TRUE + RNG.normal(size=TRUE.shape)
+MEAN = np.broadcast_to(TRUE.mean(0), TRUE.shape)
+
+
+def test_all_steps_mse_leaves_out_the_start():
+    expected = [np.mean((SIMULATED[r, 1:] - TRUE[r, 1:]) ** 2) for r in range(9)]
+    assert np.allclose(ev.all_steps_mse(SIMULATED, TRUE), expected)
+    start = SIMULATED.copy()
+    start[:, 0] += 100
+    assert np.allclose(ev.all_steps_mse(start, TRUE), expected)
+
+
+def test_final_spearman():
+    expected = [scipy.stats.spearmanr(SIMULATED[r, -1], TRUE[r, -1]).statistic for r in range(9)]
+    assert np.allclose(ev.final_spearman(SIMULATED, TRUE), expected)
+
+
+def test_skill_is_against_the_mean_trajectory():
+    ours, theirs = ((SIMULATED - TRUE)[:, 1:] ** 2).sum(), ((MEAN - TRUE)[:, 1:] ** 2).sum()
+    assert ev.skill(SIMULATED, TRUE, MEAN) == pytest.approx(1 - ours / theirs)
+    assert ev.skill(MEAN, TRUE, MEAN) == 0
+    assert ev.skill(TRUE, TRUE, MEAN) == 1
+    ours, theirs = ((SIMULATED - TRUE)[:, -1] ** 2).sum(), ((MEAN - TRUE)[:, -1] ** 2).sum()
+    assert ev.final_skill(SIMULATED, TRUE, MEAN) == pytest.approx(1 - ours / theirs)
+
+
+def test_run_correlation():
+    each = [scipy.stats.spearmanr(SIMULATED[:, -1, z], TRUE[:, -1, z]).statistic for z in range(7)]
+    assert ev.run_correlation(SIMULATED, TRUE) == pytest.approx(np.mean(each))
+    assert np.isnan(ev.run_correlation(MEAN, TRUE))  # a constant forecast has none
+    partly = SIMULATED.copy()
+    partly[:, -1, 0] = 3.0
+    assert ev.run_correlation(partly, TRUE) == pytest.approx(np.mean(each[1:]))
+
+
+def test_delta_correlation():
+    one, two = RNG.normal(size=(2, 20))
+    assert ev.delta_correlation(one, two) == pytest.approx(scipy.stats.pearsonr(one, two).statistic)
+    assert np.isnan(ev.delta_correlation(np.zeros(20), two))
+
+
+def test_steps_not_recorded_do_not_count():
+    sparse = TRUE.copy()
+    sparse[:, 1::2] = np.nan  # recorded at 0, 2, 4
+    assert np.allclose(ev.all_steps_mse(SIMULATED, sparse), ((SIMULATED - TRUE)[:, [2, 4]] ** 2).mean((1, 2)))
+    assert np.allclose(ev.final(SIMULATED, sparse), SIMULATED[:, 4])
+    errors = ((SIMULATED - TRUE)[:, 4] ** 2).sum(1)
+    assert np.allclose(ev.final_errors(SIMULATED, sparse), errors)
+
+
+@pytest.fixture(scope="module")
+def parts(runs):
+    return runs.split(held_out=3, seed=0)
+
+
+def test_table(parts):
+    fit, held = parts
+    simulators = {
+        "mean": sf.MeanTrajectorySimulator().fit(fit),
+        "linear": sf.LinearSimulator(l2=10).fit(fit),
+        "same": sf.LinearSimulator(l2=10).fit(fit),
+    }
+    table = sf.evaluate(simulators, held, reference=fit)
+    assert list(table.index) == ["mean", "linear", "same"]
+    assert table.loc["linear"].equals(table.loc["same"])
+    assert (table["runs"] == 3).all()
+    assert (table["test_examples"] == 5).all()
+    simulated = simulators["linear"].simulate(held.curricula, held.initial_losses)
+    mean = simulators["mean"].simulate(held.curricula, held.initial_losses)
+    true = held.losses.astype(np.float64)
+    row = table.loc["linear"]
+    assert row["mse"] == pytest.approx(ev.all_steps_mse(simulated, true).mean())
+    assert row["mse_sd"] == pytest.approx(ev.all_steps_mse(simulated, true).std(ddof=1))
+    assert row["skill"] == pytest.approx(ev.skill(simulated, true, mean))
+    assert row["final_skill"] == pytest.approx(ev.final_skill(simulated, true, mean))
+    assert row["run_correlation"] == pytest.approx(ev.run_correlation(simulated, true))
+    for name in ("skill", "final_skill", "run_correlation"):
+        assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+    assert table.loc["mean", "skill"] == 0
+    assert np.isnan(table.loc["mean", "run_correlation"])
+
+
+def test_intervals_are_of_the_bootstrap_over_runs(parts):
+    fit, held = parts
+    table = sf.evaluate({"linear": sf.LinearSimulator().fit(fit)}, held, fit, bootstrap=200, confidence=0.8, seed=5)
+    simulated = sf.LinearSimulator().fit(fit).simulate(held.curricula, held.initial_losses)
+    mean = sf.MeanTrajectorySimulator().fit(fit).simulate(held.curricula, held.initial_losses)
+    true = held.losses.astype(np.float64)
+    draws = {"skill": [], "run_correlation": []}
+    for rows in np.random.default_rng(5).integers(3, size=(200, 3)):
+        draws["skill"].append(ev.skill(simulated[rows], true[rows], mean[rows]))
+        draws["run_correlation"].append(ev.run_correlation(simulated[rows], true[rows]))
+    for name, values in draws.items():
+        low, high = np.nanquantile(values, [0.1, 0.9])
+        assert table.loc["linear", f"{name}_low"] == pytest.approx(low)
+        assert table.loc["linear", f"{name}_high"] == pytest.approx(high)
+
+
+def test_chosen_metrics(parts):
+    fit, held = parts
+    table = sf.evaluate({"mean": sf.MeanTrajectorySimulator().fit(fit)}, held, fit, metrics=["skill"])
+    assert list(table.columns) == ["skill", "skill_low", "skill_high", "runs", "test_examples"]
+
+
+def test_bad_requests(parts, runs):
+    fit, held = parts
+    fitted = {"mean": sf.MeanTrajectorySimulator().fit(fit)}
+    with pytest.raises(InvalidInput, match="unknown metric 'skil', did you mean 'skill'"):
+        sf.evaluate(fitted, held, fit, metrics=["skil"])
+    with pytest.raises(InvalidInput, match="both held out and in the reference"):
+        sf.evaluate(fitted, runs, fit)
+    with pytest.raises(InvalidInput, match="no run to evaluate on"):
+        sf.evaluate(fitted, held[:0], fit)
+    with pytest.raises(InvalidInput, match="differ in shape"):
+        ev._squares(TRUE, TRUE[:, 1:])
+
+
+def test_diverged_held_out_runs_are_left_out(parts):
+    fit, held = parts
+    broken = sf.Run("broken", held[0].curriculum, np.full_like(held[0].losses, np.nan))
+    fitted = {"mean": sf.MeanTrajectorySimulator().fit(fit)}
+    with pytest.warns(DivergedWarning, match="broken"):
+        table = sf.evaluate(fitted, sf.Runs([*held, broken]), fit)
+    assert table.loc["mean", "runs"] == 3

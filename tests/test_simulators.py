@@ -1,0 +1,159 @@
+"""The contract: every simulator goes through the same round trip."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import sklearn.base
+import sklearn.exceptions
+
+import simfluence as sf
+from simfluence.errors import DivergedWarning, InvalidInput, NotFittedError, StoreError
+from simfluence.simulators import SIMULATORS, build
+
+
+@pytest.fixture(params=SIMULATORS)
+def simulator(request):
+    return build(request.param)
+
+
+def test_fit_returns_itself_and_simulates(simulator, runs):
+    fitted = simulator.fit(runs[:4])
+    assert fitted is simulator
+    losses = fitted.simulate(runs.curricula, runs.initial_losses)
+    assert losses.shape == runs.losses.shape
+    assert losses.dtype == np.float64
+    assert np.array_equal(losses[:, 0], runs.initial_losses)
+    assert np.isfinite(losses).all()
+
+
+def test_runs_are_simulated_independently(simulator, runs):
+    simulator.fit(runs[:4])
+    together = simulator.simulate(runs.curricula, runs.initial_losses)
+    for index, run in enumerate(runs):
+        alone = simulator.simulate([run.curriculum], run.initial_losses)[0]
+        assert np.allclose(alone, together[index], rtol=1e-12)
+
+
+def test_test_examples_are_simulated_independently(simulator, runs):
+    simulator.fit(runs)
+    fewer = sklearn.base.clone(simulator).fit(sf.Runs.from_arrays(runs.curricula, runs.losses[:, :, [3, 1]]))
+    whole = simulator.simulate(runs.curricula, runs.initial_losses)[:, :, [3, 1]]
+    assert np.allclose(fewer.simulate(runs.curricula, runs.initial_losses[:, [3, 1]]), whole, rtol=1e-6, atol=1e-9)
+
+
+def test_shorter_curricula_end_in_nan(simulator, runs):
+    simulator.fit(runs)
+    short = sf.Curriculum(runs[0].curriculum.tolist()[:4], n_train=12)
+    losses = simulator.simulate([runs[0].curriculum, short], runs.initial_losses[:2])
+    assert np.isnan(losses[1, 5:]).all()
+    assert np.allclose(losses[1, :5], simulator.simulate([short], runs.initial_losses[0])[0])
+    assert np.isfinite(losses[0]).all()
+
+
+def test_longer_curricula_are_simulated(simulator, runs):
+    simulator.fit(runs)
+    longer = sf.Curriculum(runs[0].curriculum.tolist() * 3, n_train=12)
+    losses = simulator.simulate([longer], runs.initial_losses[0])[0]
+    assert losses.shape == (31, 5)
+    assert np.isfinite(losses).all()
+    usual = simulator.simulate(runs.curricula[:1], runs.initial_losses[:1])[0]
+    assert np.allclose(losses[:11], usual)
+
+
+def test_save_and_load(simulator, runs, tmp_path):
+    simulator.fit(runs).save(tmp_path / "fitted.safetensors")
+    for loaded in (
+        sf.Simulator.load(tmp_path / "fitted.safetensors"),
+        type(simulator).load(str(tmp_path / "fitted.safetensors")),
+    ):
+        assert type(loaded) is type(simulator)
+        assert loaded.get_params() == simulator.get_params()
+        expected = simulator.simulate(runs.curricula, runs.initial_losses)
+        assert np.array_equal(loaded.simulate(runs.curricula, runs.initial_losses), expected)
+
+
+def test_scikit_learn_conventions(simulator, runs):
+    copy = sklearn.base.clone(simulator.fit(runs))
+    assert copy.get_params() == simulator.get_params()
+    with pytest.raises(NotFittedError, match="call fit"):
+        copy.simulate(runs.curricula, runs.initial_losses)
+    with pytest.raises(sklearn.exceptions.NotFittedError):
+        copy.save("nowhere")
+    learned = {name for name in vars(simulator) if name not in simulator.get_params()}
+    assert all(name.endswith("_") for name in learned)
+    with pytest.raises(InvalidInput, match="has no parameter 'l3'"):
+        simulator.with_parameters(l3=1.0)
+
+
+def test_bad_input(simulator, runs, known):
+    with pytest.raises(InvalidInput, match="no run to fit"):
+        simulator.fit(runs[:0])
+    simulator.fit(runs)
+    with pytest.raises(InvalidInput, match="8 training examples, but this simulator was fitted on 12"):
+        simulator.simulate(known.runs.curricula, runs.initial_losses)
+    for initial in (runs.initial_losses[:, :4], runs.initial_losses[:2], 1.0):
+        with pytest.raises(InvalidInput, match="initial losses must be"):
+            simulator.simulate(runs.curricula, initial)
+    with pytest.raises(InvalidInput, match="no curriculum"):
+        simulator.simulate([], runs.initial_losses)
+
+
+def test_diverged_runs_are_left_out_with_a_warning(simulator, runs):
+    losses = runs[5].losses.copy()
+    losses[4:, 2] = np.inf
+    diverged = sf.Run("broken", runs[5].curriculum, losses)
+    with pytest.warns(DivergedWarning, match="left out 1 diverged runs: broken"):
+        simulator.fit(sf.Runs([*runs[:5], diverged]))
+    clean = sklearn.base.clone(simulator).fit(runs[:5])
+    args = runs.curricula, runs.initial_losses
+    assert np.array_equal(simulator.simulate(*args), clean.simulate(*args))
+    with pytest.warns(DivergedWarning), pytest.raises(InvalidInput, match="all 1 diverged"):
+        simulator.fit(sf.Runs([diverged]))
+
+
+def test_runs_of_several_recipes_are_refused(simulator, runs, task, recipe):
+    other = sf.record(task, recipe.replace(lr=0.1), runs.curricula[:1])
+    with pytest.raises(InvalidInput, match="several recipes"):
+        simulator.fit(sf.Runs([*runs, *other]))
+
+
+def test_unknown_names():
+    with pytest.raises(InvalidInput, match="unknown simulator 'liner', did you mean 'linear'"):
+        build("liner")
+
+
+def test_files_that_are_no_simulators(runs, tmp_path):
+    path = tmp_path / "file.safetensors"
+    sf.AdditiveSimulator().fit(runs).save(path)
+    with pytest.raises(StoreError, match="holds a simulator 'additive', not one of LinearSimulator"):
+        sf.LinearSimulator.load(path)
+    content = path.read_bytes()
+    with pytest.raises(StoreError, match="no simulator at"):
+        sf.Simulator.load(tmp_path / "none")
+    for damaged in (
+        b"",
+        b"junk",
+        content[:50],
+        content[: len(content) // 2],
+        content.replace(b"additive", b"os.syste"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError):
+            sf.Simulator.load(path)
+    path.write_bytes(content.replace(b"n_train_", b"__dict__"))
+    with pytest.raises(StoreError, match="it sets '__dict__'"):
+        sf.Simulator.load(path)
+
+
+def test_mean_trajectory_is_the_mean_and_is_held(runs):
+    fitted = sf.MeanTrajectorySimulator().fit(runs[:4])
+    longer = sf.Curriculum(runs[0].curriculum.tolist() * 2, n_train=12)
+    losses = fitted.simulate([longer], runs.initial_losses[0])[0]
+    assert np.allclose(losses[1:11], runs[:4].losses.astype(np.float64).mean(0)[1:])
+    assert (losses[11:] == losses[10]).all()
+
+
+def test_persistence(runs):
+    losses = sf.PersistenceSimulator().fit(runs).simulate(runs.curricula, runs.initial_losses)
+    assert (losses == runs.initial_losses[:, None]).all()
