@@ -39,7 +39,7 @@ class RunStore:
 
     Nothing is written until something is recorded.
 
-    >>> RunStore("runs/digits").load()  # doctest: +SKIP
+    >>> RunStore("runs/digits").load()
     Runs(32: train=300, test=100)
     """
 
