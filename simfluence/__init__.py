@@ -11,7 +11,7 @@ from simfluence.errors import SimfluenceError
 from simfluence.evaluation import evaluate
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
-from simfluence.recording import Checkpoint, record
+from simfluence.recording import Checkpoint, Observe, estimate, record
 from simfluence.runs import Run, Runs
 from simfluence.simulators import (
     AdditiveSimulator,
@@ -35,6 +35,7 @@ __all__ = [
     "LinearSimulator",
     "MeanTrajectorySimulator",
     "MultiplicativeSimulator",
+    "Observe",
     "PersistenceSimulator",
     "Recipe",
     "Remove",
@@ -48,6 +49,7 @@ __all__ = [
     "Task",
     "Verification",
     "__version__",
+    "estimate",
     "evaluate",
     "random_curricula",
     "record",

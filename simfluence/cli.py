@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -20,11 +21,13 @@ from simfluence.edits import Edit, Remove, Reorder, Repeat
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.evaluation import METRICS
 from simfluence.evaluation import evaluate as evaluate_simulators
+from simfluence.recording import estimate
 from simfluence.recording import record as record_runs
 from simfluence.runs import Run, Runs
 from simfluence.simulators import SIMULATORS, Simulator
 from simfluence.specs import RecordingSpec
 from simfluence.store import RunStore
+from simfluence.task import Task
 from simfluence.whatif import Forecast, Verification
 from simfluence.whatif import what_if as ask
 
@@ -41,6 +44,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 HeldOut = Annotated[int, typer.Option(help="How many runs are kept from fitting.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split into fitting and held-out runs.")]
 Parameters = Annotated[list[str] | None, typer.Option("--set", help="A simulator's parameter: l2=10, prior=zero, …")]
+OwnTask = Annotated[str | None, typer.Option(help="A task of your own, package.module:function; runs that code.")]
 
 
 @app.command()
@@ -64,27 +68,38 @@ def demo(
 
 @app.command()
 def record(
-    spec: Annotated[Path, typer.Argument(help="YAML file with the keys task, recipe and curricula.")],
+    spec: Annotated[Path, typer.Argument(help="YAML file with the keys task, recipe, curricula and observe.")],
     store: Annotated[Path, typer.Option(help="Folder to keep the runs in.")],
-    checkpoints: Annotated[str, typer.Option(help="Steps to save parameters at, such as 0,100,200.")] = "",
+    task: OwnTask = None,
+    checkpoints: Annotated[str | None, typer.Option(help="Steps to save parameters at, such as 0,100,200.")] = None,
+    every: Annotated[int | None, typer.Option(help="Read the test losses after every so many steps.")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="A measure to record too; again for more.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, batched (many runs at once) or loop.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure a few steps, say what it will take.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train under each curriculum of SPEC and record every test loss; goes on where it stopped."""
     wanted = RecordingSpec.read(spec)
-    task = wanted.task.build()
-    curricula = wanted.curricula.build(len(task.train))
+    built = _task(task, wanted)
+    curricula = wanted.curricula.build(built.train)
+    asked = {"checkpoints": checkpoints and _steps(checkpoints), "every": every, "measures": measure}
+    observe = wanted.observe.replace(**{name: value for name, value in asked.items() if value is not None})
+    if dry_run:
+        found = estimate(built, wanted.recipe, curricula, store, observe=observe, engine=engine, device=device)
+        _print_json(dataclasses.asdict(found)) if as_json else print(found)
+        return
     try:
-        runs = record_runs(task, wanted.recipe, curricula, store, checkpoints=_steps(checkpoints), device=device)
+        runs = record_runs(built, wanted.recipe, curricula, store, observe=observe, engine=engine, device=device)
     except KeyboardInterrupt:
         there = len(RunStore(store).ids()) if RunStore(store).exists else 0
         print(f"\nStopped. {there} runs are whole in {store}; the same command goes on from there.", file=sys.stderr)
         raise typer.Exit(130) from None
-    found = {"store": str(store), "runs": len(runs), "diverged": sum(run.diverged for run in runs)}
+    diverged = sum(run.diverged for run in runs)
     if as_json:
-        _print_json(found)
+        _print_json({"store": str(store), "runs": len(runs), "diverged": diverged})
     else:
-        print(f"{found['runs']} runs in {store} ({found['diverged']} diverged)")
+        print(f"{len(runs)} runs in {store} ({diverged} diverged)")
 
 
 @app.command()
@@ -139,6 +154,7 @@ def what_if(
     held_out: HeldOut = 8,
     seed: Seed = 0,
     verify: Annotated[bool, typer.Option(help="Retrain to confirm.")] = False,
+    task: OwnTask = None,
     out: Annotated[Path | None, typer.Option(help="Write the tidy frame to this Parquet file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -147,8 +163,8 @@ def what_if(
     opened = RunStore(store)
     part, held = opened.load().split(held_out, seed)
     base = opened.read(run) if run else held[0]
-    task = tasks.rebuild(opened.info) if verify else None
-    forecast = ask(_fitted(simulator, part, parameters), base, edits, task=task)
+    built = (tasks.imported(task) if task else tasks.rebuild(opened.info)) if verify else None
+    forecast = ask(_fitted(simulator, part, parameters), base, edits, task=built)
     verified = forecast.verify() if verify else None
     if out:
         (verified or forecast).frame.to_parquet(out, index=False)
@@ -195,6 +211,15 @@ def main() -> None:
     except SimfluenceError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _task(reference: str | None, spec: RecordingSpec) -> Task:
+    """The user's own task if one is given, else the ready-made one of the specification."""
+    if reference:
+        return tasks.imported(reference)
+    if spec.task is None:
+        raise InvalidInput("which task? Name a ready-made one in the file, or give --task package.module:function")
+    return spec.task.build()
 
 
 def _edits(remove: str | None, repeat: str | None, times: int, first: str | None, then: str | None) -> list[Edit]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 
+from simfluence._indices import checked_indices
 from simfluence.errors import InvalidInput
 
 
@@ -118,10 +119,15 @@ def random_curricula(
     batch_size: int,
     subset: float | int = 1.0,
     seed: int = 0,
+    *,
+    replacement: bool = False,
+    sort_by: Any = None,
+    descending: bool = False,
+    stages: Sequence[Any] | None = None,
 ) -> list[Curriculum]:
     """Random curricula as in Guu et al. (2023): each run trains on its own random subset.
 
-    The subset is reshuffled every epoch; the epochs are laid end to end and cut into batches of
+    By default the subset is reshuffled every epoch; the epochs are laid end to end and cut into batches of
     ``batch_size``, so every example of the subset is shown equally often to within one time.
     Run r depends on ``seed`` and r alone: asking for more runs keeps the ones already there.
 
@@ -130,25 +136,70 @@ def random_curricula(
         runs, steps, batch_size: number of curricula, of batches in each, of examples in each batch.
         subset: a fraction of the training examples (float in (0, 1]) or their number (int).
         seed: any non-negative integer.
+        replacement: draw every place by itself from the subset, with replacement; there are no epochs then.
+        sort_by: one value per training example: every epoch goes from the smallest to the largest, equal ones
+            shuffled.
+        descending: sort from the largest to the smallest.
+        stages: lists of training indices: the steps are shared out evenly, the first stage's batches come from the
+            first list (and the subset), and so on.
 
     Raises:
-        InvalidInput: naming every argument that is out of range.
+        InvalidInput: naming every argument that is out of range, or a stage that has no example of a run's subset.
 
     >>> random_curricula(n_train=10, runs=2, steps=3, batch_size=2, subset=0.5, seed=0)[0]
     Curriculum(steps=3, batch=2, examples=5 of 10)
+    >>> random_curricula(n_train=4, runs=1, steps=4, batch_size=1, stages=[[2], [3]])[0].tolist()
+    [[2], [2], [3], [3]]
     """
-    size = _subset_size(n_train, subset)
     _check_positive(n_train=n_train, runs=runs, steps=steps, batch_size=batch_size)
     if seed < 0:
         raise InvalidInput(f"seed must not be negative, got {seed}")
-    return [_random_curriculum(np.random.default_rng([seed, r]), n_train, size, steps, batch_size) for r in range(runs)]
+    size = _subset_size(n_train, subset)
+    ranks = None if sort_by is None else _ranks(sort_by, descending, n_train, replacement)
+    members = [np.arange(n_train)] if stages is None else [checked_indices(stage, n_train) for stage in stages]
+    if not 1 <= len(members) <= steps:
+        raise InvalidInput(f"{len(members)} stages for {steps} steps: give at least one stage, and a step for each")
+    lengths = [len(part) * batch_size for part in np.array_split(np.arange(steps), len(members))]
+    curricula = []
+    for run in range(runs):
+        rng = np.random.default_rng([seed, run])
+        chosen = rng.choice(n_train, size=size, replace=False)
+        streams = [
+            _stream(rng, _of_stage(chosen, stage, number, run), length, replacement, ranks)
+            for number, (stage, length) in enumerate(zip(members, lengths, strict=True))
+        ]
+        curricula.append(Curriculum.from_flat(np.concatenate(streams), np.full(steps, batch_size), n_train))
+    return curricula
 
 
-def _random_curriculum(rng: np.random.Generator, n_train: int, size: int, steps: int, batch_size: int) -> Curriculum:
-    subset = rng.choice(n_train, size=size, replace=False)
-    epochs = -(-steps * batch_size // size)
-    stream = np.concatenate([rng.permutation(subset) for _ in range(epochs)])[: steps * batch_size]
-    return Curriculum.from_flat(stream, np.full(steps, batch_size), n_train)
+def _stream(
+    rng: np.random.Generator, members: np.ndarray, length: int, replacement: bool, ranks: np.ndarray | None
+) -> np.ndarray:
+    """``length`` places filled from ``members``, epoch by epoch or with replacement."""
+    if replacement:
+        return rng.choice(members, size=length)
+    epochs = [rng.permutation(members) for _ in range(-(-length // len(members)))]
+    if ranks is not None:
+        epochs = [epoch[np.argsort(ranks[epoch], kind="stable")] for epoch in epochs]
+    return np.concatenate(epochs)[:length]
+
+
+def _ranks(sort_by: Any, descending: bool, n_train: int, replacement: bool) -> np.ndarray:
+    """What to sort by, as numbers that ascend."""
+    values = np.asarray(sort_by)
+    if replacement:
+        raise InvalidInput("sort_by orders epochs, and replacement=True has none: choose one")
+    if values.shape != (n_train,):
+        raise InvalidInput(f"sort_by must have one value for each of {n_train} training examples, got {values.shape}")
+    ranks = np.unique(values, return_inverse=True)[1]
+    return -ranks if descending else ranks
+
+
+def _of_stage(chosen: np.ndarray, stage: np.ndarray, number: int, run: int) -> np.ndarray:
+    members = chosen[np.isin(chosen, stage)]
+    if len(members) == 0:
+        raise InvalidInput(f"stage {number} has no example in the subset of run {run}: a larger subset= would help")
+    return members
 
 
 def _subset_size(n_train: int, subset: float | int) -> int:

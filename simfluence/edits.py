@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simfluence._indices import checked_indices
 from simfluence._types import Indices, Target
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
-from simfluence.examples import Examples, checked_indices
+from simfluence.examples import Examples
 
 
 class Edit(ABC):

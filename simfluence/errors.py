@@ -32,6 +32,10 @@ class DivergedWarning(UserWarning):
     """A run whose losses became NaN or infinite was left out."""
 
 
+class EngineWarning(UserWarning):
+    """An engine that was asked for cannot train these runs; another does."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the nearest option, or all of them.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from simfluence import filters
+from simfluence._indices import checked_indices
 from simfluence._types import Indices, Target
 from simfluence.errors import FilterError, InvalidInput, did_you_mean
 
@@ -46,6 +47,18 @@ class Examples:
     def ids(self) -> list[str]:
         return self.table["id"].tolist()
 
+    def column(self, name: str) -> list[Any]:
+        """The values of a metadata column.
+
+        Raises:
+            InvalidInput: there is no such column.
+        """
+        if name not in self.table.columns:
+            raise InvalidInput(
+                f"no column {name!r} in the examples' metadata: {did_you_mean(name, self.table.columns)}"
+            )
+        return self.table[name].tolist()
+
     def select(self, target: Target) -> Indices:
         """The indices that ``target`` means: a filter (one text), a list of indices, or a list of ids.
 
@@ -79,17 +92,6 @@ class Examples:
 
     def __repr__(self) -> str:
         return f"Examples({len(self)}: {', '.join(self.table.columns)})"
-
-
-def checked_indices(target: Any, count: int) -> Indices:
-    """``target`` as an int array, each in ``0…count−1``."""
-    array = np.asarray(target)
-    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise InvalidInput(f"expected a filter text, or a list of indices or ids, got {target!r}")
-    if array.min() < 0 or array.max() >= count:
-        bad = array[(array < 0) | (array >= count)][0]
-        raise InvalidInput(f"no example {bad}: indices go from 0 to {count - 1}")
-    return array.astype(np.int64)
 
 
 def _some_values(column: pd.Series, limit: int = 6) -> str:

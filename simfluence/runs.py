@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from jaxtyping import Float
+import pandas as pd
+from jaxtyping import Bool, Float, Int
 
+from simfluence import filters
 from simfluence._types import InitialLosses, Losses, RunLosses
 from simfluence.curriculum import Curriculum
-from simfluence.errors import InvalidInput
+from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
 
@@ -31,6 +34,10 @@ class Run:
         fingerprint: of its task, if known.
         train, test: ids and metadata of the task's two sides, if known.
         checkpoints: files of the saved steps.
+        recorded: at which times the test side was read, ``[steps + 1]``; all of them by default.
+        measures: further readings by name, ``[steps + 1, test]`` like the losses.
+        verification: made to confirm a forecast, so not for fitting.
+        engine: that trained it, if known.
     """
 
     id: str
@@ -42,6 +49,10 @@ class Run:
     train: Examples | None = None
     test: Examples | None = None
     checkpoints: Mapping[int, Path] = field(default_factory=dict)
+    recorded: Bool[np.ndarray, " times"] | None = None
+    measures: Mapping[str, RunLosses] = field(default_factory=dict)
+    verification: bool = False
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         if self.losses.shape[0] != len(self.curriculum) + 1:
@@ -56,8 +67,25 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss became NaN or infinite."""
-        return not bool(np.isfinite(self.losses).all())
+        """Whether a loss (or a loss set aside by ``select``) became NaN or infinite."""
+        losses = [self.losses, *(self.measures[name] for name in ("loss",) if name in self.measures)]
+        return not all(np.isfinite(readings[self.times]).all() for readings in losses)
+
+    @property
+    def times(self) -> Int[np.ndarray, " k"]:
+        """The times 0…T at which the test side was read."""
+        return np.arange(len(self.losses)) if self.recorded is None else np.flatnonzero(self.recorded)
+
+    def select(self, name: str) -> Run:
+        """The run with the measure ``name`` in place of the losses, which become the measure "loss"."""
+        readings = dict(self.measures)
+        if name not in {"loss", *readings}:
+            raise InvalidInput(f"run {self.id} recorded no measure {name!r}, {did_you_mean(name, ['loss', *readings])}")
+        if name not in readings:  # the losses themselves, in their place already
+            return self
+        chosen = readings.pop(name)
+        kept = {"loss": self.losses} if "loss" not in readings else {}
+        return dataclasses.replace(self, losses=chosen, measures=readings | kept)
 
     @property
     def steps(self) -> int:
@@ -143,6 +171,32 @@ class Runs(Sequence[Run]):
     def test(self) -> Examples | None:
         return self[0].test if len(self) else None
 
+    def select(self, name: str) -> Runs:
+        """The runs with the measure ``name`` in place of the losses: simulators and ``evaluate`` take it as such.
+
+        Raises:
+            InvalidInput: a run did not record it.
+        """
+        return Runs(run.select(name) for run in self)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per run: what is known of it beside its numbers. ``where`` speaks of these columns."""
+        return pd.DataFrame([_described(run) for run in self])
+
+    def where(self, text: str) -> Runs:
+        """The runs that a filter over ``table`` matches, such as ``optimizer == "adamw" and steps > 100``."""
+        chosen = np.flatnonzero(filters.parse(text).mask(self.table)) if len(self) else ()
+        return Runs(self[int(index)] for index in chosen)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Tidy: a row per run, recorded time and test example; columns run, step, test, loss, and every measure."""
+        return pd.concat([_tidy(run) for run in self], ignore_index=True)
+
+    def to_arrays(self) -> tuple[list[Curriculum], Losses]:
+        """Curricula and losses ``[runs, steps + 1, test]``; ``from_arrays`` takes them back."""
+        return self.curricula, self.losses
+
     def split(self, held_out: int | float, seed: int = 0) -> tuple[Runs, Runs]:
         """Two disjoint parts ``(fit, held)``, each sorted by run id, so the order of the runs does not matter.
 
@@ -175,6 +229,48 @@ class Runs(Sequence[Run]):
 
     def __repr__(self) -> str:
         return f"Runs({len(self)}: train={self.n_train}, test={self.n_test})"
+
+
+def combined(before: Run, again: Run) -> Run:
+    """One run of two recordings of the same training: ``before`` stays, ``again`` fills what it lacks.
+
+    Raises:
+        InvalidInput: at times that both recorded they differ by more than another engine's rounding.
+    """
+    both = np.intersect1d(before.times, again.times)
+    loose = before.losses.dtype == np.float32
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if loose else {"rtol": 1e-9, "atol": 1e-9}
+    readings = {"loss": before.losses} | dict(before.measures)
+    others = {"loss": again.losses} | dict(again.measures)
+    for name in readings.keys() & others.keys():
+        if not np.allclose(readings[name][both], others[name][both], equal_nan=True, **tolerance):
+            raise InvalidInput(f"{name} of run {before.id} differs from what is recorded")
+    merged = {name: others.get(name, values).copy() for name, values in (others | readings).items()}
+    for name, values in readings.items():
+        merged[name][before.times] = values[before.times]
+    recorded = np.isin(np.arange(len(before.losses)), np.union1d(before.times, again.times))
+    return dataclasses.replace(
+        before,
+        losses=merged.pop("loss"),
+        measures=merged,
+        recorded=None if recorded.all() else recorded,
+        checkpoints=dict(again.checkpoints) | dict(before.checkpoints),
+        verification=before.verification and again.verification,
+    )
+
+
+def _described(run: Run) -> dict[str, Any]:
+    known = {"id": run.id, "steps": run.steps, "examples": len(np.unique(run.curriculum.indices))}
+    known |= {"diverged": run.diverged, "verification": run.verification, "engine": run.engine or ""}
+    recipe = run.recipe.model_dump(exclude={"optimizer_args"}) if run.recipe else {}
+    return known | recipe
+
+
+def _tidy(run: Run) -> pd.DataFrame:
+    times, tests = run.times, run.losses.shape[1]
+    index = {"run": run.id, "step": np.repeat(times, tests), "test": np.tile(np.arange(tests), len(times))}
+    readings = {"loss": run.losses} | dict(run.measures)
+    return pd.DataFrame(index | {name: values[times].ravel() for name, values in readings.items()})
 
 
 def _from_arrays(curriculum: Curriculum, losses: np.ndarray) -> Run:

@@ -1,18 +1,21 @@
-"""Specifications in YAML: what to record. Data only: tags that would build objects are refused."""
+"""Specifications in YAML: what to record. Data only: tags that would build objects, and aliases, are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from simfluence import tasks
-from simfluence._spec import Spec
+from simfluence._spec import InvalidSpec, Spec
 from simfluence.curriculum import Curriculum, random_curricula
-from simfluence.errors import InvalidInput
+from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.examples import Examples
 from simfluence.recipe import Recipe
+from simfluence.recording import Observe
 from simfluence.task import Task
 
 
@@ -27,29 +30,126 @@ class TaskSpec(Spec):
 
 
 class CurriculaSpec(Spec):
-    """The arguments of ``random_curricula`` without the number of training examples, which the task says."""
+    """Curricula of one kind; ``build`` makes them for a task's training examples."""
 
+    kind: ClassVar[str]
+
+    def build(self, train: Examples) -> list[Curriculum]:
+        """The curricula.
+
+        Raises:
+            InvalidInput: they do not fit the examples.
+        """
+        raise NotImplementedError
+
+
+class SubsetCurricula(CurriculaSpec):
+    """Each run on a random subset, reshuffled every epoch; see ``random_curricula``."""
+
+    kind = "subset"
     runs: int = Field(ge=1)
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     subset: float | int = 1.0
     seed: int = Field(0, ge=0)
 
-    def build(self, n_train: int) -> list[Curriculum]:
-        return random_curricula(n_train, **self.model_dump())
+    def build(self, train: Examples) -> list[Curriculum]:
+        return self._random(train)
+
+    def _random(self, train: Examples, **more: Any) -> list[Curriculum]:
+        return random_curricula(
+            len(train), self.runs, self.steps, self.batch_size, subset=self.subset, seed=self.seed, **more
+        )
+
+
+class ReplacementCurricula(SubsetCurricula):
+    """Every place drawn by itself from the subset, with replacement."""
+
+    kind = "replacement"
+
+    def build(self, train: Examples) -> list[Curriculum]:
+        return self._random(train, replacement=True)
+
+
+class SortedCurricula(SubsetCurricula):
+    """Every epoch sorted by a column of the training examples' metadata."""
+
+    kind = "sorted"
+    column: str
+    descending: bool = False
+
+    def build(self, train: Examples) -> list[Curriculum]:
+        return self._random(train, sort_by=train.column(self.column), descending=self.descending)
+
+
+class StagedCurricula(SubsetCurricula):
+    """The steps shared out over stages, each on the examples with some values of a metadata column.
+
+    Without ``stages``, every value of the column is one, in ascending order.
+    """
+
+    kind = "staged"
+    column: str
+    stages: tuple[tuple[bool | int | float | str, ...], ...] | None = None
+
+    def build(self, train: Examples) -> list[Curriculum]:
+        values = train.column(self.column)
+        stages = self.stages if self.stages is not None else [(value,) for value in sorted(set(values))]
+        members = [[i for i, value in enumerate(values) if value in stage] for stage in stages]
+        for stage, found in zip(stages, members, strict=True):
+            if not found:
+                raise InvalidInput(f"curricula.stages: no training example has {self.column} in {list(stage)}")
+        return self._random(train, stages=members)
+
+
+class ExplicitCurricula(CurriculaSpec):
+    """The batches themselves, ``[run][step][place]``."""
+
+    kind = "explicit"
+    curricula: tuple[tuple[tuple[int, ...], ...], ...] = Field(min_length=1)
+
+    @classmethod
+    def of(cls, curricula: Sequence[Curriculum]) -> ExplicitCurricula:
+        return cls(curricula=[curriculum.tolist() for curriculum in curricula])
+
+    def build(self, train: Examples) -> list[Curriculum]:
+        return [Curriculum(batches, len(train)) for batches in self.curricula]
+
+
+#: Kinds of curricula that a file may ask for.
+CURRICULA: dict[str, type[CurriculaSpec]] = {
+    "subset": SubsetCurricula,
+    "replacement": ReplacementCurricula,
+    "sorted": SortedCurricula,
+    "staged": StagedCurricula,
+    "explicit": ExplicitCurricula,
+}
 
 
 class RecordingSpec(Spec):
-    """All that ``record`` needs.
+    """All that ``record`` needs. A user's own task is not named here: it is given where the file is used.
 
     >>> RecordingSpec.parse("task: {name: digits}\\nrecipe: {lr: 0.1}\\n"
     ...                     "curricula: {runs: 2, steps: 9, batch_size: 4}").recipe.lr
     0.1
     """
 
-    task: TaskSpec
+    task: TaskSpec | None = None
     recipe: Recipe = Recipe()
     curricula: CurriculaSpec
+    observe: Observe = Observe()
+
+    @field_validator("curricula", mode="before")
+    @classmethod
+    def _of_kind(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        fields = {str(name): value for name, value in content.items()}
+        kind = fields.pop("kind", "subset")
+        if kind not in CURRICULA:
+            problem = {"kind": f"unknown kind {kind!r}, {did_you_mean(str(kind), CURRICULA)}"}
+            raise InvalidSpec("curricula", problem)
+        return CURRICULA[kind](**fields)
 
     @classmethod
     def read(cls, path: str | Path) -> RecordingSpec:
@@ -67,9 +167,32 @@ class RecordingSpec(Spec):
     def parse(cls, text: str) -> RecordingSpec:
         """The specification in a YAML text."""
         try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            content = yaml.load(text, _PlainLoader)  # noqa: S506 (a subclass of SafeLoader)
+        except (yaml.YAMLError, RecursionError) as error:
             raise InvalidInput(f"not plain YAML: {error}") from None
         if not isinstance(content, dict):
-            raise InvalidInput("expected the keys task, recipe and curricula")
-        return cls(**content)
+            raise InvalidInput("expected the keys task, recipe, curricula and observe")
+        return cls(**{str(name): value for name, value in content.items()})
+
+    def dump(self) -> str:
+        """YAML that ``parse`` reads back."""
+        curricula = {"kind": self.curricula.kind} | self.curricula.model_dump()
+        rest = self.model_dump(exclude_defaults=True, exclude={"curricula"})
+        return yaml.safe_dump(_lists(rest | {"curricula": curricula}))
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML without aliases, with which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _lists(content: Any) -> Any:
+    """Tuples as lists, which plain YAML has."""
+    if isinstance(content, dict):
+        return {name: _lists(value) for name, value in content.items()}
+    return [_lists(value) for value in content] if isinstance(content, tuple | list) else content

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import filelock
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from simfluence._files import write_whole
-from simfluence._version import __version__
-from simfluence.curriculum import Curriculum
+from simfluence._files import cannot_write, write_whole
 from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
-from simfluence.runs import Run, Runs
+from simfluence.run_file import FORMAT, check_format, read_run, read_table, run_to_bytes, to_bytes
+from simfluence.runs import Run, Runs, combined
 from simfluence.task import Task, TaskInfo
-
-FORMAT = 1
-_ABOUT = b"simfluence"
-_UNSIGNED = b"0" * 64
-_CHECKSUM = b"simfluence.sha256"
 
 
 class RunStore:
@@ -58,8 +52,7 @@ class RunStore:
             StoreError: there is no store here, or it is of a format this version cannot read.
         """
         content = self._read_json()
-        if content.get("format") != FORMAT:
-            raise StoreError(f"{self.path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+        check_format(content.get("format"), self.path / "store.json")
         try:
             return TaskInfo(n_train=content["n_train"], n_test=content["n_test"], **content["task"])
         except (KeyError, TypeError) as error:
@@ -82,7 +75,7 @@ class RunStore:
         self._check_portable(task)
         for side, examples in (("train", task.train), ("test", task.test)):
             table = pa.Table.from_pandas(examples.table, preserve_index=False)
-            write_whole(self.path / f"{side}.parquet", _signed(table.replace_schema_metadata()))
+            write_whole(self.path / f"{side}.parquet", to_bytes(table.replace_schema_metadata()))
         info = task.info
         described = {"name": info.name, "arguments": dict(info.arguments), "fingerprint": info.fingerprint}
         content = {"format": FORMAT, "task": described, "n_train": info.n_train, "n_test": info.n_test}
@@ -105,16 +98,15 @@ class RunStore:
         return self._file(run_id).is_file()
 
     def write(self, run: Run) -> None:
-        """Write one finished run, whole, and drop what was kept of it while under way.
+        """Write one finished run, whole, in place of what the store has of it.
 
         Raises:
-            StoreError: the run's task is not this store's.
+            StoreError: the run's task is not this store's, or the system refuses the write.
         """
         if run.fingerprint != self.info.fingerprint:
             raise StoreError(f"run {run.id} is of another task than {self.path}")
-        content = _signed(run_table(run))
-        write_whole(self._file(run.id), content, aside=self.partial(run.id))
-        self.drop_partial(run.id)
+        write_whole(self._file(run.id), run_to_bytes(run), aside=self.partial(run.id))
+        self._drop_folder(run.id)
 
     def read(self, run_id: str) -> Run:
         """One run.
@@ -125,32 +117,109 @@ class RunStore:
         """
         return self._read(run_id, self.info, *self._sides())
 
-    def load(self, recipe: Recipe | None = None) -> Runs:
-        """All finished runs, sorted by id.
+    def all_runs(self) -> Runs:
+        """Every finished run, of whatever recipe, verification runs too, sorted by id."""
+        info, sides = self.info, self._sides()
+        return Runs(self._read(run_id, info, *sides) for run_id in self.ids())
+
+    def load(self, recipe: Recipe | None = None, *, where: str | None = None, verification: bool = False) -> Runs:
+        """The finished runs, sorted by id.
 
         Args:
             recipe: load the runs of this recipe only.
+            where: a filter over what is known of the runs, such as ``optimizer == "adamw" and steps > 100``;
+                see ``Runs.table`` for the columns.
+            verification: load the runs made to confirm forecasts too.
 
         Raises:
             StoreError: a file is damaged or foreign, or runs of several recipes are here and none was chosen.
         """
-        info, sides = self.info, self._sides()
-        runs = [self._read(run_id, info, *sides) for run_id in self.ids()]
-        recipes = {run.recipe for run in runs if recipe is None or run.recipe == recipe}
+        runs = self.all_runs()
+        runs = runs.where(where) if where else runs
+        chosen = [run for run in runs if verification or not run.verification]
+        recipes = {run.recipe for run in chosen if recipe is None or run.recipe == recipe}
         if len(recipes) > 1:
             shown = "\n  ".join(sorted(str(found) for found in recipes))
             raise StoreError(f"{self.path} holds runs of {len(recipes)} recipes; say which: load(recipe=…)\n  {shown}")
-        return Runs(run for run in runs if run.recipe in recipes)
+        return Runs(run for run in chosen if run.recipe in recipes)
 
-    def partial(self, run_id: str) -> Path:
-        """Folder for a run under way."""
-        return self.path / "partial" / run_id
+    def merge(self, other: RunStore) -> int:
+        """Take over every run and checkpoint of ``other``, a store of the same task; returns how many runs came new.
 
-    def drop_partial(self, run_id: str) -> None:
-        shutil.rmtree(self.partial(run_id), ignore_errors=True)
-        parent = self.path / "partial"
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
+        Runs that both have are combined: neither loses what it recorded.
+
+        Raises:
+            StoreError: ``other`` is of another task, or has other losses for the same run.
+        """
+        if other.info.fingerprint != self.info.fingerprint:
+            raise StoreError(f"{other.path} holds runs of another task than {self.path}")
+        mine, new = {run.id: run for run in self.all_runs()}, 0
+        for run in other.all_runs():
+            new += run.id not in mine
+            try:
+                self.write(combined(mine[run.id], run) if run.id in mine else run)
+            except InvalidInput as error:
+                raise StoreError(f"{other.path} and {self.path}: {error}") from None
+            for step, file in run.checkpoints.items():
+                if not self.checkpoint(run.id, step).is_file():
+                    write_whole(self.checkpoint(run.id, step), file.read_bytes(), aside=self.partial(run.id))
+            self.drop_partial(run.id)
+        return new
+
+    def copy(self, path: str | Path, where: str | None = None) -> RunStore:
+        """A new store with the runs of this one, or with those that a filter over ``Runs.table`` matches.
+
+        Raises:
+            StoreError: there is a store at ``path`` already (``merge`` adds to one).
+        """
+        copied = RunStore(path)
+        if copied.exists:
+            raise StoreError(f"{path} is a run store already: RunStore({str(path)!r}).merge(…) adds to it")
+        runs = self.all_runs().where(where) if where else self.all_runs()
+        for name in ("train.parquet", "test.parquet", "store.json"):
+            write_whole(copied.path / name, (self.path / name).read_bytes())
+        for run in runs:
+            write_whole(copied._file(run.id), self._file(run.id).read_bytes())
+            for step, file in run.checkpoints.items():
+                write_whole(copied.checkpoint(run.id, step), file.read_bytes())
+        return copied
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Hold the right to record the runs kept under ``name`` while under way.
+
+        Yields whether it was free. The system takes the right away from a process that dies.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        lock = filelock.FileLock(self.path / "partial" / f"{name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise cannot_write(Path(lock.lock_file), error) from error
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def partial(self, name: str) -> Path:
+        """Folder for a run, or a group of runs, under way."""
+        return self.path / "partial" / name
+
+    def drop_partial(self, name: str) -> None:
+        """Forget what was kept under ``name``; the claim on it is given up too."""
+        shutil.rmtree(self.partial(name), ignore_errors=True)
+        (self.path / "partial" / f"{name}.lock").unlink(missing_ok=True)
+        self._drop_folder(name)
+
+    def _drop_folder(self, name: str) -> None:
+        for folder in (self.partial(name), self.path / "partial"):
+            with contextlib.suppress(OSError):  # it holds something, or another process was faster
+                folder.rmdir()
 
     def checkpoint(self, run_id: str, step: int) -> Path:
         """File for a checkpoint after ``step`` updates."""
@@ -172,18 +241,17 @@ class RunStore:
         file = self._file(run_id)
         if not file.is_file():
             raise InvalidInput(f"no run {run_id!r} in {self.path}, {did_you_mean(run_id, self.ids())}")
-        table, about = _read_signed(file)
-        if about.get("id") != run_id or about.get("fingerprint") != info.fingerprint:
-            raise StoreError(f"{file} is the run {about.get('id')!r} of another task or name: it does not belong here")
-        run = _run_of(table, about, file)
-        return Run(**vars(run) | {"train": train, "test": test, "checkpoints": self.checkpoints(run_id)})
+        run = read_run(file)
+        if run.id != run_id or run.fingerprint != info.fingerprint:
+            raise StoreError(f"{file} is the run {run.id!r} of another task or name: it does not belong here")
+        return dataclasses.replace(run, train=train, test=test, checkpoints=self.checkpoints(run_id))
 
     def _sides(self) -> tuple[Examples, Examples]:
         return self._examples("train"), self._examples("test")
 
     def _examples(self, side: str) -> Examples:
         file = self.path / f"{side}.parquet"
-        table = _parse(file)[0].to_pandas()
+        table = read_table(file)[0].to_pandas()
         if "id" not in table.columns:
             raise StoreError(f"{file} has no column 'id'")
         return Examples(table["id"].tolist(), table.drop(columns="id"))
@@ -206,83 +274,3 @@ class RunStore:
             json.dumps(dict(task.arguments))
         except TypeError as error:
             raise InvalidInput(f"task {task.name!r}: its arguments must be plain JSON values ({error})") from None
-
-
-def run_table(run: Run) -> pa.Table:
-    """A run as a table: a row per step from 0 to T, the rest in the schema's metadata."""
-    steps = run.steps
-    rates = np.full(steps, np.nan) if run.learning_rates is None else run.learning_rates
-    width = run.losses.shape[1]
-    value = pa.float64() if run.losses.dtype == np.float64 else pa.float32()
-    offsets = np.concatenate([[0], run.curriculum.offsets]).astype(np.int32)  # the row of step 0 has no batch
-    flat = pa.array(np.ascontiguousarray(run.losses).reshape(-1), value)
-    columns = {
-        "step": pa.array(np.arange(steps + 1), pa.int32()),
-        "batch": pa.ListArray.from_arrays(offsets, pa.array(run.curriculum.indices, pa.int32())),
-        "lr": pa.array(np.concatenate([[np.nan], rates]), pa.float64(), from_pandas=True),
-        "losses": pa.FixedSizeListArray.from_arrays(flat, width),
-    }
-    return pa.table(columns).replace_schema_metadata({_ABOUT: json.dumps(_about(run))})
-
-
-def _about(run: Run) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "id": run.id,
-        "fingerprint": run.fingerprint,
-        "n_train": run.curriculum.n_train,
-        "seed": run.recipe.seed if run.recipe else None,
-        "recipe": run.recipe.model_dump() if run.recipe else None,
-        "diverged": run.diverged,
-        "library": __version__,
-    }
-
-
-def _run_of(table: pa.Table, about: Mapping[str, Any], file: Path) -> Run:
-    if about.get("format") != FORMAT:
-        raise StoreError(f"{file} has format {about.get('format')!r}; this version reads format {FORMAT}")
-    batches = table.column("batch").combine_chunks()
-    losses = table.column("losses").combine_chunks()
-    sizes = batches.value_lengths().to_numpy()[1:]
-    return Run(
-        id=about["id"],
-        curriculum=Curriculum.from_flat(batches.flatten().to_numpy(), sizes, about["n_train"]),
-        losses=losses.flatten().to_numpy().reshape(len(table), -1),
-        learning_rates=table.column("lr").to_numpy()[1:],
-        recipe=None if about["recipe"] is None else Recipe(**about["recipe"]),
-        fingerprint=about["fingerprint"],
-    )
-
-
-def _signed(table: pa.Table) -> bytes:
-    """A Parquet file whose metadata holds the SHA-256 of the whole file, taken with zeros in its place."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({_CHECKSUM.decode(): _UNSIGNED.decode()})
-    content = sink.getvalue().to_pybytes()
-    if content.count(_UNSIGNED) != 1:
-        raise StoreError("the file to be written contains 64 zeros in a row as text: rename what holds them")
-    return content.replace(_UNSIGNED, hashlib.sha256(content).hexdigest().encode())
-
-
-def _read_signed(file: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """A run file's table and what its metadata says, after the checksum held."""
-    table, metadata = _parse(file)
-    if _ABOUT not in metadata:
-        raise StoreError(f"{file} was not written by simfluence: move it elsewhere")
-    return table, json.loads(metadata[_ABOUT])
-
-
-def _parse(file: Path) -> tuple[pa.Table, Mapping[bytes, bytes]]:
-    content = file.read_bytes()
-    try:
-        metadata = pq.read_metadata(pa.BufferReader(content)).metadata or {}
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{file} is damaged or no Parquet file: {error}") from None
-    signature = metadata.get(_CHECKSUM)
-    if signature is None or len(signature) != len(_UNSIGNED):
-        raise StoreError(f"{file} was not written by simfluence (no checksum): move it elsewhere")
-    if hashlib.sha256(content.replace(signature, _UNSIGNED)).hexdigest().encode() != signature:
-        raise StoreError(f"{file} is damaged: its checksum does not hold. Delete it and record again")
-    return pq.read_table(pa.BufferReader(content)), metadata

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -48,6 +49,9 @@ class Task:
         loss: ``loss(outputs, targets)`` → losses ``[batch]``, not reduced.
         train, test: ids and metadata of the two sides.
         arguments: what rebuilds a ready-made task from its name.
+        measures: further numbers to record of each test example, by name: ``measure(outputs, targets)`` → ``[batch]``.
+        l2: the objective's own penalty: training minimises the batch's mean loss + ``l2/2 · ‖θ‖²``. Recorded losses
+            are without it.
 
     Raises:
         InvalidInput: the number of examples, inputs and targets differ on a side.
@@ -61,8 +65,14 @@ class Task:
     train: Examples
     test: Examples
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    measures: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=dict)
+    l2: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.l2) and self.l2 >= 0):
+            raise InvalidInput(f"l2 must be a number from 0 up, got {self.l2!r}")
+        if "loss" in self.measures:
+            raise InvalidInput("'loss' is recorded always: give the measure another name")
         for side, examples, data in (("train", self.train, self.train_data), ("test", self.test, self.test_data)):
             counts = {len(examples)} | {len(tensor) for tensor in tensors(data)}
             if len(counts) > 1 or 0 in counts:
@@ -79,25 +89,34 @@ class Task:
             raise InvalidInput(f"task {self.name!r}: model() returned {type(model).__name__}, not a torch module")
         return model
 
+    def read(self, outputs: Any, targets: Tensor, measures: Iterable[str] = ()) -> dict[str, Tensor]:
+        """The loss and the named measures of each example, each ``[batch]``.
+
+        Raises:
+            InvalidInput: one of them is not one number per example.
+        """
+        readings = {"loss": self.loss(outputs, targets)}
+        readings |= {name: self.measures[name](outputs, targets) for name in measures}
+        for name, values in readings.items():
+            if values.shape != targets.shape[:1]:
+                raise InvalidInput(
+                    f"{name} of task {self.name!r} has shape {tuple(values.shape)} for {len(targets)} examples: "
+                    "give one loss per example, [batch] (in torch: reduction='none', and a mean over further axes)"
+                )
+        return readings
+
     def batch_losses(self, model: nn.Module, data: Data) -> Tensor:
         """The loss of each example of ``data``, ``[batch]``, in the model's present mode."""
-        inputs, targets = data
-        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        losses = self.loss(outputs, targets)
-        if losses.shape != targets.shape[:1]:
-            raise InvalidInput(
-                f"the loss of task {self.name!r} returned shape {tuple(losses.shape)} for {len(targets)} examples: "
-                "give one loss per example, [batch] (in torch: reduction='none', and a mean over further axes)"
-            )
-        return losses
+        return self.read(forward(model, data[0]), data[1])["loss"]
 
-    def evaluate(self, model: nn.Module, data: Data) -> Tensor:
-        """The loss of each example of ``data``, ``[batch]``, in the model's present mode, without gradients."""
+    def evaluate(self, model: nn.Module, data: Data, measures: Iterable[str] = ()) -> dict[str, Tensor]:
+        """The loss and the named measures of each example of ``data``, in the model's present mode, no gradients."""
         with torch.no_grad():
             if len(data[1]) <= EVALUATION_BATCH:
-                return self.batch_losses(model, data)
-            parts = torch.arange(len(data[1]), device=data[1].device).split(EVALUATION_BATCH)
-            return torch.cat([self.batch_losses(model, take(data, part)) for part in parts])
+                return self.read(forward(model, data[0]), data[1], measures)
+            chunks = torch.arange(len(data[1]), device=data[1].device).split(EVALUATION_BATCH)
+            parts = [self.evaluate(model, take(data, chunk), measures) for chunk in chunks]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -113,7 +132,7 @@ class Task:
             "parameters": [[name, list(p.shape), p.requires_grad] for name, p in model.named_parameters()],
             "loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
             "ids": [self.train.ids, self.test.ids],
-        }
+        } | ({"l2": self.l2} if self.l2 else {})
         digest.update(json.dumps(described, sort_keys=True).encode())
         weights = tuple(self.model.state_dict().values()) if isinstance(self.model, nn.Module) else ()
         for tensor in tensors((self.train_data, self.test_data, weights)):
@@ -127,6 +146,11 @@ class Task:
 
     def __repr__(self) -> str:
         return f"Task({self.name!r}, train={len(self.train)}, test={len(self.test)})"
+
+
+def forward(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """The model's outputs; a mapping of inputs is passed as keyword arguments."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def convert(function: Callable[[Tensor], Tensor], data: Any) -> Any:

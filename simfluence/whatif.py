@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -56,12 +57,16 @@ class Forecast:
         """Tidy: a row per step and test example; columns step, test, base, what_if, delta."""
         return _tidy({"base": self.base, "what_if": self.what_if, "delta": self.what_if - self.base})
 
-    def verify(self, recipe: Recipe | None = None, *, task: Task | None = None) -> Verification:
+    def verify(
+        self, recipe: Recipe | None = None, *, task: Task | None = None, store: str | Path | None = None
+    ) -> Verification:
         """Really retrain under the edited curriculum and set the truth beside the forecast.
 
         Args:
             recipe: how to train; by default as the base run was.
             task: what to train; by default the one given to ``what_if``.
+            store: folder to keep the retrained run in, marked as a verification so that ``load()`` leaves it out;
+                asking again trains nothing.
 
         Raises:
             InvalidInput: the task is not known or not the base run's, or the recipe is not the base run's.
@@ -74,7 +79,7 @@ class Forecast:
             raise InvalidInput(f"base run {self.run.id} is of another task than {task.name!r}")
         if self.run.recipe not in (None, recipe):
             raise InvalidInput(f"base run {self.run.id} was trained by another recipe: {self.run.recipe}")
-        retrained = record(task, recipe, [self.curriculum])[0]
+        retrained = record(task, recipe, [self.curriculum], store, verification=True)[0]
         return Verification(self, retrained.losses.astype(np.float64))
 
     def __str__(self) -> str:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -9,9 +7,9 @@ from torch import nn
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, StoreError
-from simfluence.recording import loop
-
-recording = importlib.import_module("simfluence.recording.record")  # the package's name for it is the function
+from simfluence.recording import loop, session
+from simfluence.recording.engines import plan
+from simfluence.recording.training import Job, Training
 
 RECIPES = {
     "sgd": sf.Recipe(lr=0.3),
@@ -53,12 +51,14 @@ def by_hand(task, recipe, curriculum):
     return np.stack(losses)
 
 
+@pytest.mark.parametrize("engine", ["loop", "batched"])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_equals_training_by_hand(task, recipe, curricula):
-    ragged = sf.Curriculum([[0, 1, 2], [], [5], [5, 5, 7, 8, 9], [3, 4]], n_train=12)
-    for run in sf.record(task, recipe, [*curricula[:2], ragged]):
+def test_equals_training_by_hand(task, recipe, curricula, engine):
+    ragged = sf.Curriculum([[0, 1, 2], [1], [5], [5, 5, 7, 8, 9], [3, 4]] * 2, n_train=12)
+    for run in sf.record(task, recipe, [*curricula[:2], ragged], engine=engine):
+        assert run.engine == engine
         expected = by_hand(task, recipe, run.curriculum)
-        assert np.allclose(run.losses, expected, rtol=1e-6, atol=1e-7)
+        assert np.allclose(run.losses, expected, rtol=1e-5, atol=1e-6)
         assert run.losses.dtype == np.dtype(recipe.dtype)
         assert run.learning_rates.tolist() == recipe.learning_rates(run.steps).tolist()
 
@@ -80,12 +80,12 @@ def test_all_runs_start_from_the_same_losses(runs, task, curricula):
 def test_returned_in_the_order_of_the_curricula(task, recipe, curricula, store):
     backwards = sf.record(task, recipe, [*curricula[::-1], curricula[0]], store)
     assert backwards.curricula == [*curricula[::-1], curricula[0]]
-    assert backwards[0].losses.tolist() == sf.record(task, recipe, curricula)[-1].losses.tolist()
+    assert np.array_equal(backwards[0].losses, sf.record(task, recipe, curricula)[-1].losses)
     assert store.load().ids == sorted(store.load().ids)
 
 
 def test_recorded_runs_are_read_not_made_again(task, recipe, curricula, store, monkeypatch):
-    monkeypatch.setattr(loop.Training, "advance", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(Training, "advance", lambda self: pytest.fail("trained again"))
     again = sf.record(task, recipe, curricula, store)
     assert len(again) == len(curricula)
 
@@ -106,13 +106,14 @@ def noisy_task(task):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "dropout"])
-def test_an_interrupted_run_goes_on_bit_for_bit(task, recipe, noisy, tmp_path, monkeypatch):
-    task = noisy_task(task) if noisy else task
+@pytest.mark.parametrize("kind", ["loop", "dropout", "batched"])
+def test_an_interrupted_run_goes_on_bit_for_bit(task, recipe, kind, tmp_path, monkeypatch):
+    task = noisy_task(task) if kind == "dropout" else task
+    engine = "batched" if kind == "batched" else "loop"
     curricula = sf.random_curricula(n_train=12, runs=2, steps=12, batch_size=4, seed=0)
-    whole = sf.record(task, recipe, curricula, tmp_path / "whole")
-    monkeypatch.setattr(recording, "SECONDS_BETWEEN_SAVES", -1.0)  # keep every step
-    advance, made = loop.Training.advance, []
+    whole = sf.record(task, recipe, curricula, tmp_path / "whole", engine=engine)
+    monkeypatch.setattr(session, "SECONDS_BETWEEN_SAVES", -1.0)  # keep every step
+    advance, made = Training.advance, []
 
     def interrupted(self):
         if len(made) == 7:
@@ -121,12 +122,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(task, recipe, noisy, tmp_path, m
         made.append(self.step)
         advance(self)
 
-    monkeypatch.setattr(loop.Training, "advance", interrupted)
+    monkeypatch.setattr(Training, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sf.record(task, recipe, curricula, tmp_path / "broken")
+        sf.record(task, recipe, curricula, tmp_path / "broken", engine=engine)
     assert sf.RunStore(tmp_path / "broken").ids() == []
-    resumed = sf.record(task, recipe, curricula, tmp_path / "broken")
-    assert made == [*range(7), "interrupted", *range(7, 12), *range(12)]  # nothing trained twice
+    resumed = sf.record(task, recipe, curricula, tmp_path / "broken", engine=engine)
+    rest = [] if engine == "batched" else [*range(12)]  # both runs are in step, or the second comes after
+    assert made == [*range(7), "interrupted", *range(7, 12), *rest]  # nothing trained twice
     assert np.array_equal(resumed.losses, whole.losses)
     assert np.array_equal(sf.RunStore(tmp_path / "broken").load().losses, sf.RunStore(tmp_path / "whole").load().losses)
     assert not (tmp_path / "broken" / "partial").exists()
@@ -135,16 +137,36 @@ def test_an_interrupted_run_goes_on_bit_for_bit(task, recipe, noisy, tmp_path, m
 def test_a_damaged_unfinished_run_is_started_again(task, recipe, curricula, runs, tmp_path):
     store = sf.RunStore(tmp_path / "s")
     store.open_for(task)
-    file = store.partial(runs[0].id) / "training.safetensors"
+    group = plan(task, recipe, {run.id: run.curriculum for run in runs})[0]
+    file = store.partial(group.name) / "training.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"half a file")
     assert np.array_equal(sf.record(task, recipe, curricula, store).losses, runs.losses)
+    assert not (tmp_path / "s" / "partial").exists()
 
 
-def test_checkpoints_hold_parameters_and_optimizer_state(task, curricula, tmp_path):
-    recipe = RECIPES["adamw"]
-    run = sf.record(task, recipe, curricula[:1], tmp_path, checkpoints=[0, 4, 10])[0]
-    run = sf.RunStore(tmp_path).read(run.id)
+def test_an_unfinished_run_that_was_read_at_other_times_is_started_again(task, recipe, tmp_path, monkeypatch):
+    curricula = sf.random_curricula(n_train=12, runs=1, steps=12, batch_size=4)
+    monkeypatch.setattr(session, "SECONDS_BETWEEN_SAVES", -1.0)
+    advance = Training.advance
+
+    def interrupted(self):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        advance(self)
+
+    monkeypatch.setattr(Training, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sf.record(task, recipe, curricula, tmp_path, observe=sf.Observe(every=5))
+    monkeypatch.setattr(Training, "advance", advance)
+    assert np.isfinite(sf.record(task, recipe, curricula, tmp_path).losses).all()
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_checkpoints_hold_parameters_and_optimizer_state(task, curricula, tmp_path, engine):
+    recipe, observe = RECIPES["adamw"], sf.Observe(checkpoints=[0, 4, 10])
+    runs = sf.record(task, recipe, curricula[:3], tmp_path, observe=observe, engine=engine)
+    run = sf.RunStore(tmp_path).read(runs[1].id)
     assert list(run.checkpoints) == [0, 4, 10]
     for step, file in run.checkpoints.items():
         checkpoint = sf.Checkpoint.load(file)
@@ -153,7 +175,7 @@ def test_checkpoints_hold_parameters_and_optimizer_state(task, curricula, tmp_pa
         checkpoint.restore(model, optimizer)
         model.eval()
         assert checkpoint.step == step
-        assert np.array_equal(task.evaluate(model, task.test_data).numpy(), run.losses[step])
+        assert np.allclose(task.evaluate(model, task.test_data)["loss"].numpy(), run.losses[step], atol=1e-6)
         if step:
             assert optimizer.state_dict()["state"][0]["step"] == step
             assert optimizer.state_dict()["state"][0]["exp_avg_sq"].abs().sum() > 0
@@ -161,16 +183,17 @@ def test_checkpoints_hold_parameters_and_optimizer_state(task, curricula, tmp_pa
 
 def test_asking_later_for_checkpoints_replays_the_run(task, recipe, curricula, store):
     before = store.load()
-    sf.record(task, recipe, curricula[:2], store, checkpoints=[5])
+    sf.record(task, recipe, curricula[:2], store, observe=sf.Observe(checkpoints=[5]))
     assert sum(len(run.checkpoints) for run in store.load()) == 2
     assert np.array_equal(store.load().losses, before.losses)
 
 
 def test_a_replay_that_differs_is_refused(task, recipe, curricula, store, monkeypatch):
-    monkeypatch.setattr(loop.Training, "recorded", lambda self: self.losses.numpy() + 1)
+    recorded = Training.recorded
+    monkeypatch.setattr(Training, "recorded", lambda self: [{"loss": run["loss"] + 0.1} for run in recorded(self)])
     before = store.load()
-    with pytest.raises(StoreError, match="gave other losses than are recorded"):
-        sf.record(task, recipe, curricula[:1], store, checkpoints=[5])
+    with pytest.raises(StoreError, match="differs from what is recorded"):
+        sf.record(task, recipe, curricula[:1], store, observe=sf.Observe(checkpoints=[5]))
     assert np.array_equal(store.load().losses, before.losses)
 
 
@@ -182,6 +205,12 @@ def test_a_diverged_run_is_kept_and_marked(task, curricula, tmp_path):
     assert np.isfinite(runs[0].losses[0]).all()
 
 
+def one_step(task, recipe):
+    training = loop.LoopTraining(Job.of(task, recipe), sf.Curriculum([[0, 1]], 12), np.ones(2, bool))
+    training.advance()
+    return training
+
+
 def test_modules_with_their_own_train_get_it_called(task, recipe):
     class Frozen(nn.BatchNorm1d):
         def train(self, mode=True):
@@ -189,14 +218,7 @@ def test_modules_with_their_own_train_get_it_called(task, recipe):
 
     (X, y), test = task.train_data, task.test_data
     frozen = sf.tasks.from_arrays(lambda: nn.Sequential(Frozen(3), nn.Linear(3, 2)), X, y, "cross_entropy", test=test)
-    training = loop.Training(
-        frozen,
-        recipe,
-        sf.Curriculum([[0, 1]], 12),
-        torch.device("cpu"),
-        loop.prepare(frozen, recipe, torch.device("cpu")),
-    )
-    training.advance()
+    training = one_step(frozen, recipe)
     assert training.model[0].running_mean.abs().sum() == 0
 
 
@@ -208,14 +230,7 @@ def test_parameters_without_gradient_are_left_alone(task, recipe):
 
     (X, y), test = task.train_data, task.test_data
     partly = sf.tasks.from_arrays(model, X, y, "cross_entropy", test=test)
-    training = loop.Training(
-        partly,
-        recipe,
-        sf.Curriculum([[0, 1]], 12),
-        torch.device("cpu"),
-        loop.prepare(partly, recipe, torch.device("cpu")),
-    )
-    training.advance()
+    training = one_step(partly, recipe)
     assert torch.equal(training.model[0].weight, partly.build_model(0)[0].weight)
     assert not torch.equal(training.model[1].weight, partly.build_model(0)[1].weight)
 
@@ -225,9 +240,12 @@ def test_parameters_without_gradient_are_left_alone(task, recipe):
     [
         ({"curricula": []}, "no curriculum"),
         ({"curricula": [sf.Curriculum([[0]], n_train=13)]}, "curriculum 0 is of 13 training examples"),
-        ({"checkpoints": [0]}, "give store="),
-        ({"checkpoints": [11], "store": "s"}, r"checkpoints=\[11\]: steps go from 0 to 10"),
-        ({"checkpoints": [-1], "store": "s"}, "steps go from 0"),
+        ({"observe": sf.Observe(checkpoints=[0])}, "give store="),
+        ({"observe": sf.Observe(checkpoints=[11]), "store": "s"}, r"checkpoints=\[11\]: steps go from 0 to 10"),
+        ({"observe": sf.Observe(checkpoints=[-1]), "store": "s"}, "steps go from 0"),
+        ({"observe": sf.Observe(every=11)}, "every=11 is more than the 10 steps"),
+        ({"observe": sf.Observe(measures=["margn"])}, "has no measure 'margn'"),
+        ({"engine": "batch"}, "did you mean 'batched'"),
     ],
 )
 def test_bad_requests(task, recipe, curricula, change, said, tmp_path, monkeypatch):

@@ -12,8 +12,20 @@ import simfluence as sf
 ROOT = Path(sf.__file__).parent
 #: Floors from the ground up; a module may import from its own floor and from those below.
 FLOORS = [
-    ["_version", "errors", "_types", "_files", "_spec", "filters", "curriculum", "examples", "edits", "recipe"],
-    ["task", "runs", "store"],
+    [
+        "_version",
+        "errors",
+        "_types",
+        "_indices",
+        "_files",
+        "_spec",
+        "filters",
+        "curriculum",
+        "examples",
+        "edits",
+        "recipe",
+    ],
+    ["task", "runs", "run_file", "store"],
     ["tasks", "recording"],
     ["simulators"],
     ["evaluation", "whatif", "specs"],

@@ -33,7 +33,7 @@ def test_digits_models(model, parameters):
     task = tasks.digits(n_train=5, n_test=3, model=model)
     built = task.build_model(0)
     assert sum(parameter.numel() for parameter in built.parameters()) == parameters
-    assert task.evaluate(built, task.test_data).shape == (3,)
+    assert task.evaluate(built, task.test_data)["loss"].shape == (3,)
 
 
 def test_initial_weights_follow_the_seed_and_leave_torch_alone(task):
@@ -75,7 +75,7 @@ def test_inputs_may_be_mappings():
     task = tasks.from_arrays(Sum, {"left": X, "right": -X}, Y, "cross_entropy", test=2)
     model = task.build_model(0)
     expected = nn.functional.cross_entropy(model.layer.bias.expand(2, 2), task.test_data[1], reduction="none")
-    assert torch.allclose(task.evaluate(model, task.test_data), expected)
+    assert torch.allclose(task.evaluate(model, task.test_data)["loss"], expected)
     curriculum = sf.Curriculum([[0, 1], [2]], n_train=6)
     assert sf.record(task, sf.Recipe(), [curriculum]).losses.shape == (1, 3, 2)
 
@@ -88,9 +88,9 @@ def test_squared_error():
 
 def test_evaluation_does_not_depend_on_its_batches(task, monkeypatch):
     model = task.build_model(0)
-    whole = task.evaluate(model, task.train_data)
+    whole = task.evaluate(model, task.train_data)["loss"]
     monkeypatch.setattr("simfluence.task.EVALUATION_BATCH", 5)
-    assert torch.allclose(task.evaluate(model, task.train_data), whole, atol=1e-6)
+    assert torch.allclose(task.evaluate(model, task.train_data)["loss"], whole, atol=1e-6)
 
 
 def test_fingerprint_sees_data_ids_loss_and_model():

@@ -1,6 +1,8 @@
 """Training runs, recorded: every test example's loss before training and after every step."""
 
 from simfluence.recording.checkpoints import Checkpoint
-from simfluence.recording.record import record, run_id
+from simfluence.recording.estimate import Estimate, estimate
+from simfluence.recording.observe import Observe
+from simfluence.recording.session import record, run_id
 
-__all__ = ["Checkpoint", "record", "run_id"]
+__all__ = ["Checkpoint", "Estimate", "Observe", "estimate", "record", "run_id"]

@@ -20,7 +20,7 @@ from simfluence.errors import StoreError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One moment of a run.
+    """One moment of a run. Tensors may be shared with the model until ``save``.
 
     Args:
         step: number of updates made so far.
@@ -34,18 +34,17 @@ class Checkpoint:
     optimizer: Mapping[int, Mapping[str, Any]]
     extra: Mapping[str, Tensor]
 
-    @classmethod
-    def of(cls, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: Tensor) -> Checkpoint:
-        """The present moment. Tensors are shared with the model until ``save``."""
-        return cls(step, model.state_dict(), optimizer.state_dict()["state"], extra)
-
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the state back into a model and an optimizer built as they were."""
         model.load_state_dict(dict(self.model))
         if optimizer is not None:
-            groups = optimizer.state_dict()["param_groups"]
-            state = {number: dict(entries) for number, entries in self.optimizer.items()}
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.restore_optimizer(optimizer)
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the state back into an optimizer built as it was."""
+        groups = optimizer.state_dict()["param_groups"]
+        state = {number: dict(entries) for number, entries in self.optimizer.items()}
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def save(self, path: Path, aside: Path | None = None) -> None:
         """Write to ``path``, whole or not at all."""

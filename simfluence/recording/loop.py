@@ -2,99 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simfluence._types import RunLosses
 from simfluence.curriculum import Curriculum
-from simfluence.errors import StoreError
-from simfluence.recipe import Recipe
 from simfluence.recording.checkpoints import Checkpoint
-from simfluence.task import Data, Task, cast, take
+from simfluence.recording.training import Job, Training
+from simfluence.task import take
 
 
-class Training:
-    """One training under way: each ``advance()`` makes one update and measures the test losses.
+class LoopTraining(Training):
+    """One training under way. An empty batch is a step without an update; the schedule moves on."""
 
-    The global random state of torch is the recipe's while a training runs; ``checkpoint()`` and ``restore()``
-    carry it along, so an interrupted training goes on bit for bit.
-    """
-
-    def __init__(
-        self, task: Task, recipe: Recipe, curriculum: Curriculum, device: torch.device, data: tuple[Data, Data]
-    ) -> None:
-        self.task = task
-        self.recipe = recipe
-        self.train_data, self.test_data = data
-        self.model = task.build_model(recipe.seed).to(device, recipe.torch_dtype)
+    def __init__(self, job: Job, curriculum: Curriculum, times: np.ndarray) -> None:
+        super().__init__(job, 1, times)
+        self.model = job.task.build_model(job.recipe.seed).to(job.device, job.recipe.torch_dtype)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = recipe.build_optimizer(self.parameters)
-        self.rates = recipe.learning_rates(len(curriculum))
-        self.rate_of_step: list[float] = self.rates.tolist()  # optimizers are slow with NumPy's floats
-        self.batches = torch.tensor(curriculum.indices, dtype=torch.int64, device=device).split(
-            curriculum.sizes.tolist()
-        )
+        self.optimizer = job.recipe.build_optimizer(self.parameters)
+        places = torch.tensor(curriculum.indices, dtype=torch.int64, device=job.device)
+        self.batches = places.split(curriculum.sizes.tolist())
         self.mode = ModeSwitch(self.model)
-        self.step = 0
-        torch.manual_seed(recipe.seed)
-        first = self._evaluate()
-        self.losses = torch.full((len(curriculum) + 1, len(first)), torch.nan, dtype=recipe.torch_dtype, device=device)
-        self.losses[0] = first
+        self.start()
 
-    @property
-    def finished(self) -> bool:
-        return self.step == len(self.batches)
+    def moments(self) -> list[Checkpoint]:
+        return [self._state({})]
 
-    def advance(self) -> None:
-        """One step: the mean loss over the batch, its gradient, clipping, the optimizer, the test losses.
-
-        An empty batch is a step without an update; the schedule moves on.
-        """
+    def _update(self, rate: float) -> None:
         batch = self.batches[self.step]
-        if len(batch):
-            self._update(batch)
-        self.step += 1
-        self.losses[self.step] = self._evaluate()
-
-    def _evaluate(self) -> Tensor:
-        self.mode.training(False)
-        return self.task.evaluate(self.model, self.test_data)
-
-    def _update(self, batch: Tensor) -> None:
+        if len(batch) == 0:
+            return
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate_of_step[self.step]
+            group["lr"] = rate
         self.mode.training(True)
         self.optimizer.zero_grad()
-        losses = self.task.batch_losses(self.model, take(self.train_data, batch))
+        losses = self.job.task.batch_losses(self.model, take(self.job.train_data, batch))
         losses.backward(torch.full_like(losses, 1 / len(batch)))  # the gradient of their mean, an operation cheaper
-        if self.recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
+        if self.job.task.l2:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach(), alpha=self.job.task.l2)
+        if self.job.recipe.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.job.recipe.clip_norm)
         self.optimizer.step()
 
-    def recorded(self) -> RunLosses:
-        """The losses so far, ``[steps + 1, test]``."""
-        return self.losses.cpu().numpy()
+    def _read(self) -> Mapping[str, Tensor]:
+        self.mode.training(False)
+        return self.job.task.evaluate(self.model, self.job.test_data, self.job.measures)
 
-    def checkpoint(self) -> Checkpoint:
-        """All that the rest of this training depends on."""
-        return Checkpoint.of(
-            self.step, self.model, self.optimizer, losses=self.losses[: self.step + 1], random=torch.get_rng_state()
-        )
+    def _state(self, extra: Mapping[str, Tensor]) -> Checkpoint:
+        return Checkpoint(self.step, self.model.state_dict(), self.optimizer.state_dict()["state"], extra)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from ``checkpoint``.
-
-        Raises:
-            StoreError: it is of a training with other test examples, or from before this one started.
-        """
-        before = checkpoint.extra["losses"].to(self.losses)
-        if not np.array_equal(before[0].cpu(), self.losses[0].cpu()):
-            raise StoreError("a training under way started from other losses than this one does")
+    def _restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.restore(self.model, self.optimizer)
-        self.losses[: checkpoint.step + 1] = before
-        torch.set_rng_state(checkpoint.extra["random"])
-        self.step = checkpoint.step
 
 
 class ModeSwitch:
@@ -115,8 +77,3 @@ class ModeSwitch:
             return
         for flags in self.flags:
             flags["training"] = mode
-
-
-def prepare(task: Task, recipe: Recipe, device: torch.device) -> tuple[Data, Data]:
-    """The task's training and test data on the device, in the recipe's dtype."""
-    return cast(task.train_data, device, recipe.torch_dtype), cast(task.test_data, device, recipe.torch_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -12,11 +13,18 @@ _REFRESH_SECONDS = 0.2
 
 
 class RecordingProgress:
-    """A bar over all steps of all runs, with finished runs, runs/s and the time left."""
+    """A bar over all steps to be made, with finished runs, runs/s and the time left.
 
-    def __init__(self, steps: list[int], done: int) -> None:
-        self.steps = steps
-        self.runs, self.already, self.finished = len(steps) + done, done, 0
+    Args:
+        groups: steps and runs of each group that is to be recorded.
+        runs: of all, those recorded before too.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, int]], runs: int) -> None:
+        self.runs = runs
+        self.finished = runs - sum(count for _, count in groups)
+        self.total = sum(steps for steps, _ in groups)
+        self.runs_per_step = sum(count for _, count in groups) / self.total
         self.steps_done = 0
         self.shown = self.started = time.monotonic()
         self.bar = Progress(
@@ -27,13 +35,14 @@ class RecordingProgress:
 
     def __enter__(self) -> RecordingProgress:
         self.bar.start()
-        self.task = self.bar.add_task("recording", total=sum(self.steps), note="")
+        self.task = self.bar.add_task("recording", total=self.total, note="")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
     def step(self, count: int = 1) -> None:
+        """So many steps of the present group are made."""
         self.steps_done += count
         now = time.monotonic()
         if now - self.shown > _REFRESH_SECONDS:
@@ -43,8 +52,12 @@ class RecordingProgress:
     def run_finished(self) -> None:
         self.finished += 1
 
+    def skip(self, steps: int, runs: int) -> None:
+        """Another process has recorded a group."""
+        self.total -= steps
+        self.finished += runs
+
     def _show(self, now: float) -> None:
-        mean_steps = sum(self.steps) / len(self.steps)
-        rate = self.steps_done / mean_steps / (now - self.started)
-        note = f"{self.already + self.finished} of {self.runs} runs, {rate:.1f} runs/s"
-        self.bar.update(self.task, completed=self.steps_done, note=note)
+        rate = self.steps_done * self.runs_per_step / (now - self.started)
+        note = f"{self.finished} of {self.runs} runs, {rate:.1f} runs/s"
+        self.bar.update(self.task, completed=self.steps_done, total=self.total, note=note)

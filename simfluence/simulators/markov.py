@@ -75,13 +75,28 @@ class MarkovSimulator(Simulator):
             self.B_ = effects.pop(0)
 
     def _transitions(self, runs: Runs) -> tuple[scipy.sparse.csr_array, np.ndarray, np.ndarray]:
-        """Weights ``[rows, train]`` of all updates, and the losses ``[rows, test]`` before and after each."""
+        """Weights ``[rows, train]`` between two readings, and the losses ``[rows, test]`` before and after.
+
+        Where every step was read that is a row per update. Additive effects of several steps add up; a slope's
+        do not, so it cannot be learned from readings with gaps.
+        """
         longest = max(run.steps for run in runs)
-        weights, updates = _weights(runs.curricula, longest, self.batch_size_)
-        losses = runs.losses.astype(np.float64)
-        before = losses[:, :-1].reshape(-1, runs.n_test)
-        after = losses[:, 1:].reshape(-1, runs.n_test)
-        return weights[np.flatnonzero(updates)], before[updates], after[updates]
+        weights, _ = _weights(runs.curricula, longest, self.batch_size_)
+        gaps = [np.diff(run.times) for run in runs]
+        if self.learns_slope and any((gap > 1).any() for gap in gaps):
+            raise InvalidInput(
+                f"{type(self).__name__} learns from losses at every step, and these runs were recorded with gaps: "
+                "record with every=1, or fit an AdditiveSimulator"
+            )
+        rows = sum(len(gap) for gap in gaps)
+        row_of_step = np.repeat(np.arange(rows), np.concatenate(gaps))
+        steps = np.concatenate([row * longest + np.arange(r.times[0], r.times[-1]) for row, r in enumerate(runs)])
+        which = scipy.sparse.csr_array((np.ones(len(steps)), (row_of_step, steps)), (rows, weights.shape[0]))
+        between = which @ weights
+        before = np.concatenate([run.losses[run.times[:-1]] for run in runs]).astype(np.float64)
+        after = np.concatenate([run.losses[run.times[1:]] for run in runs]).astype(np.float64)
+        updated = np.diff(between.indptr) > 0
+        return between[np.flatnonzero(updated)], before[updated], after[updated]
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         alpha, beta = self.effects(curricula)

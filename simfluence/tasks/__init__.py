@@ -1,16 +1,25 @@
-"""Ready-made tasks, one file each, and tasks made of a user's own arrays."""
+"""Ready-made tasks, and tasks made of a user's own arrays."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping
 
 from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.task import Task, TaskInfo
 from simfluence.tasks.arrays import from_arrays
 from simfluence.tasks.digits import digits
+from simfluence.tasks.synthetic import synthetic
+from simfluence.tasks.tabular import breast_cancer, diabetes
 
 #: Tasks that a file may name.
-READY_MADE: Mapping[str, Callable[..., Task]] = {"digits": digits}
+READY_MADE: Mapping[str, Callable[..., Task]] = {
+    "digits": digits,
+    "breast_cancer": breast_cancer,
+    "diabetes": diabetes,
+    "synthetic": synthetic,
+}
 
 
 def build(name: str, **arguments: object) -> Task:
@@ -34,11 +43,49 @@ def rebuild(info: TaskInfo) -> Task:
         StoreError: the task is a user's own, or is no longer what it was.
     """
     if info.name not in READY_MADE:
-        raise StoreError(f"task {info.name!r} is not a ready-made one: give the task itself (task=…)")
+        raise StoreError(f"task {info.name!r} is not a ready-made one: give it (task=…, or --task module:function)")
     task = build(info.name, **info.arguments)
     if task.fingerprint != info.fingerprint:
         raise StoreError(f"task {info.name!r} as built here differs from the recorded one (other data or model)")
     return task
 
 
-__all__ = ["READY_MADE", "build", "digits", "from_arrays", "rebuild"]
+def imported(reference: str) -> Task:
+    """A user's own task: the result of calling ``function`` of ``package.module:function``.
+
+    This runs the user's code, so a reference is taken from the command line alone, never from a file.
+
+    Raises:
+        InvalidInput: there is no such module or function, or it returns something else than a task.
+    """
+    module_name, colon, function_name = reference.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
+        raise InvalidInput(f"task {reference!r}: write package.module:function")
+    try:
+        sys.path.insert(0, "")  # as python -m does: modules of the present folder
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InvalidInput(f"task {reference!r}: {error}") from None
+    finally:
+        sys.path.remove("")
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [name for name, value in vars(module).items() if callable(value)]
+        raise InvalidInput(f"task {reference!r}: no function of that name, {did_you_mean(function_name, names)}")
+    task = function()
+    if not isinstance(task, Task):
+        raise InvalidInput(f"task {reference!r}: the function returned {type(task).__name__}, not a simfluence.Task")
+    return task
+
+
+__all__ = [
+    "READY_MADE",
+    "breast_cancer",
+    "build",
+    "diabetes",
+    "digits",
+    "from_arrays",
+    "imported",
+    "rebuild",
+    "synthetic",
+]

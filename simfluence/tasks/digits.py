@@ -13,7 +13,7 @@ from torch import nn
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Data, Task
-from simfluence.tasks.losses import cross_entropy
+from simfluence.tasks.losses import CLASSIFICATION, cross_entropy
 
 
 def digits(n_train: int = 300, n_test: int = 100, model: str = "mlp", seed: int = 0) -> Task:
@@ -47,7 +47,9 @@ def digits(n_train: int = 300, n_test: int = 100, model: str = "mlp", seed: int 
     train, train_data = side(chosen[:n_train])
     test, test_data = side(chosen[n_train:])
     arguments = {"n_train": n_train, "n_test": n_test, "model": model, "seed": seed}
-    return Task("digits", _MODELS[model], train_data, test_data, cross_entropy, train, test, arguments)
+    return Task(
+        "digits", _MODELS[model], train_data, test_data, cross_entropy, train, test, arguments, CLASSIFICATION
+    )  # fmt: skip
 
 
 def _mlp() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Per-example losses ``(outputs, targets) → [batch]``."""
+"""Per-example losses and measures ``(outputs, targets) → [batch]``."""
 
 from __future__ import annotations
 
@@ -17,4 +17,17 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return squares.flatten(1).mean(1) if squares.ndim > 1 else squares
 
 
+def correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 where the largest of the logits ``[batch, classes]`` is the target's, else 0."""
+    return (outputs.argmax(1) == targets).to(outputs.dtype)
+
+
+def margin(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The target's logit minus the largest other one."""
+    wanted = outputs.gather(1, targets[:, None])
+    others = outputs.scatter(1, targets[:, None], -float("inf"))
+    return wanted[:, 0] - others.amax(1)
+
+
+CLASSIFICATION = {"correct": correct, "margin": margin}
 BY_NAME = {"cross_entropy": cross_entropy, "squared_error": squared_error}

@@ -1,0 +1,148 @@
+"""Before you pay: what a recording will take, from a few measured steps."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from simfluence._files import size_of
+from simfluence.curriculum import Curriculum
+from simfluence.recipe import Recipe
+from simfluence.recording.engines import Group, plan
+from simfluence.recording.observe import Observe
+from simfluence.recording.session import check, run_id
+from simfluence.recording.training import Job
+from simfluence.store import RunStore
+from simfluence.task import Task
+
+_WARM_UP = 2
+_PARQUET_OVERHEAD = 6_000  # bytes of schema, metadata and page headers of a run file
+_CHECKPOINT_OVERHEAD = 2_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recording will take.
+
+    Args:
+        runs: to be recorded; ``there`` more are recorded already.
+        engines: how many of them by each engine.
+        seconds: of training and reading, on this machine as busy as it is now.
+        disk: bytes of run files and checkpoints, about.
+        memory: bytes that the process takes at its peak, with all runs in memory at the end; 0 if not known here.
+    """
+
+    runs: int
+    there: int
+    engines: dict[str, int]
+    seconds: float
+    disk: int
+    memory: int
+
+    def __str__(self) -> str:
+        engines = ", ".join(f"{count} by {name}" for name, count in self.engines.items()) or "none"
+        memory = size_of(self.memory) if self.memory else "not known here"
+        return (
+            f"{self.runs} runs to record ({engines}), {self.there} recorded already\n"
+            f"time    about {_duration(self.seconds)}\ndisk    about {size_of(self.disk)}\nmemory  about {memory}"
+        )
+
+
+def estimate(
+    task: Task,
+    recipe: Recipe,
+    curricula: Iterable[Curriculum],
+    store: str | Path | None = None,
+    *,
+    observe: Observe | None = None,
+    engine: str = "auto",
+    device: str | torch.device = "cpu",
+    steps: int = 10,
+) -> Estimate:
+    """Measure a few steps of each kind of group and say what ``record`` with the same arguments would take.
+
+    Nothing is written. Runs that the store has are left out.
+
+    Args:
+        steps: how many steps to measure, with and again without reading the test side.
+
+    Raises:
+        InvalidInput: as ``record`` would.
+    """
+    curricula, observe = list(curricula), observe or Observe()
+    check(task, curricula, observe)
+    wanted = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
+    there = set(RunStore(store).ids()) & set(wanted) if store is not None and RunStore(store).exists else set()
+    groups = [g for g in plan(task, recipe, wanted, engine) if not there >= set(g.curricula)]
+    job = Job.of(task, recipe, device, observe.measures)
+    costs: dict[tuple[str, int], tuple[float, float, int]] = {}
+    seconds, disk = 0.0, 0
+    with torch.random.fork_rng(devices=[]):
+        for group in groups:
+            kind = group.engine, len(group.curricula)
+            if kind not in costs:
+                costs[kind] = _measured(group, job, steps)
+            update, reading, checkpoint = costs[kind]
+            reads = int(observe.times(group.steps).sum())
+            seconds += group.steps * update + reads * reading
+            disk += len(group.curricula) * (_run_bytes(job, group, reads) + len(observe.checkpoints) * checkpoint)
+    engines: dict[str, int] = {}
+    for group in groups:
+        engines[group.engine] = engines.get(group.engine, 0) + len(group.curricula)
+    in_memory = sum(_readings_bytes(job, group.steps + 1) * len(group.curricula) for group in groups)
+    memory = _peak_memory() + in_memory if _peak_memory() else 0
+    return Estimate(sum(engines.values()), len(there), engines, seconds, disk, memory)
+
+
+def _measured(group: Group, job: Job, steps: int) -> tuple[float, float, int]:
+    """Seconds of an update, seconds of a reading (each of the whole group), and bytes of one run's checkpoint."""
+    steps = max(1, min(steps, (group.steps - _WARM_UP) // 2))
+    times = np.zeros(group.steps + 1, bool)
+    times[: min(_WARM_UP + steps, group.steps) + 1] = True
+    training = group.start(job, times)
+    for _ in range(min(_WARM_UP, group.steps)):
+        training.advance()
+    seconds = []
+    for _ in range(2):  # with reading, then without
+        start, made = time.perf_counter(), 0
+        while not training.finished and made < steps:
+            training.advance()
+            made += 1
+        seconds.append((time.perf_counter() - start) / max(made, 1))
+    with_reading, update = seconds
+    moment = training.moments()[0]
+    tensors = [*moment.model.values(), *(v for s in moment.optimizer.values() for v in s.values())]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
+    return update, max(0.0, with_reading - update), size + _CHECKPOINT_OVERHEAD
+
+
+def _readings_bytes(job: Job, times: int) -> int:
+    return times * len(job.task.test) * (1 + len(job.measures)) * job.recipe.torch_dtype.itemsize
+
+
+def _run_bytes(job: Job, group: Group, reads: int) -> int:
+    """Noise hardly compresses; indices take about two bytes."""
+    places = max(len(curriculum.indices) for curriculum in group.curricula.values())
+    return _readings_bytes(job, reads) + 2 * places + 3 * group.steps + _PARQUET_OVERHEAD
+
+
+def _peak_memory() -> int:
+    """Bytes at the peak of this process so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,134 @@
+"""What both engines share: one or several trainings under way, in step with one another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simfluence.errors import StoreError
+from simfluence.recipe import Recipe
+from simfluence.recording.checkpoints import Checkpoint
+from simfluence.task import Data, Task, cast
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train and what to read of it; the same for all groups of runs of one recording.
+
+    Args:
+        task, recipe: what is trained, and how.
+        measures: names of the task's measures to read beside the loss.
+        device: where.
+        train_data, test_data: the task's, on the device and in the recipe's dtype.
+    """
+
+    task: Task
+    recipe: Recipe
+    measures: tuple[str, ...]
+    device: torch.device
+    train_data: Data
+    test_data: Data
+
+    @classmethod
+    def of(cls, task: Task, recipe: Recipe, device: str | torch.device = "cpu", measures: Sequence[str] = ()) -> Job:
+        device = torch.device(device)
+        train, test = (cast(data, device, recipe.torch_dtype) for data in (task.train_data, task.test_data))
+        return cls(task, recipe, tuple(measures), device, train, test)
+
+
+class Training(ABC):
+    """Trainings of equal length under way: each ``advance()`` makes one update of each and reads the test side.
+
+    Torch's global random state is the recipe's while a training runs; ``checkpoint()`` and ``restore()`` carry it
+    along, so an interrupted training goes on bit for bit.
+
+    Args:
+        job: what to train.
+        runs: how many trainings are in step.
+        times: at which times 0…T to read the test side, ``[times]``.
+    """
+
+    def __init__(self, job: Job, runs: int, times: np.ndarray) -> None:
+        self.job = job
+        self.times = times.tolist()
+        self.step = 0
+        self.steps = len(times) - 1
+        shape = runs, len(times), len(job.task.test)
+        self.readings = {
+            name: torch.full(shape, torch.nan, dtype=job.recipe.torch_dtype, device=job.device)
+            for name in ("loss", *job.measures)
+        }
+        self.rates = job.recipe.learning_rates(self.steps)
+        self._rate_of_step: list[float] = self.rates.tolist()  # optimizers are slow with NumPy's floats
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.steps
+
+    def start(self) -> None:
+        """Seed torch and read the test side before any update."""
+        torch.manual_seed(self.job.recipe.seed)
+        self._keep(self._read())
+
+    def advance(self) -> None:
+        """One update of each training, and the readings after it."""
+        self._update(self._rate_of_step[self.step])
+        self.step += 1
+        if self.times[self.step]:
+            self._keep(self._read())
+
+    def checkpoint(self) -> Checkpoint:
+        """All that the rest of these trainings depends on."""
+        extra = {f"readings/{name}": values[:, : self.step + 1] for name, values in self.readings.items()}
+        return self._state(extra | {"random": torch.get_rng_state(), "times": torch.tensor(self.times)})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from ``checkpoint``.
+
+        Raises:
+            StoreError: it is of trainings that read something else or started from other losses.
+        """
+        if checkpoint.extra["times"].tolist() != self.times:
+            raise StoreError("a training under way read the test side at other times")
+        before = {name: checkpoint.extra.get(f"readings/{name}") for name in self.readings}
+        for name, values in before.items():
+            if values is None or not torch.equal(values[:, 0], self.readings[name][:, 0].cpu()):
+                raise StoreError("a training under way started from other losses than this one does")
+            self.readings[name][:, : checkpoint.step + 1] = values.to(self.readings[name])
+        self._restore(checkpoint)
+        torch.set_rng_state(checkpoint.extra["random"])
+        self.step = checkpoint.step
+
+    def recorded(self) -> list[dict[str, np.ndarray]]:
+        """For each run, its readings so far by name, each ``[times, test]``; NaN where not read."""
+        arrays = {name: values.cpu().numpy() for name, values in self.readings.items()}
+        return [{name: values[run] for name, values in arrays.items()} for run in range(len(arrays["loss"]))]
+
+    @abstractmethod
+    def moments(self) -> list[Checkpoint]:
+        """The present moment of each run by itself: parameters, buffers, optimizer state."""
+
+    @abstractmethod
+    def _update(self, rate: float) -> None:
+        """One update of each training at this learning rate."""
+
+    @abstractmethod
+    def _read(self) -> Mapping[str, Tensor]:
+        """Loss and measures of the test side, each ``[runs, test]``, or ``[test]`` of a single run."""
+
+    @abstractmethod
+    def _state(self, extra: Mapping[str, Tensor]) -> Checkpoint:
+        """The present moment of all runs together."""
+
+    @abstractmethod
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Put back what ``_state`` took."""
+
+    def _keep(self, values: Mapping[str, Tensor]) -> None:
+        for name, readings in self.readings.items():
+            readings[:, self.step] = values[name]

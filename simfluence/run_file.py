@@ -1,0 +1,173 @@
+"""Parquet files that carry their own checksum: a run, and the metadata of examples.
+
+A run has a row per step from 0 to T: ``step``, ``batch`` (empty at 0), ``lr`` (null at 0), ``losses`` and
+``measure.<name>`` (lists of the test side, null where not recorded). The schema's metadata holds the rest as JSON.
+The file's metadata holds the SHA-256 of the whole file, taken with zeros in its own place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simfluence._version import __version__
+from simfluence.curriculum import Curriculum
+from simfluence.errors import StoreError
+from simfluence.recipe import Recipe
+from simfluence.runs import Run
+
+#: Version of the files written here. Older ones are read too (``_MIGRATIONS``), newer ones are refused.
+FORMAT = 2
+_ABOUT = b"simfluence"
+_MEASURE = "measure."  # what the column of a measure is called before its name
+_UNSIGNED = b"0" * 64
+_CHECKSUM = b"simfluence.sha256"
+
+
+def run_to_bytes(run: Run) -> bytes:
+    """The file of a run."""
+    return to_bytes(_table(run))
+
+
+def read_run(file: Path) -> Run:
+    """The run in a file; without its examples and checkpoints, which stand elsewhere.
+
+    Raises:
+        StoreError: the file is damaged, not a run, or of a newer format.
+    """
+    table, metadata = read_table(file)
+    if _ABOUT not in metadata:
+        raise StoreError(f"{file} is not a run that simfluence wrote: move it elsewhere")
+    about = _migrated(json.loads(metadata[_ABOUT]), file)
+    batches = table.column("batch").combine_chunks()
+    sizes = batches.value_lengths().to_numpy()[1:]
+    losses, recorded = _readings(table, "losses")
+    measures = [name for name in table.column_names if name.startswith(_MEASURE)]
+    return Run(
+        id=about["id"],
+        curriculum=Curriculum.from_flat(batches.flatten().to_numpy(), sizes, about["n_train"]),
+        losses=losses,
+        learning_rates=table.column("lr").to_numpy()[1:],
+        recipe=None if about["recipe"] is None else Recipe(**about["recipe"]),
+        fingerprint=about["fingerprint"],
+        recorded=None if recorded.all() else recorded,
+        measures={name.removeprefix(_MEASURE): _readings(table, name)[0] for name in measures},
+        verification=about["verification"],
+        engine=about["engine"],
+    )
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """A Parquet file whose metadata holds the SHA-256 of the whole file, taken with zeros in its place."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({_CHECKSUM.decode(): _UNSIGNED.decode()})
+    content = sink.getvalue().to_pybytes()
+    if content.count(_UNSIGNED) != 1:
+        raise StoreError("the file to be written contains 64 zeros in a row as text: rename what holds them")
+    return content.replace(_UNSIGNED, hashlib.sha256(content).hexdigest().encode())
+
+
+def read_table(file: Path) -> tuple[pa.Table, Mapping[bytes, bytes]]:
+    """A table and its file's metadata, after the checksum held.
+
+    Raises:
+        StoreError: the file is damaged, or not one of ours.
+    """
+    content = file.read_bytes()
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(content)).metadata or {}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(f"{file} is damaged or no Parquet file: {error}") from None
+    signature = metadata.get(_CHECKSUM)
+    if signature is None or len(signature) != len(_UNSIGNED):
+        raise StoreError(f"{file} was not written by simfluence: move it elsewhere")
+    if hashlib.sha256(content.replace(signature, _UNSIGNED)).hexdigest().encode() != signature:
+        raise StoreError(f"{file} is damaged: its checksum does not hold. Delete it and record again")
+    return pq.read_table(pa.BufferReader(content)), metadata
+
+
+def _table(run: Run) -> pa.Table:
+    """A run as a table: a row per step from 0 to T, the rest in the schema's metadata."""
+    steps = run.steps
+    rates = np.full(steps, np.nan) if run.learning_rates is None else run.learning_rates
+    offsets = np.concatenate([[0], run.curriculum.offsets]).astype(np.int32)  # the row of step 0 has no batch
+    columns = {
+        "step": pa.array(np.arange(steps + 1), pa.int32()),
+        "batch": pa.ListArray.from_arrays(offsets, pa.array(run.curriculum.indices, pa.int32())),
+        "lr": pa.array(np.concatenate([[np.nan], rates]), pa.float64(), from_pandas=True),
+        "losses": _column(run.losses, run.recorded),
+    }
+    columns |= {_MEASURE + name: _column(values, run.recorded) for name, values in run.measures.items()}
+    return pa.table(columns).replace_schema_metadata({_ABOUT: json.dumps(_about(run))})
+
+
+def _column(readings: np.ndarray, recorded: np.ndarray | None) -> pa.FixedSizeListArray:
+    """Readings ``[times, test]`` as lists of the test side; null where not recorded."""
+    value = pa.float64() if readings.dtype == np.float64 else pa.float32()
+    flat = pa.array(np.ascontiguousarray(readings).reshape(-1), value)
+    mask = None if recorded is None else pa.array(~recorded)
+    return pa.FixedSizeListArray.from_arrays(flat, readings.shape[1], mask=mask)
+
+
+def _readings(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of lists as ``[times, test]``, NaN where null, and which rows are not null."""
+    column = table.column(name).combine_chunks()
+    recorded = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.flatten().to_numpy()  # of the rows that are not null
+    readings = np.full((len(table), column.type.list_size), np.nan, values.dtype)
+    readings[recorded] = values.reshape(recorded.sum(), -1)
+    return readings, recorded
+
+
+def _about(run: Run) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "id": run.id,
+        "fingerprint": run.fingerprint,
+        "n_train": run.curriculum.n_train,
+        "seed": run.recipe.seed if run.recipe else None,
+        "recipe": run.recipe.model_dump() if run.recipe else None,
+        "diverged": run.diverged,
+        "verification": run.verification,
+        "engine": run.engine,
+        "library": __version__,
+    }
+
+
+def check_format(found: Any, file: Path) -> None:
+    """Whether this version reads that format.
+
+    Raises:
+        StoreError: it is newer, or no format at all.
+    """
+    if not isinstance(found, int) or found < 1:
+        raise StoreError(f"{file} is damaged: format {found!r}")
+    if found > FORMAT:
+        raise StoreError(f"{file} has format {found}, which a newer version wrote; this one reads up to {FORMAT}")
+
+
+def _migrated(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a run file says, in the words of the present format."""
+    check_format(about.get("format"), file)
+    migrated = dict(about)
+    for version in range(about["format"], FORMAT):
+        migrated |= _MIGRATIONS[version](migrated)
+    return migrated
+
+
+def _from_1(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 1 knew one engine, and neither verification runs nor measures nor steps left out."""
+    return {"verification": False, "engine": "loop"}
+
+
+#: What each older format lacks of the next.
+_MIGRATIONS = {1: _from_1}
