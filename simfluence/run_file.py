@@ -28,7 +28,8 @@ FORMAT = 2
 _ABOUT = b"simfluence"
 _MEASURE = "measure."  # what the column of a measure is called before its name
 _UNSIGNED = b"0" * 64
-_CHECKSUM = b"simfluence.sha256"
+_CHECKSUM = "simfluence.sha256"
+_SIGNED = _CHECKSUM.encode() + b"\x18@"  # what stands before the checksum: its key, and the length 64 in Thrift
 
 
 def run_to_bytes(run: Run) -> bytes:
@@ -69,9 +70,9 @@ def to_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({_CHECKSUM.decode(): _UNSIGNED.decode()})
+        writer.add_key_value_metadata({_CHECKSUM: _UNSIGNED.decode()})
     content = sink.getvalue().to_pybytes()
-    if content.count(_UNSIGNED) != 1:
+    if content.count(_UNSIGNED) != 1 or content.count(_SIGNED) != 1:
         raise StoreError("the file to be written contains 64 zeros in a row as text: rename what holds them")
     return content.replace(_UNSIGNED, hashlib.sha256(content).hexdigest().encode())
 
@@ -83,16 +84,16 @@ def read_table(file: Path) -> tuple[pa.Table, Mapping[bytes, bytes]]:
         StoreError: the file is damaged, or not one of ours.
     """
     content = file.read_bytes()
-    try:
-        metadata = pq.read_metadata(pa.BufferReader(content)).metadata or {}
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{file} is damaged or no Parquet file: {error}") from None
-    signature = metadata.get(_CHECKSUM)
-    if signature is None or len(signature) != len(_UNSIGNED):
-        raise StoreError(f"{file} was not written by simfluence: move it elsewhere")
-    if hashlib.sha256(content.replace(signature, _UNSIGNED)).hexdigest().encode() != signature:
-        raise StoreError(f"{file} is damaged: its checksum does not hold. Delete it and record again")
-    return pq.read_table(pa.BufferReader(content)), metadata
+    found = content.rfind(_SIGNED)
+    start, end = found + len(_SIGNED), found + len(_SIGNED) + len(_UNSIGNED)
+    unsigned = content[:start] + _UNSIGNED + content[end:]
+    if found < 0 or hashlib.sha256(unsigned).hexdigest().encode() != content[start:end]:
+        raise StoreError(
+            f"{file} is damaged (its checksum does not hold) or was not written by simfluence: "
+            "move it elsewhere and record again"
+        )
+    table = pq.read_table(pa.BufferReader(content))
+    return table, table.schema.metadata or {}
 
 
 def _table(run: Run) -> pa.Table:
@@ -124,7 +125,7 @@ def _readings(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     recorded = column.is_valid().to_numpy(zero_copy_only=False)
     values = column.flatten().to_numpy()  # of the rows that are not null
     readings = np.full((len(table), column.type.list_size), np.nan, values.dtype)
-    readings[recorded] = values.reshape(recorded.sum(), -1)
+    readings[recorded] = values.reshape(-1, column.type.list_size)
     return readings, recorded
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     (folder / "spec.yaml").write_text(SPEC)
     spec = sf.specs.RecordingSpec.parse(SPEC)
     task = spec.task.build()
-    sf.record(task, spec.recipe, spec.curricula.build(40), folder / "runs")
+    sf.record(task, spec.recipe, spec.curricula.build(task.train), folder / "runs")
     return folder
 
 
@@ -47,6 +47,44 @@ def test_record(run, folder, tmp_path):
     assert (code, json.loads(out)) == (0, {"store": str(tmp_path / "s"), "runs": 8, "diverged": 0})
     assert np.array_equal(sf.RunStore(tmp_path / "s").load().losses, sf.RunStore(folder / "runs").load().losses)
     assert list(sf.RunStore(tmp_path / "s").load()[0].checkpoints) == [0, 12]
+
+
+def test_what_to_record(run, folder, tmp_path):
+    options = ["--every", 5, "--measure", "margin", "--measure", "correct", "--engine", "loop"]
+    assert run("record", folder / "spec.yaml", "--store", tmp_path / "s", *options)[0] == 0
+    found = sf.RunStore(tmp_path / "s").load()
+    assert found[0].times.tolist() == [0, 5, 10, 12]
+    assert set(found[0].measures) == {"margin", "correct"}
+    assert {each.engine for each in found} == {"loop"}
+
+
+def test_dry_run(run, folder, tmp_path):
+    code, out, _ = run("record", folder / "spec.yaml", "--store", tmp_path / "s", "--dry-run", "--json")
+    found = json.loads(out)
+    assert (code, found["runs"], found["there"]) == (0, 8, 0)
+    assert min(found["seconds"], found["disk"], found["memory"]) > 0
+    code, out, _ = run("record", folder / "spec.yaml", "--store", tmp_path / "s", "--dry-run")
+    assert code == 0
+    assert out.startswith("8 runs to record (8 by batched), 0 recorded already\ntime    about ")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_users_own_task(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_cli_task.py").write_text(
+        "import simfluence as sf\nimport dataclasses\n"
+        "def make():\n    return dataclasses.replace(sf.tasks.synthetic(n_train=12, n_test=4), name='mine')\n"
+    )
+    (tmp_path / "spec.yaml").write_text("recipe: {lr: 0.05}\ncurricula: {runs: 6, steps: 9, batch_size: 3}")
+    assert run("record", "spec.yaml", "--store", "s")[0] == 1  # which task?
+    assert run("record", "spec.yaml", "--store", "s", "--task", "own_cli_task:make")[0] == 0
+    what_if = ["what-if", "s", "--remove", "target > 0", "--held-out", 2, "--verify", "--json"]
+    code, _, err = run(*what_if)
+    assert code == 1
+    assert "'mine' is not a ready-made one" in err
+    code, out, _ = run(*what_if, "--task", "own_cli_task:make")
+    assert code == 0
+    assert len(json.loads(out)["actual_change"]) == 4
 
 
 def test_evaluate(run, folder):

@@ -115,3 +115,45 @@ def test_bad_subset(subset):
 def test_bad_sizes_are_all_named():
     with pytest.raises(InvalidInput, match="runs=0, steps=-1"):
         sf.random_curricula(n_train=10, runs=0, steps=-1, batch_size=1)
+
+
+def test_with_replacement():
+    curriculum = sf.random_curricula(20, 1, 400, 5, subset=0.5, replacement=True)[0]
+    counts = np.bincount(curriculum.indices, minlength=20)
+    assert (counts > 0).sum() == 10
+    assert counts[counts > 0].std() > 5  # an epoch would show each equally often
+
+
+def test_sorted_epochs():
+    values = np.array([3, 1, 2, 1, 3, 2, 0, 0])
+    for sign, descending in ((1, False), (-1, True)):
+        curriculum = sf.random_curricula(8, 1, 6, 4, sort_by=values, descending=descending)[0]
+        epochs = curriculum.indices.reshape(3, 8)
+        assert (np.diff(sign * values[epochs], axis=1) >= 0).all()
+        assert len({tuple(epoch) for epoch in epochs}) > 1  # equal ones are shuffled
+        assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
+    words = sf.random_curricula(3, 1, 1, 3, sort_by=["pear", "apple", "fig"])[0]
+    assert words.tolist() == [[1, 2, 0]]
+
+
+def test_stages_share_the_steps():
+    curriculum = sf.random_curricula(9, 1, 7, 2, stages=[[0, 1, 2], [3, 4, 5], [6, 7]])[0]
+    stage_of = np.array([0, 0, 0, 1, 1, 1, 2, 2, 9])
+    assert [set(stage_of[batch]) for batch in curriculum] == [{0}] * 3 + [{1}] * 2 + [{2}] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"sort_by": [1, 2]}, "one value for each of 10"),
+        ({"sort_by": range(10), "replacement": True}, "choose one"),
+        ({"stages": []}, "0 stages for 3 steps"),
+        ({"stages": [[0], [10]]}, "no example 10"),
+        ({"stages": [[0], []]}, "expected"),
+        ({"stages": [[0]] * 4}, "4 stages for 3 steps"),
+        ({"stages": [[0]], "subset": 1, "seed": 1}, "stage 0 has no example in the subset of run"),
+    ],
+)
+def test_bad_orders(arguments, said):
+    with pytest.raises(InvalidInput, match=said):
+        sf.random_curricula(**({"n_train": 10, "runs": 9, "steps": 3, "batch_size": 2} | arguments))

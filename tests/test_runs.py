@@ -74,3 +74,23 @@ def test_runs_of_different_tasks_do_not_go_together(runs):
     other = sf.record(sf.tasks.digits(n_train=12, n_test=5), sf.Recipe(lr=0.3), runs.curricula[:1])
     with pytest.raises(InvalidInput, match="different tasks"):
         sf.Runs([runs[0], other[0]])
+
+
+def test_frames_and_arrays(task, recipe, curricula):
+    runs = sf.record(task, recipe, curricula, observe=sf.Observe(every=4))
+    frame = runs.to_frame()
+    assert list(frame.columns) == ["run", "step", "test", "loss"]
+    assert len(frame) == 6 * 4 * 5  # times 0, 4, 8, 10
+    row = frame[(frame["run"] == runs[2].id) & (frame["step"] == 8) & (frame["test"] == 3)]
+    assert row["loss"].item() == runs[2].losses[8, 3]
+    again, losses = runs.to_arrays()
+    assert again == curricula
+    assert np.array_equal(losses, runs.losses, equal_nan=True)
+
+
+def test_where_speaks_of_the_table(runs):
+    assert list(runs.table["id"]) == runs.ids
+    assert len(runs.where("steps == 10 and optimizer == 'sgd' and seed == 0")) == 6
+    assert runs.where(f"id == '{runs[3].id}'").ids == [runs[3].id]
+    assert len(runs.where("diverged == true")) == 0
+    assert len(runs[:0].where("steps == 1")) == 0

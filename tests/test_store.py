@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, StoreError
@@ -106,7 +111,7 @@ def test_foreign_files_are_named(store, name):
 
 def test_a_parquet_file_of_somebody_else(store, task):
     task.train.table.to_parquet(store.path / "run-x.parquet")
-    with pytest.raises(StoreError, match=r"run-x.parquet was not written by simfluence"):
+    with pytest.raises(StoreError, match=r"run-x\.parquet is damaged .* or was not written by simfluence"):
         store.load()
 
 
@@ -150,3 +155,198 @@ def test_arguments_that_are_not_plain_are_refused(task, recipe, curricula, tmp_p
     odd = dataclasses.replace(task, arguments={"f": print})
     with pytest.raises(InvalidInput, match="plain JSON"):
         sf.record(odd, recipe, curricula, tmp_path / "s")
+
+
+def test_five_hundred_damages_are_all_found(store, runs):
+    files = [store.path / f"run-{run.id}.parquet" for run in runs]
+    rng = np.random.default_rng(1)
+    for number in range(500):
+        file = files[number % len(files)]
+        content = file.read_bytes()
+        damaged = bytearray(content)
+        if number % 5 == 0:
+            damaged = damaged[: rng.integers(len(content))]
+        else:
+            position = rng.integers(8 * len(content))
+            damaged[position // 8] ^= 1 << (position % 8)
+        file.write_bytes(damaged)
+        with pytest.raises(StoreError, match=file.name):
+            store.read(file.stem.removeprefix("run-"))
+        file.write_bytes(content)
+    assert np.array_equal(sf.Runs(sorted(runs, key=lambda run: run.id)).losses, store.load().losses)
+
+
+def test_an_older_format_is_read(tmp_path):
+    old = Path(__file__).parent / "data" / "format-1"
+    runs = sf.RunStore(old).load()
+    assert np.allclose(runs.losses[:, -1, 0], [0.99810505, 1.0284586])
+    assert {run.engine for run in runs} == {"loop"}
+    assert not any(run.verification for run in runs)
+    store = sf.RunStore(old).copy(tmp_path / "copy")
+    task = sf.tasks.rebuild(store.info)
+    again = sf.record(task, runs[0].recipe, runs.curricula, store, observe=sf.Observe(measures=["margin"]))
+    assert np.array_equal(store.load().losses, runs.losses)  # what was recorded stays, to the bit
+    assert np.isfinite(again[0].measures["margin"]).all()
+    assert json.loads(pq.read_schema(store.path / f"run-{runs[0].id}.parquet").metadata[b"simfluence"])["format"] == 2
+
+
+def test_a_newer_format_is_refused(store):
+    described = json.loads((store.path / "store.json").read_text())
+    (store.path / "store.json").write_text(json.dumps(described | {"format": 3}))
+    with pytest.raises(StoreError, match="a newer version wrote"):
+        store.load()
+
+
+def test_merge(task, recipe, curricula, runs, tmp_path):
+    left, right = sf.RunStore(tmp_path / "left"), sf.RunStore(tmp_path / "right")
+    sf.record(task, recipe, curricula[:4], left, observe=sf.Observe(every=5))
+    sf.record(task, recipe, curricula[2:], right, observe=sf.Observe(every=2, checkpoints=[3]))
+    assert left.merge(right) == 2
+    merged = left.load()
+    assert len(merged) == 6
+    for run in merged:
+        position = runs.ids.index(run.id)
+        expected = {0: [0, 5, 10], 1: [0, 5, 10], 4: [0, 2, 4, 6, 8, 10], 5: [0, 2, 4, 6, 8, 10]}
+        assert run.times.tolist() == expected.get(position, [0, 2, 4, 5, 6, 8, 10])
+        assert list(run.checkpoints) == ([3] if position >= 2 else [])
+        assert np.allclose(run.losses[run.times], runs[position].losses[run.times], atol=1e-6)
+    assert left.merge(right) == 0
+    assert not (left.path / "partial").exists()
+
+
+def test_merging_other_losses_or_tasks_is_refused(task, recipe, curricula, runs, store, tmp_path):
+    other = sf.RunStore(tmp_path / "other")
+    other.open_for(task)
+    other.write(dataclasses.replace(runs[0], losses=runs[0].losses + 1))
+    before = store.load()
+    with pytest.raises(StoreError, match="differs from what is recorded"):
+        store.merge(other)
+    assert np.array_equal(store.load().losses, before.losses)
+    digits = sf.tasks.digits(n_train=12, n_test=5)
+    sf.record(digits, recipe, curricula[:1], tmp_path / "digits")
+    with pytest.raises(StoreError, match="another task"):
+        store.merge(sf.RunStore(tmp_path / "digits"))
+
+
+def test_copy_all_or_some(store, task, recipe, curricula, tmp_path):
+    sf.record(task, recipe.replace(lr=0.01), curricula[:2], store, observe=sf.Observe(checkpoints=[1]))
+    whole = store.copy(tmp_path / "whole")
+    for path in store.path.rglob("*"):
+        if path.is_file():
+            assert (whole.path / path.relative_to(store.path)).read_bytes() == path.read_bytes()
+    some = store.copy(tmp_path / "some", where="lr < 0.1")
+    assert len(some.load()) == 2
+    with pytest.raises(StoreError, match="is a run store already"):
+        store.copy(tmp_path / "some")
+
+
+def test_load_where(store, task, recipe, curricula):
+    sf.record(task, recipe.replace(lr=0.1), [sf.Curriculum([[0], [1]], 12), *curricula[:2]], store)
+    assert len(store.load(where="steps == 2")) == 1
+    assert len(store.load(where="lr > 0.2 and diverged == false")) == 6
+    assert len(store.load(where="engine == 'batched' and lr < 0.2")) == 2
+    assert len(store.load(where="lr == 7")) == 0
+    with pytest.raises(InvalidInput, match="did you mean 'steps'"):
+        store.load(where="step == 2")
+
+
+def test_runs_of_different_lengths_live_together(store, task, recipe):
+    sf.record(task, recipe, [sf.Curriculum([[0], [1]], 12)], store)
+    runs = store.load()
+    assert sorted({run.steps for run in runs}) == [2, 10]
+    assert runs.losses.shape == (7, 11, 5)
+    assert sf.LinearSimulator().fit(runs).simulate(runs.curricula, runs.initial_losses).shape == (7, 11, 5)
+
+
+def test_verification_runs_are_marked_and_stay_out(store, task, recipe, curricula, monkeypatch):
+    run = store.load()[0]
+    simulator = sf.LinearSimulator().fit(store.load())
+    forecast = sf.what_if(simulator, run, sf.Remove(run.curriculum[0][:1]), task=task)
+    verified = forecast.verify(store=store.path)
+    assert len(store.load()) == 6
+    marked = [run for run in store.load(verification=True) if run.verification]
+    assert [run.curriculum for run in marked] == [forecast.curriculum]
+    assert np.array_equal(marked[0].losses, verified.actual)
+    monkeypatch.setattr("simfluence.recording.training.Training.advance", lambda self: pytest.fail("trained again"))
+    assert np.array_equal(forecast.verify(store=store.path).actual, verified.actual)
+    assert len(store.load()) == 6
+    sf.record(task, recipe, [forecast.curriculum], store)  # now wanted for itself
+    assert len(store.load()) == 7
+
+
+def failing(number):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_a_full_disk_or_a_read_only_store(store, task, recipe, number, engine, monkeypatch):
+    more = sf.random_curricula(n_train=12, runs=4, steps=6, batch_size=2, seed=9)
+    before = {path: path.read_bytes() for path in store.path.iterdir()}
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync" if number == errno.ENOSPC else "replace", failing(number))
+        with pytest.raises(StoreError, match=f"cannot write .*{os.strerror(number)}.*start again"):
+            sf.record(task, recipe, more, store, engine=engine)
+    assert {path: path.read_bytes() for path in store.path.iterdir() if path.is_file()} == before
+    sf.record(task, recipe, more, store, engine=engine)
+    assert len(store.load()) == 10
+    assert not (store.path / "partial").exists()
+
+
+def test_a_store_that_cannot_be_written_is_read(store, task, recipe, curricula, monkeypatch):
+    for name in ("open", "replace", "mkdir", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, failing(errno.EROFS))
+    assert len(store.load()) == 6
+    assert len(sf.record(task, recipe, curricula, store)) == 6
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_store_survives_copy_and_merge(data, tmp_path_factory):
+    task = sf.tasks.synthetic(n_train=5, n_test=2)
+    store = sf.RunStore(tmp_path_factory.mktemp("any") / "store")
+    store.open_for(task)
+    batches = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4).filter(any)
+    numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
+    for number in range(data.draw(st.integers(0, 3))):
+        curriculum = sf.Curriculum(data.draw(batches), n_train=5)
+        shape = len(curriculum) + 1, 2
+        readings = [
+            np.array(data.draw(st.lists(numbers, min_size=2 * shape[0], max_size=2 * shape[0])), np.float32)
+            for _ in range(2)
+        ]
+        recorded = np.array(data.draw(st.lists(st.booleans(), min_size=shape[0], max_size=shape[0])))
+        losses, margins = (np.where(recorded[:, None], values.reshape(shape), np.nan) for values in readings)
+        store.write(
+            sf.Run(
+                f"r{number}",
+                curriculum,
+                losses.astype(np.float32),
+                np.ones(len(curriculum)),
+                sf.Recipe(lr=data.draw(st.floats(0, 9))),
+                task.fingerprint,
+                recorded=None if recorded.all() else recorded,
+                measures={"margin": margins.astype(np.float32)},
+                verification=data.draw(st.booleans()),
+                engine="loop",
+            )
+        )
+    copied = store.copy(store.path.parent / "copied")
+    merged = sf.RunStore(store.path.parent / "merged")
+    merged.open_for(task)
+    merged.merge(store)
+    merged.merge(copied)
+    for other in (copied, merged):
+        for one, two in zip(store.all_runs(), other.all_runs(), strict=True):
+            assert (one.id, one.curriculum, one.recipe, one.verification) == (
+                two.id,
+                two.curriculum,
+                two.recipe,
+                two.verification,
+            )
+            assert one.times.tolist() == two.times.tolist()
+            assert np.array_equal(one.losses, two.losses, equal_nan=True)
+            assert np.array_equal(one.measures["margin"], two.measures["margin"], equal_nan=True)

@@ -145,3 +145,86 @@ def test_a_reduced_loss_is_refused():
     task = tasks.from_arrays(linear, X, Y, nn.functional.cross_entropy)
     with pytest.raises(InvalidInput, match="one loss per example"):
         sf.record(task, sf.Recipe(), [sf.Curriculum([[0]], n_train=6)])
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters"),
+    [
+        (tasks.breast_cancer(), 62),
+        (tasks.breast_cancer(model="mlp"), 30 * 64 + 64 + 130),
+        (tasks.diabetes(), 10 * 64 + 64 + 65),
+        (tasks.synthetic(), 5),
+    ],
+)
+def test_small_tables(task, parameters):
+    assert sum(parameter.numel() for parameter in task.build_model(0).parameters()) == parameters
+    assert tasks.rebuild(task.info).fingerprint == task.fingerprint
+    assert not set(task.train.ids) & set(task.test.ids) or task.name == "synthetic"
+    if task.name != "synthetic":
+        inputs = task.train_data[0]
+        assert torch.allclose(inputs.mean(0), torch.zeros(inputs.shape[1]), atol=1e-5)
+        assert torch.allclose(inputs.std(0, unbiased=False), torch.ones(inputs.shape[1]), atol=1e-5)
+
+
+def test_breast_cancer_and_diabetes_are_scikit_learns():
+    from sklearn.datasets import load_breast_cancer, load_diabetes
+
+    cancer, table = tasks.breast_cancer(), load_breast_cancer()
+    rows = [int(name.removeprefix("case-")) for name in cancer.test.ids]
+    assert cancer.test_data[1].tolist() == table.target[rows].tolist()
+    assert cancer.test.table["label"].tolist() == table.target_names[table.target[rows]].tolist()
+    diabetes, (_, y) = tasks.diabetes(), load_diabetes(return_X_y=True)
+    rows = [int(name.removeprefix("patient-")) for name in diabetes.train.ids]
+    assert np.allclose(diabetes.train_data[1], (y[rows] - y[rows].mean()) / y[rows].std(), atol=1e-5)
+    assert cancer.l2 == 0.01
+    assert tasks.breast_cancer(model="mlp").l2 == 0
+
+
+def test_training_on_synthetic_reaches_the_closed_form():
+    task = tasks.synthetic(n_train=30, n_test=10, l2=0.1)
+    everything = sf.Curriculum([list(range(30))] * 400, 30)
+    losses = sf.record(task, sf.Recipe(lr=0.1, dtype="float64"), [everything])[0].losses
+    X, y = (tensor.numpy() for tensor in task.test_data)
+    assert np.allclose(losses[-1], (X @ tasks.synthetic_optimum(task) - y) ** 2, atol=1e-9)
+
+
+def test_one_step_on_synthetic_is_that_of_the_formula():
+    task = tasks.synthetic(l2=0.3)
+    weights = task.build_model(0).weight.detach().double().numpy()[0]
+    X, y = (tensor.numpy() for tensor in task.train_data)
+    rows = [3, 5, 8]
+    gradient = 2 * (X[rows] @ weights - y[rows]) @ X[rows] / 3 + 0.3 * weights
+    X_test, y_test = (tensor.numpy() for tensor in task.test_data)
+    expected = (X_test @ (weights - 0.05 * gradient) - y_test) ** 2
+    run = sf.record(task, sf.Recipe(lr=0.05, dtype="float64"), [sf.Curriculum([rows], 40)])[0]
+    assert np.allclose(run.losses[1], expected, atol=1e-12)
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "mine_for_test.py").write_text(
+        "import simfluence as sf\ndef make():\n    return sf.tasks.synthetic(n_train=12, n_test=3)\nnumber = 3\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_users_own_task(own_module):
+    assert tasks.imported("mine_for_test:make").fingerprint == tasks.synthetic(n_train=12, n_test=3).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("mine_for_test", "write package.module:function"),
+        ("mine_for_test:make()", "write package.module:function"),
+        ("os; import sys:f", "write package.module:function"),
+        ("nowhere_at_all:make", "No module named"),
+        ("mine_for_test:maker", "did you mean 'make'"),
+        ("mine_for_test:number", "no function of that name"),
+        ("mine_for_test:wrong", "returned int, not a simfluence.Task"),
+    ],
+)
+def test_references_that_are_no_tasks(own_module, reference, said):
+    with pytest.raises(InvalidInput, match=said):
+        tasks.imported(reference)

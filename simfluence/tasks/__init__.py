@@ -10,7 +10,7 @@ from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.task import Task, TaskInfo
 from simfluence.tasks.arrays import from_arrays
 from simfluence.tasks.digits import digits
-from simfluence.tasks.synthetic import synthetic
+from simfluence.tasks.synthetic import synthetic, synthetic_optimum
 from simfluence.tasks.tabular import breast_cancer, diabetes
 
 #: Tasks that a file may name.
@@ -88,4 +88,5 @@ __all__ = [
     "imported",
     "rebuild",
     "synthetic",
+    "synthetic_optimum",
 ]

@@ -21,7 +21,7 @@ def synthetic(
 ) -> Task:
     """``y = ⟨x, w⟩ + noise`` with normal x and w, fitted by a linear layer without bias and squared error.
 
-    The objective ``mean (⟨x, θ⟩ − y)² + l2/2 ‖θ‖²`` is a quadratic: ``optimum`` is its minimiser.
+    The objective ``mean (⟨x, θ⟩ − y)² + l2/2 ‖θ‖²`` is a quadratic: ``synthetic_optimum`` is its minimiser.
 
     Args:
         n_train, n_test: numbers of examples.
@@ -60,7 +60,7 @@ def synthetic(
     )
 
 
-def optimum(task: Task, kept: np.ndarray | None = None) -> Float[np.ndarray, " features"]:
+def synthetic_optimum(task: Task, kept: np.ndarray | None = None) -> Float[np.ndarray, " features"]:
     """The minimiser of a synthetic task's objective in closed form, in float64.
 
     Args:

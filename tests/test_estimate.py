@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+import simfluence as sf
+from simfluence.errors import InvalidInput
+
+
+@pytest.fixture(scope="module")
+def job():
+    task = sf.tasks.digits(n_train=60, n_test=40)
+    return task, sf.Recipe(optimizer="adam", lr=0.01), sf.random_curricula(60, runs=6, steps=150, batch_size=8)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_time_and_disk_are_about_right(job, engine, tmp_path):
+    observe = sf.Observe(every=2, measures=["margin"], checkpoints=[0, 100])
+    found = sf.estimate(*job, tmp_path, observe=observe, engine=engine, steps=40)
+    assert not any(tmp_path.iterdir())  # nothing is written
+    start = time.perf_counter()
+    sf.record(*job, tmp_path, observe=observe, engine=engine)
+    seconds = time.perf_counter() - start
+    disk = sum(file.stat().st_size for file in tmp_path.rglob("*") if "run-" in file.name or "step-" in file.name)
+    assert found.engines == {engine: 6}
+    assert (found.runs, found.there) == (6, 0)
+    assert 0.2 * seconds < found.seconds < 5 * seconds  # machines are noisy
+    assert 0.7 * disk < found.disk < 1.4 * disk
+    assert 50e6 < found.memory < 100e9
+    assert "6 runs to record" in str(found)
+
+
+def test_what_is_there_costs_nothing(job, tmp_path):
+    task, recipe, curricula = job
+    sf.record(task, recipe, curricula[:2], tmp_path, engine="loop")
+    found = sf.estimate(*job, tmp_path, engine="loop")
+    assert (found.runs, found.there) == (4, 2)
+    sf.record(*job, tmp_path, engine="loop")
+    found = sf.estimate(*job, tmp_path, engine="loop")
+    assert (found.runs, found.there, found.seconds, found.disk) == (0, 6, 0, 0)
+
+
+def test_short_runs(job):
+    task, recipe, _ = job
+    assert sf.estimate(task, recipe, sf.random_curricula(60, runs=2, steps=1, batch_size=4)).runs == 2
+
+
+def test_bad_requests(job):
+    task, recipe, curricula = job
+    with pytest.raises(InvalidInput, match="no curriculum"):
+        sf.estimate(task, recipe, [])
+    with pytest.raises(InvalidInput, match="every=151"):
+        sf.estimate(task, recipe, curricula, observe=sf.Observe(every=151))
