@@ -83,7 +83,7 @@ class Task:
         if isinstance(self.model, nn.Module):
             return copy.deepcopy(self.model)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            set_seed(seed)
             model = self.model()
         if not isinstance(model, nn.Module):
             raise InvalidInput(f"task {self.name!r}: model() returned {type(model).__name__}, not a torch module")
@@ -146,6 +146,13 @@ class Task:
 
     def __repr__(self) -> str:
         return f"Task({self.name!r}, train={len(self.train)}, test={len(self.test)})"
+
+
+def set_seed(seed: int) -> None:
+    """Seed torch. ``torch.manual_seed`` also queues a call, with a stack trace, for every backend not in use."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def forward(model: Callable[..., Any], inputs: Inputs) -> Any:

@@ -36,12 +36,11 @@ class BatchedTraining(Training):
         super().__init__(job, len(curricula), times)
         self.model = job.task.build_model(job.recipe.seed).to(job.device, job.recipe.torch_dtype)
         self.stack = {
-            name: torch.stack([parameter.detach()] * len(curricula)).requires_grad_()
+            name: nn.Parameter(_stacked(parameter.detach(), len(curricula)))
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
-        self.optimizer = job.recipe.build_optimizer([nn.Parameter(p) for p in self.stack.values()])
-        self.stack = dict(zip(self.stack, self.optimizer.param_groups[0]["params"], strict=True))
+        self.optimizer = job.recipe.build_optimizer(self.stack.values())
         self.rows, self.weights, self.widths = _padded(curricula, job.device, job.recipe.torch_dtype)
         self.start()
 
@@ -147,6 +146,14 @@ def mapped(model: nn.Module, stack: Mapping[str, Tensor], inputs: Any, input_axi
         return functional_call(model, parameters, *arguments)
 
     return vmap(of_run, in_dims=(0, input_axis), randomness="error")(dict(stack), inputs)
+
+
+def _stacked(parameter: Tensor, runs: int) -> Tensor:
+    """``[runs, …]``. Matrices ``[out, in]`` lie with ``out`` fastest in memory, as their gradients come out of the
+    batched product x̄ᵀδ, which then need not be copied into another order (an eighth of a step of a small MLP).
+    """
+    stack = torch.stack([parameter] * runs)
+    return stack.mT.contiguous().mT if parameter.ndim == 2 else stack
 
 
 def _padded(

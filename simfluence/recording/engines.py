@@ -79,7 +79,7 @@ def plan(task: Task, recipe: Recipe, curricula: Mapping[str, Curriculum], engine
         for name, curriculum in curricula.items():
             if curriculum.sizes.min() > 0:
                 together.setdefault(len(curriculum), {})[name] = curriculum
-    size = _group_size(task, recipe)
+    size = _group_size(task, recipe) if together else 1
     groups = [group for alike in together.values() for group in _cut(alike, size)]
     batched = {name for group in groups for name in group.curricula}
     alone = [Group("loop", {name: curriculum}) for name, curriculum in curricula.items() if name not in batched]

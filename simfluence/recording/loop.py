@@ -24,6 +24,7 @@ class LoopTraining(Training):
         self.optimizer = job.recipe.build_optimizer(self.parameters)
         places = torch.tensor(curriculum.indices, dtype=torch.int64, device=job.device)
         self.batches = places.split(curriculum.sizes.tolist())
+        self.gradients_of_mean: dict[int, Tensor] = {}
         self.mode = ModeSwitch(self.model)
         self.start()
 
@@ -39,7 +40,7 @@ class LoopTraining(Training):
         self.mode.training(True)
         self.optimizer.zero_grad()
         losses = self.job.task.batch_losses(self.model, take(self.job.train_data, batch))
-        losses.backward(torch.full_like(losses, 1 / len(batch)))  # the gradient of their mean, an operation cheaper
+        torch.autograd.backward((losses,), (self._gradient_of_mean(losses),))
         if self.job.task.l2:
             for parameter in self.parameters:
                 if parameter.grad is not None:
@@ -47,6 +48,12 @@ class LoopTraining(Training):
         if self.job.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.job.recipe.clip_norm)
         self.optimizer.step()
+
+    def _gradient_of_mean(self, losses: Tensor) -> Tensor:
+        """What the backward pass of the batch's mean loss starts from; kept, as making it costs as much as a layer."""
+        if len(losses) not in self.gradients_of_mean:
+            self.gradients_of_mean[len(losses)] = torch.full_like(losses, 1 / len(losses), requires_grad=False)
+        return self.gradients_of_mean[len(losses)]
 
     def _read(self) -> Mapping[str, Tensor]:
         self.mode.training(False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from simfluence.errors import StoreError
 from simfluence.recipe import Recipe
 from simfluence.recording.checkpoints import Checkpoint
-from simfluence.task import Data, Task, cast
+from simfluence.task import Data, Task, cast, set_seed
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Training(ABC):
 
     def start(self) -> None:
         """Seed torch and read the test side before any update."""
-        torch.manual_seed(self.job.recipe.seed)
+        set_seed(self.job.recipe.seed)
         self._keep(self._read())
 
     def advance(self) -> None:
