@@ -33,7 +33,8 @@ def folder(tmp_path_factory) -> Path:
 
 #: Records on one thread, keeps unfinished runs on disk every 50 ms, and counts the trainings it starts.
 RECORDER = """
-import atexit, os, sys, torch
+import atexit, os, signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it be ignored
 torch.set_num_threads(1)
 from simfluence import cli
 from simfluence.recording import session

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -169,3 +170,14 @@ def test_the_shipped_specification_made_the_shipped_runs():
     wanted = spec.curricula.build(task.train)
     assert sorted(sf.recording.run_id(task, spec.recipe, curriculum) for curriculum in wanted) == runs.ids
     assert set(runs.curricula) == set(wanted)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "curricula").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_shipped_specifications_can_be_recorded(path, tmp_path):
+    spec = RecordingSpec.read(path)
+    task = spec.task.build()
+    curricula = spec.curricula.build(task.train)[:2]
+    found = sf.record(task, spec.recipe, curricula, tmp_path, observe=spec.observe)
+    assert np.isfinite(found[0].losses[found[0].times]).all()
