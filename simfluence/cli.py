@@ -270,7 +270,14 @@ def _steps(text: str) -> list[int]:
 
 def _row(run: Run) -> dict[str, Any]:
     first, last = float(run.losses[0].mean()), float(run.losses[-1].mean())
-    return {"run": run.id, "steps": run.steps, "initial_loss": first, "final_loss": last, "diverged": run.diverged}
+    return {
+        "run": run.id,
+        "steps": run.steps,
+        "initial_loss": first,
+        "final_loss": last,
+        "diverged": run.diverged,
+        "verification": run.verification,
+    }
 
 
 def _answer(forecast: Forecast, verified: Verification | None) -> dict[str, Any]:

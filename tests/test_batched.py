@@ -171,4 +171,6 @@ def test_a_part_recorded_before_changes_nothing(task, recipe, curricula, runs, t
     store.open_for(task)
     for run in runs[1:4]:
         store.write(run)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run-*")}
     assert np.array_equal(sf.record(task, recipe, curricula, store).losses, runs.losses)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # what was there is not written again

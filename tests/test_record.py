@@ -145,7 +145,10 @@ def test_a_damaged_unfinished_run_is_started_again(task, recipe, curricula, runs
     assert not (tmp_path / "s" / "partial").exists()
 
 
-def test_an_unfinished_run_that_was_read_at_other_times_is_started_again(task, recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "more", [{}, {"every": 1}, {"every": 5, "checkpoints": [3]}], ids=["as before", "all", "checkpoint"]
+)
+def test_an_unfinished_run_is_gone_on_with_only_if_it_has_all_that_is_wanted(task, recipe, tmp_path, monkeypatch, more):
     curricula = sf.random_curricula(n_train=12, runs=1, steps=12, batch_size=4)
     monkeypatch.setattr(session, "SECONDS_BETWEEN_SAVES", -1.0)
     advance = Training.advance
@@ -158,8 +161,18 @@ def test_an_unfinished_run_that_was_read_at_other_times_is_started_again(task, r
     monkeypatch.setattr(Training, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sf.record(task, recipe, curricula, tmp_path, observe=sf.Observe(every=5))
-    monkeypatch.setattr(Training, "advance", advance)
-    assert np.isfinite(sf.record(task, recipe, curricula, tmp_path).losses).all()
+    made = []
+
+    def counted(self):
+        made.append(self.step)
+        advance(self)
+
+    monkeypatch.setattr(Training, "advance", counted)
+    observe = sf.Observe(**(more or {"every": 5}))
+    run = sf.record(task, recipe, curricula, tmp_path, observe=observe)[0]
+    assert made == list(range(0 if more else 7, 12))
+    assert np.isfinite(run.losses[observe.times(12)]).all()
+    assert tuple(run.checkpoints) == observe.checkpoints
 
 
 @pytest.mark.parametrize("engine", ["loop", "batched"])

@@ -233,6 +233,8 @@ class _Session:
             return run
         before = self.found.get(run.id)
         if before is not None:
+            if not self._lacks(before):  # its group was trained again for the sake of another run
+                return before
             try:
                 run = combined(before, run)
             except InvalidInput as error:
@@ -253,7 +255,10 @@ class _Session:
         if self.store is None or not (file := self._partial_file(self.store, group)).is_file():
             return
         with contextlib.suppress(StoreError):  # a damaged unfinished run costs its time again, nothing else
-            training.restore(Checkpoint.load(file))
+            saved = Checkpoint.load(file)
+            passed = {step for step in self.observe.checkpoints if step < saved.step}
+            if all(passed <= set(self.store.checkpoints(name)) for name in group.curricula):
+                training.restore(saved)
 
     @staticmethod
     def _partial_file(store: RunStore, group: Group) -> Path:
