@@ -11,10 +11,17 @@ import simfluence as sf
 from simfluence.errors import DivergedWarning, InvalidInput, NotFittedError, StoreError
 from simfluence.simulators import SIMULATORS, build
 
+VARIANTS = [
+    *((name, {}) for name in SIMULATORS),
+    ("linear", {"prior": "zero"}),
+    *((name, {"around": "mean"}) for name in ("additive", "multiplicative", "linear")),
+]
 
-@pytest.fixture(params=SIMULATORS)
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *map(str, variant[1].values())]))
 def simulator(request):
-    return build(request.param)
+    name, parameters = request.param
+    return build(name, **parameters)
 
 
 def test_fit_returns_itself_and_simulates(simulator, runs):

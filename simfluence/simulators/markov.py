@@ -8,6 +8,14 @@ example in a full batch; at |c| = B this is the paper's equation. An empty batch
     additive          α = 1
     multiplicative    β = 0
     linear            both
+
+Around the mean trajectory m of the fitting runs (``around="mean"``, ours), effects are those of a batch that differs
+from the usual one, with c̄ the mean weights of a fitting step:
+
+    L_{t+1} − m_{t+1} = (1 + a)(L_t − m_t) + Σ_i (w_i − c̄_i)(A_i L_t + B_i)
+
+where a, how deviations last, is not penalised. Beyond the longest fitting run m is held at its end. Rollouts stay
+affine in the losses, with α = 1 + a + Σ (w − c̄) A and β = m_{t+1} − (1 + a) m_t + Σ (w − c̄) B.
 """
 
 from __future__ import annotations
@@ -23,9 +31,11 @@ from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
-from simfluence.simulators.solver import Multiplier, ridge
+from simfluence.simulators.baselines import mean_trajectory
+from simfluence.simulators.solver import Multiplier, Problem, ridge
 
 PRIORS = ("identity", "zero")
+AROUND = (None, "mean")
 Effects = Float[np.ndarray, "runs steps test"]
 
 
@@ -36,10 +46,12 @@ class MarkovSimulator(Simulator):
     Attributes:
         A_, B_: effects on slope and intercept, ``[train, test]``; a fixed one is absent.
         batch_size_: the fitting runs' (the most frequent, if they have several).
+        mean_, centre_, lasting_: around the mean only: m ``[steps + 1, test]``, c̄ ``[train]``, a ``[test]``.
     """
 
     l2: float
     prior: str = "identity"
+    around: str | None
     learns_slope: ClassVar[bool]
     learns_intercept: ClassVar[bool]
 
@@ -49,33 +61,56 @@ class MarkovSimulator(Simulator):
         longest = max(len(curriculum) for curriculum in curricula)
         shape = (len(curricula), longest, self.n_test_)
         weights, updates = _weights(curricula, longest, self.batch_size_)
-        alpha, beta = np.ones(shape), np.zeros(shape)
-        if self.learns_slope:
-            alpha = np.where(updates[:, None], weights @ self.A_, 1.0).reshape(shape)
-        if self.learns_intercept:
-            beta = (weights @ self.B_).reshape(shape)
-        return alpha, beta
+        fixed_slope = np.full((len(updates), self.n_test_), 1.0 if self.around is None else 0.0)
+        alpha = self._sums(weights, "A_") if self.learns_slope else fixed_slope
+        beta = self._sums(weights, "B_") if self.learns_intercept else np.zeros_like(alpha)
+        if self.around == "mean":
+            times = np.minimum(np.arange(longest + 1), len(self.mean_) - 1)
+            now, then = (np.tile(self.mean_[part], (len(curricula), 1)) for part in (times[:-1], times[1:]))
+            alpha, beta = alpha + 1 + self.lasting_, beta + then - (1 + self.lasting_) * now
+        still = ~updates[:, None]
+        return np.where(still, 1.0, alpha).reshape(shape), np.where(still, 0.0, beta).reshape(shape)
+
+    def _sums(self, weights: scipy.sparse.csr_array, name: str) -> np.ndarray:
+        """Σ (w − c̄) of the effects ``name`` for each row, ``[rows, test]``."""
+        effects = getattr(self, name)
+        return weights @ effects - (self.centre_ @ effects if self.around == "mean" else 0.0)
 
     def _check_parameters(self) -> None:
         if not isinstance(self.l2, int | float) or not self.l2 > 0:
             raise InvalidInput(f"l2 must be a number above 0, got {self.l2!r}")
         if self.prior not in PRIORS:
             raise InvalidInput(f"unknown prior {self.prior!r}, {did_you_mean(str(self.prior), PRIORS)}")
+        if self.around not in AROUND:
+            raise InvalidInput(f"around={self.around!r}: it can be None or 'mean'")
+        if self.around == "mean" and self.prior != "identity":
+            raise InvalidInput("prior says what α shrinks to; around='mean' shrinks to the mean trajectory: choose one")
 
     def _fit(self, runs: Runs) -> None:
         self.batch_size_ = usual_batch_size(runs.curricula)
-        weights, before, after = self._transitions(runs)
-        shrinks_to_one = self.prior == "identity" or not self.learns_slope
+        weights, before, after, times = self._transitions(runs)
         multipliers: list[Multiplier] = [before] if self.learns_slope else []
         multipliers += [None] if self.learns_intercept else []
-        effects = list(ridge(weights, multipliers, after - before if shrinks_to_one else after, self.l2))
+        problem = Problem(weights, multipliers, after - before)
+        prior_slope = 1 / self.batch_size_ if self.around is None else 0.0
+        if self.around == "mean":
+            self.mean_ = mean_trajectory(runs)
+            self.centre_ = np.asarray(weights.mean(axis=0)).ravel()
+            deviation = before - self.mean_[times]
+            problem = Problem(weights, multipliers, after - self.mean_[times + 1] - deviation, self.centre_, deviation)
+        elif self.prior == "zero" and self.learns_slope:
+            problem, prior_slope = Problem(weights, multipliers, after), 0.0
+        solution = ridge(problem, self.l2)
+        if self.around == "mean":
+            self.lasting_ = problem.free_part(problem.targets - problem.predict(solution))
+        effects = list(solution)
         if self.learns_slope:
-            self.A_ = effects.pop(0) + (1 / self.batch_size_ if shrinks_to_one else 0.0)
+            self.A_ = effects.pop(0) + prior_slope
         if self.learns_intercept:
             self.B_ = effects.pop(0)
 
-    def _transitions(self, runs: Runs) -> tuple[scipy.sparse.csr_array, np.ndarray, np.ndarray]:
-        """Weights ``[rows, train]`` between two readings, and the losses ``[rows, test]`` before and after.
+    def _transitions(self, runs: Runs) -> tuple[scipy.sparse.csr_array, np.ndarray, np.ndarray, np.ndarray]:
+        """Weights ``[rows, train]`` between two readings, losses ``[rows, test]`` before and after, times before.
 
         Where every step was read that is a row per update. Additive effects of several steps add up; a slope's
         do not, so it cannot be learned from readings with gaps.
@@ -83,10 +118,10 @@ class MarkovSimulator(Simulator):
         longest = max(run.steps for run in runs)
         weights, _ = _weights(runs.curricula, longest, self.batch_size_)
         gaps = [np.diff(run.times) for run in runs]
-        if self.learns_slope and any((gap > 1).any() for gap in gaps):
+        if (self.learns_slope or self.around) and any((gap > 1).any() for gap in gaps):
             raise InvalidInput(
-                f"{type(self).__name__} learns from losses at every step, and these runs were recorded with gaps: "
-                "record with every=1, or fit an AdditiveSimulator"
+                f"{self} learns from losses at every step, and these runs were recorded with gaps: "
+                "record with every=1, or fit AdditiveSimulator(around=None)"
             )
         rows = sum(len(gap) for gap in gaps)
         row_of_step = np.repeat(np.arange(rows), np.concatenate(gaps))
@@ -95,8 +130,9 @@ class MarkovSimulator(Simulator):
         between = which @ weights
         before = np.concatenate([run.losses[run.times[:-1]] for run in runs]).astype(np.float64)
         after = np.concatenate([run.losses[run.times[1:]] for run in runs]).astype(np.float64)
+        times = np.concatenate([run.times[:-1] for run in runs])
         updated = np.diff(between.indptr) > 0
-        return between[np.flatnonzero(updated)], before[updated], after[updated]
+        return between[np.flatnonzero(updated)], before[updated], after[updated], times[updated]
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         alpha, beta = self.effects(curricula)
@@ -112,6 +148,7 @@ class AdditiveSimulator(MarkovSimulator):
 
     Args:
         l2: penalty on the squared effects.
+        around: "mean" for effects around the mean trajectory of the fitting runs.
 
     >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
     >>> AdditiveSimulator(l2=1e-6).fit(runs).B_.round(3).ravel()
@@ -122,8 +159,9 @@ class AdditiveSimulator(MarkovSimulator):
     learns_slope = False
     learns_intercept = True
 
-    def __init__(self, l2: float = 1.0) -> None:
+    def __init__(self, l2: float = 1.0, around: str | None = None) -> None:
         self.l2 = l2
+        self.around = around
 
 
 class MultiplicativeSimulator(MarkovSimulator):
@@ -132,6 +170,7 @@ class MultiplicativeSimulator(MarkovSimulator):
     Args:
         l2: penalty on the squared effects.
         prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
+        around: "mean" for effects around the mean trajectory of the fitting runs.
 
     >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[4.0], [2.0], [3.0], [1.5]]])
     >>> MultiplicativeSimulator(l2=1e-6).fit(runs).A_.round(3).ravel()
@@ -142,9 +181,10 @@ class MultiplicativeSimulator(MarkovSimulator):
     learns_slope = True
     learns_intercept = False
 
-    def __init__(self, l2: float = 1.0, prior: str = "identity") -> None:
+    def __init__(self, l2: float = 1.0, prior: str = "identity", around: str | None = None) -> None:
         self.l2 = l2
         self.prior = prior
+        self.around = around
 
 
 class LinearSimulator(MarkovSimulator):
@@ -153,6 +193,7 @@ class LinearSimulator(MarkovSimulator):
     Args:
         l2: penalty on the squared effects.
         prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
+        around: "mean" for effects around the mean trajectory of the fitting runs.
 
     >>> rng = np.random.default_rng(0)
     >>> curricula = [rng.integers(3, size=(50, 1)) for _ in range(4)]
@@ -165,9 +206,10 @@ class LinearSimulator(MarkovSimulator):
     learns_slope = True
     learns_intercept = True
 
-    def __init__(self, l2: float = 1.0, prior: str = "identity") -> None:
+    def __init__(self, l2: float = 1.0, prior: str = "identity", around: str | None = None) -> None:
         self.l2 = l2
         self.prior = prior
+        self.around = around
 
 
 def usual_batch_size(curricula: Sequence[Curriculum]) -> int:
