@@ -7,7 +7,7 @@ of indices, or a list of ids. Applying an edit never changes the original; a seq
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ class Repeat(Edit):
     times: int = 2
 
     def __post_init__(self) -> None:
-        if self.times < 1:
+        if not isinstance(self.times, int) or self.times < 1:
             raise InvalidInput(f"times must be 1 or more, got {self.times}; Remove takes examples out")
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
@@ -114,6 +114,8 @@ def apply_all(edits: Iterable[Edit], curriculum: Curriculum, examples: Examples 
 
 def _selected(target: Target, curriculum: Curriculum, examples: Examples | None) -> Indices:
     """The training indices that ``target`` means."""
+    if not isinstance(target, str | Sequence | np.ndarray):
+        raise InvalidInput(f"a target is a filter (a text) or a list of indices or ids, got {target!r}")
     if examples is not None:
         if len(examples) != curriculum.n_train:
             raise InvalidInput(

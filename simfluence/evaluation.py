@@ -91,6 +91,10 @@ def evaluate(
     Raises:
         InvalidInput: an unknown metric, no run, or runs in both ``held`` and ``reference``.
     """
+    if not isinstance(simulators, Mapping):
+        raise InvalidInput('simulators must be a mapping from row names to simulators, such as {"linear": linear}')
+    if not 0 < confidence < 1:
+        raise InvalidInput(f"confidence must be between 0 and 1, got {confidence}")
     for metric in metrics:
         if metric not in METRICS:
             raise InvalidInput(f"unknown metric {metric!r}, {did_you_mean(metric, METRICS)}")

@@ -10,6 +10,8 @@ Parsed against the grammar below and applied column by column; nothing is ever e
                 | column ["not"] "contains" string
     value       = number | string | "true" | "false"
     column      = a name, or any text between backticks
+
+A comparison with a value that is missing fails, except ``!=``, which holds.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Comparison:
     value: Value | tuple[Value, ...]
 
     def mask(self, table: pd.DataFrame) -> np.ndarray:
-        column = _column(table, self.column)
+        column = _plain(_column(table, self.column))
+        if column.isna().all():  # of whatever type: nothing is equal to, or greater than, what is not there
+            return np.full(len(column), self.operator == "!=")
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         for value in values:
             _check_comparable(column, self.operator, value)
@@ -60,7 +64,8 @@ class Comparison:
             return column.isin(list(values)).to_numpy(bool)
         if self.operator == "contains":
             return column.str.contains(str(self.value), regex=False, na=False).to_numpy(bool)
-        return _ORDER[self.operator](column, self.value).fillna(False).to_numpy(bool)
+        found = _ORDER[self.operator](column, self.value)
+        return np.where(column.isna(), self.operator == "!=", found.fillna(False)).astype(bool)
 
 
 @dataclass(frozen=True)
@@ -221,9 +226,23 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
     return table[name]
 
 
+def _plain(column: pd.Series) -> pd.Series:
+    """The column as numbers, truth values or text: the same from a data frame as from the store."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(column.cat.categories.dtype)
+    if pd.api.types.is_datetime64_any_dtype(column):
+        column = column.astype(str).where(column.notna())
+    known = column.dropna()
+    if column.dtype == object and len(known) and known.map(lambda value: isinstance(value, bool)).all():
+        column = column.astype("boolean")
+    return column.infer_objects()
+
+
 def _check_comparable(column: pd.Series, symbol: str, value: Value) -> None:
     """Comparing a number with text matches nothing in silence; say so instead."""
     is_number = pd.api.types.is_numeric_dtype(column)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise FilterError(f"{value} is larger than any whole number here: write it as {float(value):g}")
     if symbol == "contains" and (is_number or not isinstance(value, str)):
         raise FilterError(f"'contains' looks for text in a text column; column {column.name!r} is {column.dtype}")
     if is_number == isinstance(value, str):

@@ -76,6 +76,10 @@ class Recipe(Spec):
         for name in self._arguments():
             if name not in known:
                 raise ValueError(f"optimizer {self.optimizer!r} takes no {name!r}, {did_you_mean(name, known)}")
+        try:
+            self.build_optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"torch refuses these arguments of {self.optimizer!r}: {error}") from None
         if self.schedule != "constant" and self.horizon is None:
             raise ValueError(f"schedule {self.schedule!r} needs horizon=, its number of steps")
         if self.horizon is not None and self.warmup >= self.horizon:

@@ -76,6 +76,19 @@ class Run:
         """The times 0…T at which the test side was read."""
         return np.arange(len(self.losses)) if self.recorded is None else np.flatnonzero(self.recorded)
 
+    def times_of(self, name: str) -> Int[np.ndarray, " k"]:
+        """The times at which the loss or a measure was read.
+
+        Runs merged of recordings that read different things have measures with gaps of their own: rows that are all
+        NaN where the loss is a number.
+        """
+        if name == "loss":
+            return self.times
+        if name not in self.measures:
+            return self.times[:0]
+        unread = np.isnan(self.measures[name]).all(axis=1) & np.isfinite(self.losses).all(axis=1)
+        return self.times[~unread[self.times]]
+
     def select(self, name: str) -> Run:
         """The run with the measure ``name`` in place of the losses, which become the measure "loss"."""
         readings = dict(self.measures)
@@ -83,9 +96,11 @@ class Run:
             raise InvalidInput(f"run {self.id} recorded no measure {name!r}, {did_you_mean(name, ['loss', *readings])}")
         if name not in readings:  # the losses themselves, in their place already
             return self
+        recorded = np.isin(np.arange(len(self.losses)), self.times_of(name))
         chosen = readings.pop(name)
         kept = {"loss": self.losses} if "loss" not in readings else {}
-        return dataclasses.replace(self, losses=chosen, measures=readings | kept)
+        recorded_or_none = None if recorded.all() else recorded
+        return dataclasses.replace(self, losses=chosen, measures=readings | kept, recorded=recorded_or_none)
 
     @property
     def steps(self) -> int:
@@ -206,6 +221,8 @@ class Runs(Sequence[Run]):
         Raises:
             InvalidInput: a part would be empty.
         """
+        if seed < 0:
+            raise InvalidInput(f"seed must not be negative, got {seed}")
         ids = sorted(set(self.ids))
         count = round(held_out * len(ids)) if isinstance(held_out, float) else held_out
         if not 1 <= count < len(ids):
@@ -237,17 +254,17 @@ def combined(before: Run, again: Run) -> Run:
     Raises:
         InvalidInput: at times that both recorded they differ by more than another engine's rounding.
     """
-    both = np.intersect1d(before.times, again.times)
     loose = before.losses.dtype == np.float32
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if loose else {"rtol": 1e-9, "atol": 1e-9}
     readings = {"loss": before.losses} | dict(before.measures)
-    others = {"loss": again.losses} | dict(again.measures)
-    for name in readings.keys() & others.keys():
-        if not np.allclose(readings[name][both], others[name][both], equal_nan=True, **tolerance):
-            raise InvalidInput(f"{name} of run {before.id} differs from what is recorded")
-    merged = {name: others.get(name, values).copy() for name, values in (others | readings).items()}
+    merged = {"loss": again.losses} | dict(again.measures)
     for name, values in readings.items():
-        merged[name][before.times] = values[before.times]
+        mine = before.times_of(name)
+        both = np.intersect1d(mine, again.times_of(name))
+        merged[name] = merged[name].copy() if name in merged else np.full_like(values, np.nan)
+        if not np.allclose(values[both], merged[name][both], equal_nan=True, **tolerance):
+            raise InvalidInput(f"{name} of run {before.id} differs from what is recorded")
+        merged[name][mine] = values[mine]
     recorded = np.isin(np.arange(len(before.losses)), np.union1d(before.times, again.times))
     return dataclasses.replace(
         before,

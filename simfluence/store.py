@@ -74,7 +74,10 @@ class RunStore:
             return
         self._check_portable(task)
         for side, examples in (("train", task.train), ("test", task.test)):
-            table = pa.Table.from_pandas(examples.table, preserve_index=False)
+            try:
+                table = pa.Table.from_pandas(examples.table, preserve_index=False)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise InvalidInput(f"{side} metadata: a column mixes types or holds objects ({error})") from None
             write_whole(self.path / f"{side}.parquet", to_bytes(table.replace_schema_metadata()))
         info = task.info
         described = {"name": info.name, "arguments": dict(info.arguments), "fingerprint": info.fingerprint}
@@ -107,6 +110,36 @@ class RunStore:
             raise StoreError(f"run {run.id} is of another task than {self.path}")
         write_whole(self._file(run.id), run_to_bytes(run), aside=self.partial(run.id))
         self._drop_folder(run.id)
+
+    def add(self, run: Run) -> Run:
+        """Write ``run``, combined with what the store has of it by now; other processes wait meanwhile.
+
+        Returns:
+            The run as the store has it.
+
+        Raises:
+            StoreError: the store has other losses for the same run.
+        """
+        lock = filelock.FileLock(self.path / "partial" / f"{run.id}.write.lock")
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise cannot_write(Path(lock.lock_file), error) from error
+        try:
+            if run.id in self:
+                run = combined(self.read(run.id), run)
+            self.write(run)
+        except InvalidInput as error:
+            raise StoreError(
+                f"{self.path}: {error} (another machine, torch version or number of threads?). "
+                "Nothing was changed: record into another folder"
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+            self._drop_folder(run.id)
+        return run
 
     def read(self, run_id: str) -> Run:
         """One run.
@@ -153,17 +186,14 @@ class RunStore:
         """
         if other.info.fingerprint != self.info.fingerprint:
             raise StoreError(f"{other.path} holds runs of another task than {self.path}")
-        mine, new = {run.id: run for run in self.all_runs()}, 0
+        mine, new = set(self.all_runs().ids), 0
         for run in other.all_runs():
             new += run.id not in mine
-            try:
-                self.write(combined(mine[run.id], run) if run.id in mine else run)
-            except InvalidInput as error:
-                raise StoreError(f"{other.path} and {self.path}: {error}") from None
+            self.add(run)
             for step, file in run.checkpoints.items():
                 if not self.checkpoint(run.id, step).is_file():
                     write_whole(self.checkpoint(run.id, step), file.read_bytes(), aside=self.partial(run.id))
-            self.drop_partial(run.id)
+            self._drop_folder(run.id)
         return new
 
     def copy(self, path: str | Path, where: str | None = None) -> RunStore:

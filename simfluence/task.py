@@ -87,7 +87,7 @@ class Task:
             model = self.model()
         if not isinstance(model, nn.Module):
             raise InvalidInput(f"task {self.name!r}: model() returned {type(model).__name__}, not a torch module")
-        return model
+        return copy.deepcopy(model)  # a factory may return the same module each time
 
     def read(self, outputs: Any, targets: Tensor, measures: Iterable[str] = ()) -> dict[str, Tensor]:
         """The loss and the named measures of each example, each ``[batch]``.
@@ -137,7 +137,7 @@ class Task:
         weights = tuple(self.model.state_dict().values()) if isinstance(self.model, nn.Module) else ()
         for tensor in tensors((self.train_data, self.test_data, weights)):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @property

@@ -139,9 +139,11 @@ def what_if(simulator: Simulator, run: Run, edits: Edit | Sequence[Edit], *, tas
     >>> what_if(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], sf.Remove([1])).change.round(2)
     array([-0.5])
     """
+    if not isinstance(run, Run):
+        raise InvalidInput(f"the base must be one Run (runs[0], say), got {type(run).__name__}")
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    if not edits:
-        raise InvalidInput("no edit: say what to change, for example Remove('label == 3')")
+    if not edits or not all(isinstance(edit, Edit) for edit in edits):
+        raise InvalidInput("edits must be one or more of Remove, Repeat, Reorder, such as Remove('label == 3')")
     if task is not None and run.fingerprint not in (None, task.fingerprint):
         raise InvalidInput(f"base run {run.id} is of another task than {task.name!r}")
     edited = apply_all(edits, run.curriculum, task.train if task else run.train)

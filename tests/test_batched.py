@@ -174,3 +174,101 @@ def test_a_part_recorded_before_changes_nothing(task, recipe, curricula, runs, t
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run-*")}
     assert np.array_equal(sf.record(task, recipe, curricula, store).losses, runs.losses)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what was there is not written again
+
+
+def with_padding_row():
+    return nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Flatten(), nn.Linear(20, 3))
+
+
+def with_sparse_gradients():
+    return nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(20, 3))
+
+
+def normalising_over_the_batch():
+    return nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3))
+
+
+def plain():
+    return nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def loss_over_the_batch(outputs, targets):
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+    return losses / losses.detach().mean()
+
+
+class Scaled(nn.Module):
+    """A parameter without axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(5, 3), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+class Masked(nn.Module):
+    """Takes another path in evaluation mode, which cannot be mapped."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.embed, self.encode, self.out = nn.Embedding(7, 4), nn.TransformerEncoder(layer, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.encode(self.embed(x), src_key_padding_mask=x == 0)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "whole_numbers", "engine"),
+    [
+        (with_padding_row, "cross_entropy", True, "loop"),
+        (with_sparse_gradients, "cross_entropy", True, "loop"),
+        (normalising_over_the_batch, "cross_entropy", False, "loop"),
+        (plain, loss_over_the_batch, False, "loop"),
+        (Masked, "cross_entropy", True, "loop"),
+        (Scaled, "cross_entropy", False, "batched"),
+        (plain, "cross_entropy", False, "batched"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_automatic_engine_gives_the_losses_of_the_loop(model, loss, whole_numbers, engine):
+    rng = np.random.default_rng(0)
+    X = rng.integers(1, 7, size=(24, 5)) if whole_numbers else rng.normal(size=(24, 5)).astype(np.float32)
+    if whole_numbers:
+        X[::2, 3:] = 0
+    task = sf.tasks.from_arrays(model, X, rng.integers(3, size=24), loss)
+    recipe = sf.Recipe(lr=0.1, clip_norm=1.0) if model is not with_sparse_gradients else sf.Recipe(lr=0.1)
+    curricula = [sf.Remove([0, 1, 2]).apply(c) for c in sf.random_curricula(18, 3, 6, 6)]
+    automatic, loop = (sf.record(task, recipe, curricula, engine=each) for each in ("auto", "loop"))
+    assert {run.engine for run in automatic} == {engine}
+    assert np.abs(automatic.losses - loop.losses).max() < 1e-5
+
+
+def test_checkpoints_of_tied_weights(tmp_path):
+    def tied():
+        embed, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        head.weight = embed.weight
+        return nn.Sequential(embed, nn.Flatten(), nn.Linear(20, 4), head)
+
+    rng = np.random.default_rng(0)
+    task = sf.tasks.from_arrays(tied, rng.integers(7, size=(24, 5)), rng.integers(7, size=24), "cross_entropy")
+    curricula = sf.random_curricula(18, 3, 6, 4)
+    runs = sf.record(
+        task, sf.Recipe(lr=0.5), curricula, tmp_path, observe=sf.Observe(checkpoints=[6]), engine="batched"
+    )
+    for run in runs:
+        model = task.build_model(1)
+        sf.Checkpoint.load(sf.RunStore(tmp_path).read(run.id).checkpoints[6]).restore(model)
+        assert np.allclose(task.evaluate(model, task.test_data)["loss"], run.losses[-1], atol=1e-5)
+
+
+def test_a_diverging_run_leaves_its_group_alone(task, curricula):
+    X, y = task.train_data[0].clone(), task.train_data[1]
+    X[11] = 1e30  # whoever is shown this one diverges
+    wild = sf.tasks.from_arrays(task.model, X, y, lambda o, t: ((o - t[:, None]) ** 2).mean(1), test=task.test_data)
+    mixed = [c for c in curricula if 11 in c.indices][:1] + [c for c in curricula if 11 not in c.indices]
+    batched, loop = (sf.record(wild, sf.Recipe(lr=1e-2), mixed, engine=e) for e in ("batched", "loop"))
+    assert [run.engine for run in batched] == ["batched"] * len(mixed)
+    assert np.allclose(batched.losses[1:], loop.losses[1:], rtol=1e-4)

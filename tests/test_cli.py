@@ -110,7 +110,7 @@ def test_fit_then_use_the_file(run, folder, tmp_path):
     code, out, _ = run("fit", folder / "runs", "--out", file, "--set", "l2=10", "--set", "prior=zero", "--held-out", 3)
     assert code == 0
     assert "fitted on 5 runs" in out
-    assert sf.LinearSimulator.load(file).get_params() == {"l2": 10, "prior": "zero"}
+    assert sf.LinearSimulator.load(file).get_params() == {"l2": 10, "prior": "zero", "around": None}
     code, out, _ = run("evaluate", folder / "runs", "--held-out", 3, "--simulator", file, "--json")
     assert code == 0
     assert [row["simulator"] for row in json.loads(out)] == [str(file)]

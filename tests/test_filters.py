@@ -104,6 +104,28 @@ def test_any_string_can_be_quoted(value, symbol):
         assert parse(f"text {symbol} {quoted}") == Comparison("text", symbol, value)
 
 
+def test_missing_values_match_only_what_they_differ_from():
+    table = pd.DataFrame(
+        {
+            "none": [None, None, None],
+            "flag": [True, None, False],
+            "whole": pd.array([1, None, 2], dtype="Int64"),
+            "kind": pd.Categorical(["a", None, "b"]),
+            "number": pd.Categorical([1, 2, 1]),
+            "day": pd.to_datetime(["2026-01-01", None, "2026-03-01"]),
+        }
+    )
+    cases = {
+        "none == 1": [], "none > 'a'": [], "none != 1": [0, 1, 2], "flag == true": [0], "flag != true": [1, 2],
+        "whole != 1": [1, 2], "whole < 2": [0], "kind == 'a'": [0], "kind < 'b'": [0], "kind != 'a'": [1, 2],
+        "number == 1": [0, 2], "day > '2026-02'": [2], "day contains '2026'": [0, 2],
+    }  # fmt: skip
+    for text, matches in cases.items():
+        assert np.flatnonzero(parse(text).mask(table)).tolist() == matches, text
+    with pytest.raises(FilterError, match="larger than any whole number"):
+        parse("flag == 99999999999999999999999").mask(table)
+
+
 def test_errors_say_what_is_there():
     with pytest.raises(FilterError, match="did you mean 'label'"):
         parse("lable == 3").mask(TABLE)

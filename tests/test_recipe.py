@@ -68,6 +68,8 @@ def test_canonical_text_is_stable():
         ({"schedule": "cosin", "horizon": 3}, "schedule"),
         ({"warmup": 5, "horizon": 5}, "below horizon"),
         ({"clip_norm": 0}, "clip_norm"),
+        ({"optimizer_args": {"nesterov": True}}, "torch refuses these arguments of 'sgd'"),
+        ({"optimizer": "adam", "optimizer_args": {"betas": (2, 3)}}, "torch refuses"),
     ],
 )
 def test_bad_recipes(fields, said):

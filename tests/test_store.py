@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -350,3 +351,49 @@ def test_any_store_survives_copy_and_merge(data, tmp_path_factory):
             assert one.times.tolist() == two.times.tolist()
             assert np.array_equal(one.losses, two.losses, equal_nan=True)
             assert np.array_equal(one.measures["margin"], two.measures["margin"], equal_nan=True)
+
+
+def test_measures_recorded_apart_are_merged_with_their_own_gaps(task, recipe, curricula, tmp_path):
+    def size(outputs, targets):
+        return outputs.norm(dim=1)
+
+    measured = dataclasses.replace(task, measures={"size": size})
+    left, right = sf.RunStore(tmp_path / "left"), sf.RunStore(tmp_path / "right")
+    sf.record(measured, recipe, curricula, left, observe=sf.Observe(every=5, measures=["size"]))
+    sf.record(measured, recipe, curricula, right)
+    left.merge(right)
+    run = left.load()[0]
+    assert run.times.tolist() == list(range(11))
+    assert run.times_of("size").tolist() == [0, 5, 10]
+    assert not left.load().select("size")[0].diverged
+    assert sf.MeanTrajectorySimulator().fit(left.load().select("size")).mean_.shape == (11, 5)
+    whole = sf.record(measured, recipe, curricula, left, observe=sf.Observe(measures=["size"]))
+    assert whole[0].times_of("size").tolist() == list(range(11))
+    assert np.isfinite(whole.select("size").losses).all()
+
+
+def test_adding_combines_with_what_is_there_by_now(store, runs):
+    fewer = dataclasses.replace(runs[0], measures={"one": runs[0].losses}, id=runs[0].id)
+    more = dataclasses.replace(runs[0], measures={"two": runs[0].losses})
+    store.add(fewer)
+    store.add(more)
+    assert set(store.read(runs[0].id).measures) == {"one", "two"}
+    assert not (store.path / "partial").exists()
+
+
+def test_merging_leaves_a_recording_under_way_alone(store, task, recipe, curricula, tmp_path):
+    other = store.copy(tmp_path / "other")
+    run_id = store.ids()[0]
+    with store.claim(run_id) as first:
+        unfinished = store.partial(run_id) / "training.safetensors"
+        unfinished.parent.mkdir(parents=True)
+        unfinished.write_bytes(b"x")
+        store.merge(other)
+        with store.claim(run_id) as second:
+            assert (first, second, unfinished.exists()) == (True, False, True)
+
+
+def test_metadata_that_cannot_be_kept(task, recipe, curricula, tmp_path):
+    odd = dataclasses.replace(task, test=sf.Examples.numbered(5, pd.DataFrame({"x": [1, "a", 2.0, None, print]})))
+    with pytest.raises(InvalidInput, match="test metadata: a column mixes types"):
+        sf.record(odd, recipe, curricula, tmp_path / "s")

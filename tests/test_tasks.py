@@ -228,3 +228,56 @@ def test_a_users_own_task(own_module):
 def test_references_that_are_no_tasks(own_module, reference, said):
     with pytest.raises(InvalidInput, match=said):
         tasks.imported(reference)
+
+
+def test_labels_of_any_number_type_are_classes():
+    for labels in (Y.astype(np.int32), Y.astype(np.float64), Y[:, None], Y.tolist(), Y.astype(bool)):
+        task = tasks.from_arrays(linear, X, labels, "cross_entropy", test=[X, labels])
+        assert task.train_data[1].dtype == torch.int64
+        assert task.train_data[1].tolist() == Y.tolist()
+
+
+def test_a_list_of_arrays_is_several_inputs():
+    class Sum(nn.Linear):
+        def forward(self, both):
+            return super().forward(both[0] + both[1])
+
+    task = tasks.from_arrays(lambda: Sum(3, 2), [X, -X], Y, "cross_entropy", test=2)
+    assert sf.record(task, sf.Recipe(), [sf.Curriculum([[0]], 6)] * 2).losses.shape == (2, 2, 2)
+
+
+def test_a_factory_may_return_the_same_module():
+    module = linear()
+    task = tasks.from_arrays(lambda: module, X, Y, "cross_entropy", test=2)
+    losses = sf.record(task, sf.Recipe(lr=0.5), sf.random_curricula(6, 3, 4, 2), engine="loop").losses
+    assert np.ptp(losses[:, 0], axis=0).max() == 0
+
+
+def test_a_given_module_with_counters():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    task = tasks.from_arrays(module, X, Y, "cross_entropy", test=2)
+    assert len(task.fingerprint) == 64
+    assert sf.record(task, sf.Recipe(), [sf.Curriculum([[0, 1]], 6)]).losses.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: tasks.from_arrays(linear, X, list("abcdefgh"), "cross_entropy"), "encode text first"),
+        (
+            lambda: record(tasks.from_arrays(linear, X.astype(int), Y, "cross_entropy", test=2)),
+            "does not run on its data",
+        ),
+        (lambda: record(tasks.from_arrays(lambda: nn.Linear(4, 2), X, Y, "cross_entropy", test=2)), "does not run"),
+        (lambda: record(tasks.from_arrays(linear, X, X[:, 0], "squared_error", test=2)), "squared error of outputs"),
+        (lambda: record(tasks.from_arrays(linear, X, Y, "cross_entropy", test=2), device="cudaa"), "device 'cudaa'"),
+        (lambda: sf.record(tasks.synthetic(), sf.Recipe(), sf.Curriculum([[0]], 40)), "a list of Curriculum"),
+    ],
+)
+def test_plausible_mistakes_are_explained(call, said):
+    with pytest.raises(InvalidInput, match=said):
+        call()
+
+
+def record(task, **more):
+    return sf.record(task, sf.Recipe(), [sf.Curriculum([[0]], len(task.train))], **more)

@@ -63,7 +63,7 @@ def test_an_edit_that_changes_nothing_is_confirmed(linear, runs, task):
 
 
 def test_bad_questions(linear, runs, task, known):
-    with pytest.raises(InvalidInput, match="no edit"):
+    with pytest.raises(InvalidInput, match="edits must be"):
         sf.what_if(linear, runs[5], [])
     with pytest.raises(InvalidInput, match="fitted on 12"):
         sf.what_if(linear, known.runs[0], sf.Remove([0]))

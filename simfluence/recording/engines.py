@@ -17,7 +17,7 @@ from simfluence.errors import EngineWarning, InvalidInput, did_you_mean
 from simfluence.recipe import Recipe
 from simfluence.recording.batched import BatchedTraining, obstacle, parameter_count
 from simfluence.recording.loop import LoopTraining
-from simfluence.recording.training import Job, Training
+from simfluence.recording.training import Job, Training, first_pass
 from simfluence.task import Task
 
 ENGINES = ("auto", "batched", "loop")
@@ -55,9 +55,10 @@ class Group:
 
     def start(self, job: Job, times: np.ndarray) -> Training:
         """Its training, before any update."""
-        if self.engine == "loop":
-            return LoopTraining(job, next(iter(self.curricula.values())), times)
-        return BatchedTraining(job, list(self.curricula.values()), times)
+        with first_pass(job.task):
+            if self.engine == "loop":
+                return LoopTraining(job, next(iter(self.curricula.values())), times)
+            return BatchedTraining(job, list(self.curricula.values()), times)
 
 
 def plan(task: Task, recipe: Recipe, curricula: Mapping[str, Curriculum], engine: str = "auto") -> list[Group]:

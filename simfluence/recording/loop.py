@@ -75,7 +75,12 @@ class ModeSwitch:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         modules = list(model.modules())
-        plain = all(type(m).train is nn.Module.train and type(m).eval is nn.Module.eval for m in modules)
+        plain = all(
+            type(m).train is nn.Module.train
+            and type(m).eval is nn.Module.eval
+            and not isinstance(m, torch.jit.ScriptModule)  # keeps its flag elsewhere
+            for m in modules
+        )
         self.flags = [vars(module) for module in modules] if plain else None
 
     def training(self, mode: bool) -> None:

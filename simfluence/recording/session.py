@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from simfluence.recording.engines import Group, plan
 from simfluence.recording.observe import Observe
 from simfluence.recording.progress import RecordingProgress
 from simfluence.recording.training import Job, Training
-from simfluence.runs import Run, Runs, combined
+from simfluence.runs import Run, Runs
 from simfluence.store import RunStore
 from simfluence.task import Task
 
@@ -91,7 +92,7 @@ def run_id(task: Task, recipe: Recipe, curriculum: Curriculum) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def check(task: Task, curricula: Sequence[Curriculum], observe: Observe) -> None:
+def check(task: Task, curricula: Sequence[Any], observe: Observe) -> None:
     """Whether this can be recorded.
 
     Raises:
@@ -100,6 +101,10 @@ def check(task: Task, curricula: Sequence[Curriculum], observe: Observe) -> None
     if not curricula:
         raise InvalidInput("no curriculum to record: give at least one, for example from random_curricula(…)")
     for index, curriculum in enumerate(curricula):
+        if not isinstance(curriculum, Curriculum):
+            raise InvalidInput(
+                f"curricula must be a list of Curriculum, but item {index} is {type(curriculum).__name__}"
+            )
         if curriculum.n_train != len(task.train):
             raise InvalidInput(
                 f"curriculum {index} is of {curriculum.n_train} training examples, but task {task.name!r} has "
@@ -146,15 +151,14 @@ class _Session:
 
     def _lacks(self, run: Run) -> bool:
         """Whether a recorded run has less than is wanted."""
-        times = np.isin(np.flatnonzero(self.observe.times(run.steps)), run.times).all()
-        measures = set(self.observe.measures) <= set(run.measures)
-        return not (times and measures and set(self.observe.checkpoints) <= set(run.checkpoints))
+        wanted = np.flatnonzero(self.observe.times(run.steps))
+        read = all(np.isin(wanted, run.times_of(name)).all() for name in ("loss", *self.observe.measures))
+        return not (read and set(self.observe.checkpoints) <= set(run.checkpoints))
 
     def _promoted(self, run: Run) -> Run:
         """A verification run that is now wanted for itself loses its mark."""
         if self.store and run.verification and not self.verification:
-            run = dataclasses.replace(run, verification=False)
-            self.store.write(run)
+            run = self.store.add(dataclasses.replace(run, verification=False))
         return run
 
     def _claimed(self, groups: Sequence[Group], progress: RecordingProgress) -> Iterator[Group]:
@@ -232,18 +236,9 @@ class _Session:
         if self.store is None:
             return run
         before = self.found.get(run.id)
-        if before is not None:
-            if not self._lacks(before):  # its group was trained again for the sake of another run
-                return before
-            try:
-                run = combined(before, run)
-            except InvalidInput as error:
-                raise StoreError(
-                    f"training again in {self.store.path} for what was not recorded: {error} (another machine, "
-                    "torch version or number of threads?). Nothing was changed: record into another folder"
-                ) from None
-        self.store.write(run)
-        return run
+        if before is not None and not self._lacks(before):  # its group was trained again for the sake of another run
+            return before
+        return self.store.add(run)
 
     def _save_if_asked(self, training: Training, group: Group) -> None:
         if self.store and training.step in self.observe.checkpoints:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simfluence.errors import StoreError
+from simfluence.errors import InvalidInput, StoreError
 from simfluence.recipe import Recipe
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.task import Data, Task, cast, set_seed
@@ -36,9 +37,30 @@ class Job:
 
     @classmethod
     def of(cls, task: Task, recipe: Recipe, device: str | torch.device = "cpu", measures: Sequence[str] = ()) -> Job:
-        device = torch.device(device)
-        train, test = (cast(data, device, recipe.torch_dtype) for data in (task.train_data, task.test_data))
+        """The job on this device.
+
+        Raises:
+            InvalidInput: there is no such device.
+        """
+        try:
+            device = torch.device(device)
+            train, test = (cast(data, device, recipe.torch_dtype) for data in (task.train_data, task.test_data))
+        except (RuntimeError, AssertionError) as error:
+            raise InvalidInput(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
         return cls(task, recipe, tuple(measures), device, train, test)
+
+
+@contextlib.contextmanager
+def first_pass(task: Task) -> Iterator[None]:
+    """Explain what the model's first pass over the task's data raises.
+
+    Raises:
+        InvalidInput: in place of torch's own errors.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise InvalidInput(f"the model of task {task.name!r} does not run on its data: {error}") from error
 
 
 class Training(ABC):

@@ -77,7 +77,7 @@ class MarkovSimulator(Simulator):
         return weights @ effects - (self.centre_ @ effects if self.around == "mean" else 0.0)
 
     def _check_parameters(self) -> None:
-        if not isinstance(self.l2, int | float) or not self.l2 > 0:
+        if isinstance(self.l2, bool) or not isinstance(self.l2, int | float) or not self.l2 > 0:
             raise InvalidInput(f"l2 must be a number above 0, got {self.l2!r}")
         if self.prior not in PRIORS:
             raise InvalidInput(f"unknown prior {self.prior!r}, {did_you_mean(str(self.prior), PRIORS)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def from_arrays(
     y: Any,
     loss: str | Callable[[Any, Tensor], Tensor],
     *,
-    test: tuple[Any, Any] | int | float = 0.25,
+    test: Sequence[Any] | int | float = 0.25,
     metadata: pd.DataFrame | None = None,
     test_metadata: pd.DataFrame | None = None,
     seed: int = 0,
@@ -49,13 +49,14 @@ def from_arrays(
     >>> from_arrays(nn.Linear(2, 3), rng.normal(size=(8, 2)), rng.integers(3, size=8), "cross_entropy")
     Task('arrays', train=6, test=2)
     """
-    if isinstance(loss, str):
-        if loss not in BY_NAME:
-            raise InvalidInput(f"unknown loss {loss!r}, {did_you_mean(loss, BY_NAME)}")
-        loss = BY_NAME[loss]
-    data = _as_data(X, y)
-    if isinstance(test, tuple):
-        train, held = _examples(data, metadata), _as_data(*test)
+    if isinstance(loss, str) and loss not in BY_NAME:
+        raise InvalidInput(f"unknown loss {loss!r}, {did_you_mean(loss, BY_NAME)}")
+    as_classes = loss == "cross_entropy"
+    loss = BY_NAME[loss] if isinstance(loss, str) else loss
+    data = _as_data(X, y, as_classes)
+    if not isinstance(test, int | float):
+        X_test, y_test = test
+        train, held = _examples(data, metadata), _as_data(X_test, y_test, as_classes)
         return Task(name, model, data, held, loss, train, _examples(held, test_metadata))
     rows = np.random.default_rng(seed).permutation(len(data[1]))
     n_test = round(test * len(rows)) if isinstance(test, float) else test
@@ -70,10 +71,14 @@ def from_arrays(
     return Task(name, model, train_data, test_data, loss, train, held_out)
 
 
-def _as_data(X: Any, y: Any) -> Data:
+def _as_data(X: Any, y: Any, as_classes: bool) -> Data:
     inputs, targets = _tensors_of(X), _tensors_of(y)
     if not isinstance(targets, Tensor):
         raise InvalidInput("targets must be one array")
+    if as_classes:
+        targets = targets.reshape(len(targets)) if targets.numel() == len(targets) else targets
+        if targets.ndim == 1 and bool((targets.double() == targets.double().round()).all()):
+            targets = targets.to(torch.int64)
     counts = {len(tensor) for tensor in tensors((inputs, targets))}
     if len(counts) != 1:
         raise InvalidInput(f"inputs and targets must be equally many, got {sorted(counts)}")
@@ -84,10 +89,17 @@ def _tensors_of(data: Any) -> Any:
     """NumPy and pandas become tensors; the recipe's dtype is applied when recording."""
     if isinstance(data, dict):
         return {name: _tensors_of(part) for name, part in data.items()}
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) or (isinstance(data, list) and data and isinstance(data[0], np.ndarray | Tensor)):
         return tuple(_tensors_of(part) for part in data)
-    tensor = data if isinstance(data, Tensor) else torch.tensor(np.asarray(data))
-    return tensor.detach()
+    if isinstance(data, Tensor):
+        return data.detach()
+    array = np.asarray(data)
+    if array.dtype.kind not in "biuf":
+        raise InvalidInput(
+            f"arrays must hold numbers, got {array.dtype}: encode text first (labels by "
+            "sklearn.preprocessing.LabelEncoder, say) and keep it in metadata="
+        )
+    return torch.tensor(array)
 
 
 def _examples(data: Data, metadata: pd.DataFrame | None) -> Examples:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from simfluence.errors import InvalidInput
+
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Of logits ``[batch, classes]`` and class numbers ``[batch]``."""
@@ -13,6 +15,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """``(output − target)²``, averaged over the outputs of an example if there are several."""
+    if outputs.numel() != targets.numel():
+        raise InvalidInput(f"squared error of outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}")
     squares = (outputs.reshape(targets.shape) - targets) ** 2
     return squares.flatten(1).mean(1) if squares.ndim > 1 else squares
 
