@@ -21,7 +21,7 @@ from simfluence.curriculum import Curriculum
 from simfluence.recipe import Recipe
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.training import Job, Training, first_pass
-from simfluence.task import Task, cast, convert, take
+from simfluence.task import Data, Task, cast, convert, take
 
 #: Optimizers that treat every element of a parameter by itself.
 ELEMENTWISE = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
@@ -122,20 +122,23 @@ def obstacle(task: Task, recipe: Recipe) -> str | None:
     model = task.build_model(recipe.seed).to(recipe.torch_dtype)
     if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in model.modules()):
         return "an Embedding with padding_idx keeps its padding row still in the first of several runs only"
-    data = cast((task.train_data, task.test_data), torch.device("cpu"), recipe.torch_dtype)
+    rows, test_rows = _TRIAL_ROWS % len(task.train), _TRIAL_ROWS[1] % len(task.test)
+
+    def some(data: Data, chosen: Tensor) -> Data:
+        return cast(take(data, chosen), torch.device("cpu"), recipe.torch_dtype)
+
     with torch.random.fork_rng(devices=[]):
         buffers = [buffer.clone() for buffer in model.buffers()]
-        rows = _TRIAL_ROWS % len(task.train)
         with first_pass(task):
-            plain = [_trial(task, model, take(data[0], of_run)) for of_run in (rows[0, :2], rows[1])]
+            plain = [_trial(task, model, some(task.train_data, of_run)) for of_run in (rows[0, :2], rows[1])]
         if any(not torch.equal(*pair) for pair in zip(buffers, model.buffers(), strict=True)):
             return "the model keeps state beside its parameters while it trains (BatchNorm's running statistics, say)"
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="There is a performance drop")  # mapped one by one
-                stacked = _stacked_trial(task, model, take(data[0], rows))
+                stacked = _stacked_trial(task, model, some(task.train_data, rows))
                 same = all(_close(of_run, [part[run] for part in stacked]) for run, of_run in enumerate(plain))
-                same = same and _reads_alike(task, model, take(data[1], _TRIAL_ROWS[1] % len(task.test)))
+                same = same and _reads_alike(task, model, some(task.test_data, test_rows))
         except (
             RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, UserWarning,
         ) as error:  # fmt: skip
@@ -149,7 +152,7 @@ _TRIAL_ROWS = torch.tensor([[0, 1, 0], [1, 2, 3]])
 _TRIAL_WEIGHTS = torch.tensor([[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]])
 
 
-def _trial(task: Task, model: nn.Module, data: tuple[Any, Tensor]) -> list[Tensor]:
+def _trial(task: Task, model: nn.Module, data: Data) -> list[Tensor]:
     """Of one plain run: its mean loss, and the gradient of each parameter."""
     model.train().zero_grad()
     losses = task.batch_losses(model, data)
@@ -159,7 +162,7 @@ def _trial(task: Task, model: nn.Module, data: tuple[Any, Tensor]) -> list[Tenso
     return [losses.detach().mean(), *(z if g is None else g.clone() for g, z in zip(gradients, zeros, strict=True))]
 
 
-def _stacked_trial(task: Task, model: nn.Module, data: tuple[Any, Tensor]) -> list[Tensor]:
+def _stacked_trial(task: Task, model: nn.Module, data: Data) -> list[Tensor]:
     """The same of both runs on stacked parameters, each with a leading axis of runs."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     stack = {name: nn.Parameter(_stacked(p.detach(), 2)) for name, p in parameters.items()}
@@ -171,7 +174,7 @@ def _stacked_trial(task: Task, model: nn.Module, data: tuple[Any, Tensor]) -> li
     return [(losses.detach().view_as(weights) * weights).sum(1), *gradients]
 
 
-def _reads_alike(task: Task, model: nn.Module, data: tuple[Any, Tensor]) -> bool:
+def _reads_alike(task: Task, model: nn.Module, data: Data) -> bool:
     """Whether the test side is read alike in evaluation mode."""
     model.eval()
     stack = {name: _stacked(p.detach(), 2) for name, p in model.named_parameters() if p.requires_grad}
