@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,25 +22,5 @@ def trajectories(
     for index, (name, losses) in enumerate(simulated.items()):
         ax.plot(losses, color=COLOURS[index % 6], dashes=DASHES[index % 6], linewidth=1.5, label=name)
     ax.set(xlabel="step", ylabel="loss", title=title)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def predicted_against_retrained(
-    predicted: np.ndarray,
-    retrained: np.ndarray,
-    ax: Axes | None = None,
-    title: str = "",
-    groups: Sequence[str] | None = None,
-) -> Axes:
-    """One point per test example ``[test]``, on equal axes, with the line where both agree."""
-    ax = ax or plt.subplots(layout="constrained")[1]
-    labels = np.asarray(groups if groups is not None else [""] * len(predicted))
-    for index, label in enumerate(dict.fromkeys(labels)):
-        chosen = labels == label
-        ax.scatter(predicted[chosen], retrained[chosen], s=16, color=COLOURS[index % 6], label=label or None)
-    limits = np.array([np.min([predicted, retrained]), np.max([predicted, retrained])])
-    ax.plot(limits, limits, color="grey", linewidth=1, zorder=0)
-    ax.set(xlabel="predicted change of the final loss", ylabel="retrained change", title=title)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
