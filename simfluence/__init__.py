@@ -15,6 +15,7 @@ from simfluence.recording import Checkpoint, Observe, estimate, record
 from simfluence.runs import Run, Runs
 from simfluence.simulators import (
     AdditiveSimulator,
+    BoostedSimulator,
     LinearSimulator,
     MeanTrajectorySimulator,
     MultiplicativeSimulator,
@@ -23,10 +24,12 @@ from simfluence.simulators import (
 )
 from simfluence.store import RunStore
 from simfluence.task import Task
+from simfluence.tuning import learning_curve, tune
 from simfluence.whatif import Forecast, Verification, what_if
 
 __all__ = [
     "AdditiveSimulator",
+    "BoostedSimulator",
     "Checkpoint",
     "Curriculum",
     "Edit",
@@ -51,8 +54,10 @@ __all__ = [
     "__version__",
     "estimate",
     "evaluate",
+    "learning_curve",
     "random_curricula",
     "record",
     "tasks",
+    "tune",
     "what_if",
 ]

@@ -28,6 +28,8 @@ from simfluence.simulators import SIMULATORS, Simulator
 from simfluence.specs import RecordingSpec
 from simfluence.store import RunStore
 from simfluence.task import Task
+from simfluence.tuning import Search, search
+from simfluence.tuning import learning_curve as curve
 from simfluence.whatif import Forecast, Verification
 from simfluence.whatif import what_if as ask
 
@@ -132,12 +134,68 @@ def evaluate(
 ) -> None:
     """Score simulators on the held-out runs of STORE against the mean trajectory of the others."""
     part, held = RunStore(store).load().split(held_out, seed)
-    fitted = {name: _fitted(name, part, parameters) for name in simulator or SIMULATORS}
+    fitted = {name: _fitted(name, part, parameters) for name in simulator} if simulator else _all(part, parameters)
     table = evaluate_simulators(fitted, held, part, metrics=metric or METRICS)
     if as_json:
         _print_json(_records(table))
     else:
         _print_table(_readable(table), f"{store}: {len(held)} held-out runs, {len(part)} to fit on")
+
+
+@app.command()
+def tune(
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="File for the fitted simulator (.safetensors).")],
+    simulator: Annotated[str, typer.Option(help=f"best, or one of {', '.join(SIMULATORS)}.")] = "linear",
+    trials: Annotated[int, typer.Option(help="How many candidates to try.")] = 20,
+    parameters: Parameters = None,
+    folds: Annotated[int, typer.Option(help="Parts of the fitting runs that are held out in turn.")] = 4,
+    held_out: HeldOut = 8,
+    seed: Seed = 0,
+    storage: Annotated[Path | None, typer.Option(help="SQLite file that remembers what was tried.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose parameters by cross-validation on the runs of STORE that are not held out, fit, and save.
+
+    Parameters that are --set are not searched.
+    """
+    part, held = RunStore(store).load().split(held_out, seed)
+    options: dict[str, Any] = {"fixed": _parsed(parameters), "storage": storage}
+    try:
+        found = search(simulator, part, trials=trials, seed=seed, folds=folds, **options)
+    except KeyboardInterrupt:
+        kept = f"What was tried is in {storage}; the same command goes on from there." if storage else ""
+        print(f"\nStopped. {kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    fitted = found.simulator.fit(part)
+    fitted.save(out)
+    table = evaluate_simulators({found.name: fitted}, held, part)
+    if as_json:
+        chosen = {"simulator": found.name, "parameters": found.parameters, "skill": found.skill, "out": str(out)}
+        _print_json(chosen | {"held_out": _records(table)[0], "trials": _records(found.trials)})
+    else:
+        _print_search(found)
+        _print_table(_readable(table), f"{store}: {len(held)} held-out runs, which took no part in that")
+        print(f"{fitted} fitted on {len(part)} runs: {out}")
+
+
+@app.command("learning-curve")
+def learning_curve(
+    store: StorePath,
+    simulator: Annotated[str, typer.Option(help=f"One of {', '.join(SIMULATORS)}.")] = "linear",
+    parameters: Parameters = None,
+    repeats: Annotated[int, typer.Option(help="Random sets of fitting runs of each size.")] = 5,
+    held_out: HeldOut = 8,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score a simulator fitted on 2, 4, 8, … runs of STORE: how many are needed?"""
+    chosen = simulators.build(simulator, **_parsed(parameters))
+    table = curve(chosen, RunStore(store).load(), held_out=held_out, repeats=repeats, seed=seed)
+    if as_json:
+        _print_json(table.to_dict("records"))
+    else:
+        _print_table(_readable(table.set_index("runs")), f"{store}: {chosen} by number of fitting runs")
 
 
 @app.command("what-if")
@@ -236,15 +294,28 @@ def _edits(remove: str | None, repeat: str | None, times: int, first: str | None
 
 
 def _fitted(name: str, part: Runs, parameters: list[str] | None) -> Simulator:
-    """A simulator read from a file, or one fitted now; parameters go to those that have them."""
+    """A simulator read from a file, or one fitted now."""
     if name not in SIMULATORS and Path(name).is_file():
         return Simulator.load(name)
-    chosen = simulators.build(name)
-    given = _parsed(parameters)
+    return _unfitted(name, parameters).fit(part)
+
+
+def _unfitted(name: str, parameters: list[str] | None) -> Simulator:
+    """A simulator with those of the parameters that it has; one that none has is an error."""
+    chosen, given = simulators.build(name), _parsed(parameters)
     known = {key for kind in SIMULATORS.values() for key in kind().get_params()}
-    return chosen.with_parameters(**{k: v for k, v in given.items() if k in chosen.get_params() or k not in known}).fit(
-        part
-    )
+    return chosen.with_parameters(**{k: v for k, v in given.items() if k in chosen.get_params() or k not in known})
+
+
+def _all(part: Runs, parameters: list[str] | None) -> dict[str, Simulator]:
+    """Every simulator that can be fitted on these runs; says of the others why not."""
+    fitted = {}
+    for chosen in [_unfitted(name, parameters) for name in SIMULATORS]:
+        try:
+            fitted[chosen.name] = chosen.fit(part)
+        except InvalidInput as error:
+            print(f"left out {chosen.name}: {error}", file=sys.stderr)
+    return fitted
 
 
 def _parsed(parameters: list[str] | None) -> dict[str, Any]:
@@ -291,6 +362,15 @@ def _answer(forecast: Forecast, verified: Verification | None) -> dict[str, Any]
         answer |= {"actual_change": verified.actual_change.tolist(), "final_mse": verified.final_mse}
         answer["delta_correlation"] = verified.delta_correlation
     return answer
+
+
+def _print_search(found: Search) -> None:
+    chosen = ", ".join(f"{name}={_cell(value)}" for name, value in found.parameters.items())
+    print(f"Best of {len(found.trials)} candidates: {found.name} with {chosen or 'no parameters'}")
+    print(f"Cross-validated skill {_cell(found.skill)}")
+    complete = found.trials[found.trials["folds"] == found.trials["folds"].max()]
+    best = complete.sort_values("skill", ascending=False, kind="stable").head(10)
+    _print_table(best.drop(columns=["folds", "problem"]), "The best that were tried")
 
 
 def _print_answer(forecast: Forecast, verified: Verification | None) -> None:

@@ -1,4 +1,4 @@
-"""One side of a task's data as people speak of it: ids and a metadata table."""
+"""One side of a task's data as people and simulators speak of it: ids, a metadata table, and features."""
 
 from __future__ import annotations
 
@@ -15,18 +15,26 @@ from simfluence.errors import FilterError, InvalidInput, did_you_mean
 
 
 class Examples:
-    """Ids and metadata of the training or the test examples, in index order. Not their tensors.
+    """Ids, metadata and features of the training or the test examples, in index order. Not the model's inputs.
 
     Args:
         ids: one distinct text per example.
         metadata: one row per example (label, text, group, …); filters speak of its columns and of ``id``.
+        features: what makes examples alike, ``[examples, features]`` (pixels, a sentence encoder's vectors, …), for
+            simulators that compare examples. Kept in single precision.
+        targets: what is to be learned, ``[examples]`` (whole numbers are classes) or ``[examples, outputs]``.
+
+    Raises:
+        InvalidInput: rows that are not one per example, ids that repeat, or features that are not finite numbers.
 
     >>> examples = Examples(["a", "b", "c"], pd.DataFrame({"label": [3, 1, 3]}))
     >>> examples.select("label == 3")
     array([0, 2])
     """
 
-    def __init__(self, ids: Sequence[Any], metadata: pd.DataFrame | None = None) -> None:
+    def __init__(
+        self, ids: Sequence[Any], metadata: pd.DataFrame | None = None, features: Any = None, targets: Any = None
+    ) -> None:
         metadata = pd.DataFrame(index=range(len(ids))) if metadata is None else metadata
         if len(metadata) != len(ids):
             raise InvalidInput(f"{len(ids)} ids, but {len(metadata)} rows of metadata")
@@ -37,11 +45,23 @@ class Examples:
         repeated = self.table["id"][self.table["id"].duplicated()]
         if len(repeated):
             raise InvalidInput(f"example ids must be distinct; {repeated.iloc[0]!r} stands twice")
+        self.features = None if features is None else _checked("features", features, len(ids), (2,), np.float32)
+        self.targets = None if targets is None else _checked("targets", targets, len(ids), (1, 2), None)
 
     @classmethod
-    def numbered(cls, count: int, metadata: pd.DataFrame | None = None) -> Examples:
+    def numbered(
+        cls, count: int, metadata: pd.DataFrame | None = None, features: Any = None, targets: Any = None
+    ) -> Examples:
         """Examples whose ids are "0", "1", …"""
-        return cls(range(count), metadata)
+        return cls(range(count), metadata, features, targets)
+
+    def with_features(self, features: Any, targets: Any = None) -> Examples:
+        """The same examples with other features, and other targets if given.
+
+        Raises:
+            InvalidInput: not one row per example, or not finite numbers.
+        """
+        return Examples(self.ids, self.table.drop(columns="id"), features, self.targets if targets is None else targets)
 
     @property
     def ids(self) -> list[str]:
@@ -98,3 +118,20 @@ def _some_values(column: pd.Series, limit: int = 6) -> str:
     values = column.drop_duplicates()
     shown = [str(value)[:20] for value in values.head(limit)]
     return ", ".join(shown) + (", …" if len(values) > limit else "")
+
+
+def _checked(name: str, values: Any, count: int, ranks: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """``values`` as an array with one row per example.
+
+    Raises:
+        InvalidInput: it has other rows or axes, or holds something else than finite numbers.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf" or array.ndim not in ranks:
+        raise InvalidInput(f"{name} must be numbers with one row per example, got {array.dtype}{list(array.shape)}")
+    if len(array) != count:
+        raise InvalidInput(f"{name} have {len(array)} rows for {count} examples: give one per example, in their order")
+    if not np.isfinite(array).all():
+        bad = int(np.flatnonzero(~np.isfinite(array.reshape(count, -1)).all(axis=1))[0])
+        raise InvalidInput(f"{name} of example {bad} are NaN or infinite: fill or drop them")
+    return array.astype(dtype or array.dtype)

@@ -128,25 +128,52 @@ class Runs(Sequence[Run]):
             raise InvalidInput("runs of different tasks (their fingerprints differ) do not go together")
 
     @classmethod
-    def from_arrays(cls, curricula: Iterable[Any], losses: Any, n_train: int | None = None) -> Runs:
+    def from_arrays(
+        cls,
+        curricula: Iterable[Any],
+        losses: Any,
+        n_train: int | None = None,
+        *,
+        train: Examples | None = None,
+        test: Examples | None = None,
+    ) -> Runs:
         """Runs without a task or a store.
 
         Args:
             curricula: ``Curriculum`` objects, or for each run a sequence of batches of training indices.
             losses: ``[runs, steps + 1, test]``.
             n_train: number of training examples; by default one more than the largest index.
+            train, test: metadata and features of the two sides, if there are any.
+
+        Raises:
+            InvalidInput: unequal numbers of curricula, losses or examples.
 
         >>> Runs.from_arrays([[[0], [1]], [[1], [1]]], np.zeros((2, 3, 5)))
         Runs(2: train=2, test=5)
         """
-        curricula = list(curricula)
+        curricula, n_train = list(curricula), n_train or (None if train is None else len(train))
         if not all(isinstance(curriculum, Curriculum) for curriculum in curricula):
             plain = [Curriculum(batches, n_train) for batches in curricula]
             width = n_train or max(curriculum.n_train for curriculum in plain)
             curricula = [Curriculum.from_flat(c.indices, c.sizes, width) for c in plain]
         if len(curricula) != len(losses):
             raise InvalidInput(f"{len(curricula)} curricula, but losses of {len(losses)} runs")
-        return cls(_from_arrays(curriculum, np.asarray(run)) for curriculum, run in zip(curricula, losses, strict=True))
+        pairs = zip(curricula, losses, strict=True)
+        return cls(_from_arrays(curriculum, np.asarray(run)) for curriculum, run in pairs).with_examples(train, test)
+
+    def with_examples(self, train: Examples | None = None, test: Examples | None = None) -> Runs:
+        """The same runs with other metadata and features of a side, such as features that the task did not give.
+
+        Raises:
+            InvalidInput: a side has another number of examples than the runs.
+        """
+        sides = {"train": (train, self.n_train), "test": (test, self.n_test)}
+        given = {side: (examples, count) for side, (examples, count) in sides.items() if examples is not None}
+        for side, (examples, count) in given.items():
+            if len(examples) != count:
+                raise InvalidInput(f"{len(examples)} {side} examples for runs of {count}")
+        changes: dict[str, Any] = {side: examples for side, (examples, _) in given.items()}
+        return Runs(dataclasses.replace(run, **changes) for run in self)
 
     @property
     def curricula(self) -> list[Curriculum]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import pyarrow as pa
 
 from simfluence._files import cannot_write, write_whole
@@ -21,12 +22,14 @@ from simfluence.run_file import FORMAT, check_format, read_run, read_table, run_
 from simfluence.runs import Run, Runs, combined
 from simfluence.task import Task, TaskInfo
 
+_FEATURES, _TARGETS = "simfluence.features", "simfluence.targets"  # columns beside the metadata
+
 
 class RunStore:
     """A folder of recorded runs of one task.
 
         store.json            format version, task name, arguments and fingerprint, numbers of examples
-        train.parquet         metadata of the training examples, in index order; test.parquet likewise
+        train.parquet         metadata and features of the training examples, in index order; test.parquet likewise
         run-<id>.parquet      one finished run, a row per step; any Parquet reader reads it
         partial/<id>/         a run under way, gone when the run is whole
         checkpoints/<id>/     step-<t>.safetensors
@@ -71,18 +74,32 @@ class RunStore:
                     f"{self.info.fingerprint[:12]}…), not of {task.name!r} ({task.fingerprint[:12]}…): "
                     "record into another folder"
                 )
+            self._complete(task)
             return
         self._check_portable(task)
         for side, examples in (("train", task.train), ("test", task.test)):
-            try:
-                table = pa.Table.from_pandas(examples.table, preserve_index=False)
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise InvalidInput(f"{side} metadata: a column mixes types or holds objects ({error})") from None
-            write_whole(self.path / f"{side}.parquet", to_bytes(table.replace_schema_metadata()))
+            self._write_examples(side, examples)
         info = task.info
         described = {"name": info.name, "arguments": dict(info.arguments), "fingerprint": info.fingerprint}
         content = {"format": FORMAT, "task": described, "n_train": info.n_train, "n_test": info.n_test}
         write_whole(self.path / "store.json", json.dumps(content, indent=2).encode() + b"\n")
+
+    def _complete(self, task: Task) -> None:
+        """Write down the features and targets that a store made before lacks."""
+        for side, here, given in zip(("train", "test"), self._sides(), (task.train, task.test), strict=True):
+            if (here.features is None) > (given.features is None) or (here.targets is None) > (given.targets is None):
+                self._write_examples(side, given)
+
+    def _write_examples(self, side: str, examples: Examples) -> None:
+        try:
+            table = pa.Table.from_pandas(examples.table, preserve_index=False).replace_schema_metadata()
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise InvalidInput(f"{side} metadata: a column mixes types or holds objects ({error})") from None
+        for name, values in ((_FEATURES, examples.features), (_TARGETS, examples.targets)):
+            if name in table.column_names:
+                raise InvalidInput(f"{side} metadata: a column cannot be called {name!r}")
+            table = table if values is None else table.append_column(name, _arrow(values))
+        write_whole(self.path / f"{side}.parquet", to_bytes(table))
 
     def ids(self) -> list[str]:
         """Ids of the finished runs, sorted.
@@ -281,10 +298,12 @@ class RunStore:
 
     def _examples(self, side: str) -> Examples:
         file = self.path / f"{side}.parquet"
-        table = read_table(file)[0].to_pandas()
-        if "id" not in table.columns:
+        table = read_table(file)[0]
+        if "id" not in table.column_names:
             raise StoreError(f"{file} has no column 'id'")
-        return Examples(table["id"].tolist(), table.drop(columns="id"))
+        arrays = {name: _numpy(table.column(name)) for name in (_FEATURES, _TARGETS) if name in table.column_names}
+        metadata = table.drop_columns(["id", *arrays]).to_pandas()
+        return Examples(table.column("id").to_pylist(), metadata, arrays.get(_FEATURES), arrays.get(_TARGETS))
 
     def _read_json(self) -> dict[str, Any]:
         file = self.path / "store.json"
@@ -304,3 +323,17 @@ class RunStore:
             json.dumps(dict(task.arguments))
         except TypeError as error:
             raise InvalidInput(f"task {task.name!r}: its arguments must be plain JSON values ({error})") from None
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    """A column of numbers, or of lists of equal length."""
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), values.shape[1])
+
+
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    array = column.combine_chunks()
+    if not pa.types.is_fixed_size_list(array.type):
+        return array.to_numpy(zero_copy_only=False)
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)

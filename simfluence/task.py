@@ -24,6 +24,9 @@ Data = tuple[Inputs, Tensor]
 #: Test examples per forward pass: bounds memory, does not change the losses.
 EVALUATION_BATCH = 1024
 
+#: Inputs of at most so many numbers are their examples' features, unless a task gives others.
+_MOST_FEATURES = 4096
+
 
 @dataclass(frozen=True)
 class TaskInfo:
@@ -47,7 +50,8 @@ class Task:
         train_data, test_data: ``(inputs, targets)``. Inputs are a tensor, or a mapping or sequence of tensors.
             A mapping is passed to the model as keyword arguments, anything else as one argument.
         loss: ``loss(outputs, targets)`` → losses ``[batch]``, not reduced.
-        train, test: ids and metadata of the two sides.
+        train, test: ids and metadata of the two sides. Without features of their own they get the inputs, flattened,
+            where those are one tensor of numbers; without targets, the task's.
         arguments: what rebuilds a ready-made task from its name.
         measures: further numbers to record of each test example, by name: ``measure(outputs, targets)`` → ``[batch]``.
         l2: the objective's own penalty: training minimises the batch's mean loss + ``l2/2 · ‖θ‖²``. Recorded losses
@@ -77,6 +81,7 @@ class Task:
             counts = {len(examples)} | {len(tensor) for tensor in tensors(data)}
             if len(counts) > 1 or 0 in counts:
                 raise InvalidInput(f"{side} examples, inputs and targets must be equally many and some: {counts}")
+            object.__setattr__(self, side, _described(examples, data))  # frozen
 
     def build_model(self, seed: int) -> nn.Module:
         """A fresh model with the initial weights that ``seed`` gives. Leaves torch's global seed as it was."""
@@ -146,6 +151,19 @@ class Task:
 
     def __repr__(self) -> str:
         return f"Task({self.name!r}, train={len(self.train)}, test={len(self.test)})"
+
+
+def _described(examples: Examples, data: Data) -> Examples:
+    """``examples`` with the features and targets that ``data`` gives where they have none."""
+    inputs, targets = data
+    features = examples.features
+    if features is None and isinstance(inputs, Tensor) and inputs.is_floating_point():
+        flat = inputs.detach().reshape(len(inputs), -1)
+        features = flat.cpu().float().numpy() if flat.shape[1] <= _MOST_FEATURES and flat.isfinite().all() else None
+    wanted = targets if examples.targets is None and targets.ndim <= 2 and targets.isfinite().all() else None
+    if features is examples.features and wanted is None:
+        return examples
+    return examples.with_features(features, None if wanted is None else wanted.detach().cpu().numpy())
 
 
 def set_seed(seed: int) -> None:

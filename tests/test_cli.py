@@ -91,7 +91,7 @@ def test_evaluate(run, folder):
     code, out, _ = run("evaluate", folder / "runs", "--held-out", 3, "--json")
     rows = {row["simulator"]: row for row in json.loads(out)}
     assert code == 0
-    assert list(rows) == ["persistence", "mean_trajectory", "additive", "multiplicative", "linear"]
+    assert list(rows) == ["persistence", "mean_trajectory", "additive", "multiplicative", "linear", "boosted"]
     fit, held = sf.RunStore(folder / "runs").load().split(held_out=3)
     expected = sf.evaluate({"linear": sf.LinearSimulator().fit(fit)}, held, fit)
     assert rows["linear"]["skill"] == pytest.approx(expected.loc["linear", "skill"])
@@ -114,6 +114,50 @@ def test_fit_then_use_the_file(run, folder, tmp_path):
     code, out, _ = run("evaluate", folder / "runs", "--held-out", 3, "--simulator", file, "--json")
     assert code == 0
     assert [row["simulator"] for row in json.loads(out)] == [str(file)]
+
+
+def test_tune(run, folder, tmp_path):
+    file, trials = tmp_path / "tuned.safetensors", tmp_path / "trials.sqlite"
+    options = ["--held-out", 3, "--folds", 2, "--trials", 4, "--seed", 1, "--set", "around=mean", "--storage", trials]
+    code, out, _ = run("tune", folder / "runs", "--out", file, *options, "--json")
+    found = json.loads(out)
+    assert code == 0
+    part, held = sf.RunStore(folder / "runs").load().split(3, seed=1)
+    expected = sf.tuning.search("linear", part, trials=4, seed=1, folds=2, fixed={"around": "mean"})
+    assert (found["parameters"], found["skill"]) == (expected.parameters, expected.skill)
+    assert [row["skill"] for row in found["trials"]] == expected.trials["skill"].tolist()
+    tuned = sf.LinearSimulator.load(file)
+    assert np.array_equal(tuned.A_, expected.simulator.fit(part).A_)
+    assert found["held_out"]["skill"] == sf.evaluate({"linear": tuned}, held, part).loc["linear", "skill"]
+    code, out, _ = run("tune", folder / "runs", "--out", file, *options)
+    assert code == 0
+    assert "Best of 4 candidates: linear with l2=" in out
+    assert "3 held-out runs" in out
+
+
+def test_tune_interrupted(run, folder, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simfluence.tuning._race", interrupted)
+    tune = ["tune", folder / "runs", "--out", tmp_path / "out", "--held-out", 3, "--folds", 2]
+    code, out, err = run(*tune, "--storage", tmp_path / "trials.sqlite")
+    assert (code, out) == (130, "")
+    assert "trials.sqlite; the same command goes on from there" in err
+    code, _, err = run(*tune)
+    assert (code, err.strip()) == (130, "Stopped.")
+
+
+def test_learning_curve(run, folder):
+    options = ["--held-out", 3, "--repeats", 2, "--set", "l2=10", "--set", "around=mean"]
+    code, out, _ = run("learning-curve", folder / "runs", *options, "--json")
+    assert code == 0
+    simulator = sf.LinearSimulator(l2=10, around="mean")
+    expected = sf.learning_curve(simulator, sf.RunStore(folder / "runs").load(), held_out=3, repeats=2)
+    assert json.loads(out) == expected.to_dict("records")
+    code, out, _ = run("learning-curve", folder / "runs", *options)
+    assert code == 0
+    assert "final skill" in out
 
 
 def test_what_if(run, folder, tmp_path):
@@ -152,7 +196,7 @@ def test_demo(run, tmp_path, monkeypatch):
     found = json.loads(out)
     assert code == 0
     assert [row["simulator"] for row in found["evaluation"]] == [
-        "persistence", "mean_trajectory", "additive", "multiplicative", "linear",
+        "persistence", "mean_trajectory", "additive", "multiplicative", "linear", "boosted",
     ]  # fmt: skip
     assert found["what_if"][-1]["simulator"] == "retrained"
     assert found["what_if"][-1]["change_of_3s"] > 1
@@ -173,6 +217,9 @@ def test_demo(run, tmp_path, monkeypatch):
         (["evaluate", "{runs}", "--set", "l2", "--held-out", "3"], "write name=value"),
         (["evaluate", "{runs}", "--set", "l2=abc", "--held-out", "3"], "l2 must be"),
         (["evaluate", "{runs}", "--held-out", "8"], "leave at least one"),
+        (["tune", "{runs}", "--out", "x", "--held-out", "3", "--folds", "6"], "ask for folds=5"),
+        (["tune", "{runs}", "--out", "x", "--simulator", "bset", "--held-out", "3"], "did you mean 'best'"),
+        (["learning-curve", "{runs}", "--set", "l3=1"], "no parameter 'l3'"),
         (["what-if", "{runs}", "--held-out", "3"], "say what to change"),
         (["what-if", "{runs}", "--then", "label == 1", "--held-out", "3"], "say what to change"),
         (["what-if", "{runs}", "--remove", "label == 77", "--held-out", "3"], "matches none"),

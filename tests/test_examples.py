@@ -54,3 +54,22 @@ def test_bad_tables():
         sf.Examples(["a", "b"], pd.DataFrame({"x": [1]}))
     with pytest.raises(InvalidInput, match="column 'id'"):
         sf.Examples(["a"], pd.DataFrame({"id": [1]}))
+
+
+def test_features_and_targets(examples):
+    with_both = examples.with_features([[1, 2], [3, 4], [5, 6]], [0, 1, 0])
+    assert with_both.features.dtype == np.float32
+    assert with_both.features.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert with_both.with_features(np.zeros((3, 1))).targets.tolist() == [0, 1, 0]
+    assert with_both.table.equals(examples.table)
+
+
+def test_bad_features(examples):
+    with pytest.raises(InvalidInput, match="features have 2 rows for 3 examples"):
+        examples.with_features(np.zeros((2, 4)))
+    with pytest.raises(InvalidInput, match="features of example 1 are NaN or infinite"):
+        examples.with_features([[0.0], [np.nan], [1.0]])
+    with pytest.raises(InvalidInput, match="features must be numbers with one row per example"):
+        examples.with_features([["a"], ["b"], ["c"]])
+    with pytest.raises(InvalidInput, match="targets have 1 rows"):
+        examples.with_features(np.zeros((3, 1)), [1])

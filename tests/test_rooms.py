@@ -28,7 +28,7 @@ FLOORS = [
     ["task", "runs", "run_file", "store"],
     ["tasks", "recording"],
     ["simulators"],
-    ["evaluation", "whatif", "specs"],
+    ["evaluation", "tuning", "whatif", "specs"],
     ["plots", "demo", "cli", "__main__", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

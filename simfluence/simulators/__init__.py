@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import MeanTrajectorySimulator, PersistenceSimulator
+from simfluence.simulators.boosted import BoostedSimulator
 from simfluence.simulators.markov import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
 
 #: Every simulator by its name on the command line and in files.
@@ -18,6 +19,7 @@ SIMULATORS: Mapping[str, type[Simulator]] = {
         AdditiveSimulator,
         MultiplicativeSimulator,
         LinearSimulator,
+        BoostedSimulator,
     )
 }
 
@@ -36,6 +38,7 @@ def build(name: str, **parameters: object) -> Simulator:
 __all__ = [
     "SIMULATORS",
     "AdditiveSimulator",
+    "BoostedSimulator",
     "LinearSimulator",
     "MeanTrajectorySimulator",
     "MultiplicativeSimulator",

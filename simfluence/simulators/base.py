@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import optuna
 import safetensors
 import safetensors.numpy
 import sklearn.base
@@ -47,6 +48,14 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         self._fit(runs)
         return self
 
+    @classmethod
+    def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
+        """Parameters to try, drawn from an Optuna trial; none where there is nothing to tune.
+
+        The defaults must be among what can be drawn: ``tune`` tries them first.
+        """
+        return {}
+
     def simulate(self, curricula: Sequence[Curriculum], initial_losses: Any) -> Losses:
         """The losses under each curriculum, ``[runs, steps + 1, test]``, float64.
 
@@ -70,16 +79,18 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         return losses
 
     def with_parameters(self: SimulatorT, **parameters: object) -> SimulatorT:
-        """Set parameters like ``set_params``, with an error that names the nearest one.
+        """Set parameters like ``set_params``, but checked at once.
 
         Raises:
-            InvalidInput: there is no such parameter.
+            InvalidInput: there is no such parameter, or its value is out of range.
         """
         known = self.get_params()
         for name in parameters:
             if name not in known:
                 raise InvalidInput(f"simulator {self.name!r} has no parameter {name!r}, {did_you_mean(name, known)}")
-        return self.set_params(**parameters)
+        self.set_params(**parameters)
+        self._check_parameters()
+        return self
 
     def save(self, path: str | Path) -> None:
         """Write the fitted simulator as safetensors: data, never code.
@@ -118,7 +129,6 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         if found is None or not issubclass(found, cls):
             raise StoreError(f"{path} holds a simulator {kind!r}, not one of {cls.__name__}")
         simulator = found().with_parameters(**parameters)
-        simulator._check_parameters()
         for name, value in (learned | arrays).items():
             if not name.isidentifier() or name.startswith("_") or not name.endswith("_"):
                 raise StoreError(f"{path} is damaged or no simulator: it sets {name!r}")

@@ -21,9 +21,10 @@ affine in the losses, with α = 1 + a + Σ (w − c̄) A and β = m_{t+1} − (1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import optuna
 import scipy.sparse
 from jaxtyping import Float
 
@@ -32,7 +33,7 @@ from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import mean_trajectory
-from simfluence.simulators.solver import Multiplier, Problem, ridge
+from simfluence.simulators.solver import Multiplier, Problem, free_coefficients, ridge
 
 PRIORS = ("identity", "zero")
 AROUND = (None, "mean")
@@ -76,6 +77,14 @@ class MarkovSimulator(Simulator):
         effects = getattr(self, name)
         return weights @ effects - (self.centre_ @ effects if self.around == "mean" else 0.0)
 
+    @classmethod
+    def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
+        found: dict[str, Any] = {"l2": trial.suggest_float("l2", 0.1, 1e5, log=True)}
+        found["around"] = trial.suggest_categorical("around", AROUND)
+        if cls.learns_slope and found["around"] is None:
+            found["prior"] = trial.suggest_categorical("prior", PRIORS)
+        return found
+
     def _check_parameters(self) -> None:
         if isinstance(self.l2, bool) or not isinstance(self.l2, int | float) or not self.l2 > 0:
             raise InvalidInput(f"l2 must be a number above 0, got {self.l2!r}")
@@ -97,12 +106,14 @@ class MarkovSimulator(Simulator):
             self.mean_ = mean_trajectory(runs)
             self.centre_ = np.asarray(weights.mean(axis=0)).ravel()
             deviation = before - self.mean_[times]
-            problem = Problem(weights, multipliers, after - self.mean_[times + 1] - deviation, self.centre_, deviation)
+            problem = Problem(
+                weights, multipliers, after - self.mean_[times + 1] - deviation, self.centre_, [deviation]
+            )
         elif self.prior == "zero" and self.learns_slope:
             problem, prior_slope = Problem(weights, multipliers, after), 0.0
         solution = ridge(problem, self.l2)
         if self.around == "mean":
-            self.lasting_ = problem.free_part(problem.targets - problem.predict(solution))
+            self.lasting_ = free_coefficients(problem, solution)[0]
         effects = list(solution)
         if self.learns_slope:
             self.A_ = effects.pop(0) + prior_slope

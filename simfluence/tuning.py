@@ -1,0 +1,449 @@
+"""Choose a simulator and its parameters by cross-validation, and see how many runs it needs.
+
+Trial k of a search depends on the arguments and on trials 0…k−1 alone, and a storage holds finished trials only. So
+the storage is a memory: a search that was killed, or that is asked for more trials, goes on as if never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import sklearn.base
+from jaxtyping import Float
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from simfluence._version import __version__
+from simfluence.errors import InvalidInput, SimfluenceError, StoreError, did_you_mean
+from simfluence.evaluation import all_errors, final_errors
+from simfluence.runs import Runs
+from simfluence.simulators import SIMULATORS, MeanTrajectorySimulator, Simulator, build
+from simfluence.simulators.base import usable
+
+#: The skill of a candidate that runs away or cannot be fitted, and the least that any has.
+HOPELESS = -1e6
+
+_STARTUP_TRIALS = 5  # drawn at random, and never stopped early
+_BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What was tried, and what did best.
+
+    Attributes:
+        name: of the simulator.
+        parameters: its best ones; those that are not named here are at their defaults.
+        skill: cross-validated, with these parameters.
+        trials: a row per candidate in the order tried, one kind after the other: ``simulator``, its parameters,
+            ``skill`` over the ``folds`` that were scored (fewer than all: stopped early), and the ``problem`` of one
+            that does not work.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    skill: float
+    trials: pd.DataFrame
+
+    @property
+    def simulator(self) -> Simulator:
+        """The best one, to be fitted."""
+        return build(self.name, **self.parameters)
+
+
+def tune(
+    name: str,
+    runs: Runs,
+    *,
+    trials: int = 20,
+    seed: int = 0,
+    folds: int = 4,
+    fixed: Mapping[str, Any] | None = None,
+    storage: str | Path | None = None,
+    progress: bool = True,
+) -> Simulator:
+    """The simulator of best cross-validated skill, fitted on all ``runs``: ``search``, then ``fit``.
+
+    Arguments and errors are those of ``search``.
+
+    >>> rng = np.random.default_rng(0)
+    >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
+    >>> tune("additive", runs, trials=3, fixed={"around": "mean"}).around
+    'mean'
+    """
+    runs = usable(runs, "tune on")
+    options: dict[str, Any] = {"fixed": fixed, "storage": storage, "progress": progress}
+    return search(name, runs, trials=trials, seed=seed, folds=folds, **options).simulator.fit(runs)
+
+
+def search(
+    name: str,
+    runs: Runs,
+    *,
+    trials: int = 20,
+    seed: int = 0,
+    folds: int = 4,
+    fixed: Mapping[str, Any] | None = None,
+    storage: str | Path | None = None,
+    progress: bool = True,
+) -> Search:
+    """Try parameters, and score each by its rollouts of runs it was not fitted on.
+
+    The skill is that of ``evaluate``, against the mean trajectory of each fold's fitting runs, pooled over all
+    folds. The first candidate has the default parameters; the next are drawn by Optuna's TPE sampler from
+    ``Simulator.suggest``. One that is below the median of the others after a fold is stopped.
+
+    Args:
+        name: of a simulator, or "best": every kind is tried with its defaults, then the kinds race. In each round
+            those still in share the round's trials and the better half goes on, so most trials are spent on the
+            best kinds and few on slow ones that do not pay.
+        runs: whose order does not matter; diverged ones are left out with a warning.
+        trials: how many candidates in all; for "best" at least one for each kind.
+        seed: of the folds and of the draws.
+        folds: number of disjoint parts that are held out in turn.
+        fixed: parameters that are given, not searched. "best" chooses among the kinds that have them.
+        storage: SQLite file that remembers finished trials, for this search and any other.
+        progress: show a bar, if on a terminal.
+
+    Raises:
+        InvalidInput: fewer runs than folds, runs that are all alike, arguments out of range, or no candidate could
+            be fitted.
+        StoreError: ``storage`` cannot be used.
+    """
+    if trials < 1 or seed < 0 or folds < 2:
+        raise InvalidInput(f"trials={trials}, seed={seed}, folds={folds}: at least 1, 0 and 2 are needed")
+    runs, fixed = usable(runs, "tune on"), dict(fixed or {})
+    kinds = _kinds(name, fixed)
+    plan = _Plan(_folds(runs, folds, seed), fixed, seed, f"seed{seed}-folds{folds}-{_digest(runs, fixed)}")
+    with _quiet(), _memory(storage) as memory, _bar("tuning", trials, progress) as advance:
+        entries = [_Entry(kind, plan, memory) for kind in kinds]
+        _race(entries, trials, advance)
+    winner = max(entries, key=lambda entry: entry.skill)
+    found = winner.best.user_attrs
+    if winner.skill <= HOPELESS:
+        raise InvalidInput(f"nothing that was tried for {name!r} works: {found['problem']}")
+    table = pd.DataFrame([row for entry in entries for row in entry.rows()]).rename_axis("candidate")
+    return Search(winner.kind, found["parameters"], winner.skill, table)
+
+
+def learning_curve(
+    simulator: str | Simulator,
+    runs: Runs,
+    *,
+    sizes: Iterable[int] | None = None,
+    held_out: int | float = 8,
+    repeats: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How many runs are needed? Skill on the same held-out runs against the number of fitting runs.
+
+    Args:
+        simulator: name, or one with its parameters; it is not changed.
+        runs: to fit on and to hold out; diverged ones are left out with a warning.
+        sizes: numbers of fitting runs; by default 2, 4, 8, … and all that are not held out.
+        held_out: how many (int) or which fraction (float) of the runs are scored on.
+        repeats: random sets of fitting runs of each size. In each repeat the smaller sets are part of the larger.
+        seed: of the split, the sets and the intervals.
+        progress: show a bar, if on a terminal.
+
+    Returns:
+        A row per size: ``runs``, ``repeats``, and for ``skill`` and ``final_skill`` the median over the repeats with
+        ``_low`` and ``_high``: a 95 % interval for one set of so many runs, by resampling the sets and the held-out
+        runs. The mean trajectory with skill 0 is that of the same set. Below ``HOPELESS`` nothing is told apart.
+
+    Raises:
+        InvalidInput: sizes out of range, or what ``split`` and ``fit`` refuse.
+
+    >>> rng = np.random.default_rng(0)
+    >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
+    >>> learning_curve("additive", runs, held_out=3)[["runs", "repeats"]].to_numpy().tolist()
+    [[2, 5], [4, 5], [5, 1]]
+    """
+    part, held = usable(runs, "learn from").split(held_out, seed)
+    chosen = build(simulator) if isinstance(simulator, str) else simulator
+    counts = _sizes(sizes, len(part))
+    if repeats < 1:
+        raise InvalidInput(f"repeats={repeats}: at least 1 is needed")
+    rows = []
+    with _quiet(), _bar("learning curve", len(counts), progress) as advance:
+        for size in counts:
+            subsets = [_subset(part, size, [seed, repeat]) for repeat in range(repeats if size < len(part) else 1)]
+            ours = np.stack([_errors(chosen, subset, held) for subset in subsets])
+            theirs = np.stack([_errors(MeanTrajectorySimulator(), subset, held) for subset in subsets])
+            row: dict[str, float] = {"runs": size, "repeats": len(subsets)}
+            row |= _spread("skill", ours[:, 0], theirs[:, 0], seed)
+            rows.append(row | _spread("final_skill", ours[:, 1], theirs[:, 1], seed))
+            advance()
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """Runs to fit on, runs to score on, and how far the mean trajectory of the former is from the latter."""
+
+    part: Runs
+    held: Runs
+    error_of_mean: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every trial of a search has in common."""
+
+    folds: Sequence[_Fold]
+    fixed: Mapping[str, Any]
+    seed: int
+    about: str
+
+
+class _Entry:
+    """One kind of simulator in a search. Its first ``count`` trials count, however many the memory has."""
+
+    def __init__(self, kind: str, plan: _Plan, memory: optuna.storages.BaseStorage | None) -> None:
+        self.kind, self.plan, self.count = kind, plan, 0
+        self.memory = optuna.create_study(
+            study_name=f"{kind}-{plan.about}", storage=memory, direction="maximize", load_if_exists=True
+        )
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
+        self.study = optuna.create_study(direction="maximize", pruner=pruner)
+        finished = self.memory.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+        # Two processes at the same search both keep what they tried, and it is the same.
+        self.study.add_trials({trial.user_attrs["index"]: trial for trial in finished}.values())
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)[: self.count]
+
+    @property
+    def best(self) -> FrozenTrial:
+        return max((trial for trial in self.trials if trial.state == TrialState.COMPLETE), key=_value)
+
+    @property
+    def skill(self) -> float:
+        return _value(self.best)
+
+    @property
+    def is_tunable(self) -> bool:
+        return bool(self.trials[0].params)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for trial in self.trials:
+            known = {"simulator": self.kind} | trial.user_attrs["parameters"]
+            scores = {"skill": _value(trial), "folds": len(trial.intermediate_values)}
+            yield known | scores | {"problem": trial.user_attrs.get("problem", "")}
+
+    def next(self) -> None:
+        """The next trial: remembered, or made and kept."""
+        if self.count == len(self.study.get_trials(deepcopy=False)):
+            self._try(self.count)
+            self.memory.add_trial(self.study.get_trials(deepcopy=False)[self.count])
+        self.count += 1
+
+    def _try(self, index: int) -> None:
+        kind, fixed = SIMULATORS[self.kind], dict(self.plan.fixed)
+        self.study.sampler = _sampler(self.plan.seed, index)
+        if index == 0:
+            self.study.enqueue_trial(kind().get_params())
+        trial = self.study.ask()
+        parameters = kind.suggest(_Partly(trial, fixed)) | fixed
+        trial.set_user_attr("index", index)
+        trial.set_user_attr("parameters", parameters)
+        try:
+            skill = self._score(trial, build(self.kind, **parameters))
+        except SimfluenceError as error:  # parameters that exclude each other, a solver that gives up
+            trial.set_user_attr("problem", str(error))
+            skill = HOPELESS
+        self.study.tell(trial, skill, TrialState.PRUNED if skill is None else TrialState.COMPLETE)
+
+    def _score(self, trial: optuna.Trial, simulator: Simulator) -> float | None:
+        """Skill pooled over the folds, or None for a candidate that is stopped early."""
+        ours = theirs = skill = 0.0
+        for index, fold in enumerate(self.plan.folds):
+            if index and trial.should_prune():
+                return None
+            ours += _errors(simulator, fold.part, fold.held)[0].sum()
+            theirs += fold.error_of_mean
+            skill = float(_skill(ours, theirs))
+            trial.report(skill, index)
+        if skill <= HOPELESS:
+            trial.set_user_attr("problem", "its rollouts run away")
+        return skill
+
+
+class _Partly(optuna.Trial):
+    """The same trial, in which some parameters are given, of whatever value, and only the others drawn."""
+
+    def __init__(self, trial: optuna.Trial, given: Mapping[str, Any]) -> None:
+        vars(self).update(vars(trial))
+        self.given = given
+
+    def suggest_float(self, name: str, *space: Any, **options: Any) -> Any:
+        return self.given[name] if name in self.given else super().suggest_float(name, *space, **options)
+
+    def suggest_int(self, name: str, *space: Any, **options: Any) -> Any:
+        return self.given[name] if name in self.given else super().suggest_int(name, *space, **options)
+
+    def suggest_categorical(self, name: str, *space: Any, **options: Any) -> Any:
+        return self.given[name] if name in self.given else super().suggest_categorical(name, *space, **options)
+
+
+def _sampler(seed: int, index: int) -> optuna.samplers.BaseSampler:
+    """Seeded anew for each trial, so that the draw depends on the trials before it alone.
+
+    All kinds have the same seeds, so the first parameters that they share are the same, and the race is fair.
+    """
+    drawn = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(seed=drawn, n_startup_trials=_STARTUP_TRIALS, constant_liar=False)
+
+
+def _race(entries: Sequence[_Entry], trials: int, advance: Callable[[], None]) -> None:
+    """Successive halving. The defaults of all come first; kinds with nothing to tune are left at that, and free."""
+    for entry in entries:
+        entry.next()
+    racing = [entry for entry in entries if entry.is_tunable]
+    left = trials - len(racing)
+    for rounds in range(math.ceil(math.log2(max(1, len(racing)))) + 1, 0, -1):
+        share = max(0, left) // rounds // max(1, len(racing))
+        for entry in racing * share:
+            entry.next()
+            advance()
+        left -= share * len(racing)
+        racing = sorted(racing, key=lambda entry: -entry.skill)[: math.ceil(len(racing) / 2)]
+
+
+def _kinds(name: str, fixed: Mapping[str, Any]) -> list[str]:
+    """The simulators that take part, checked to take the fixed parameters."""
+    if name not in (*SIMULATORS, "best"):
+        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, (*SIMULATORS, 'best'))}")
+    able = [kind for kind in SIMULATORS if fixed.keys() <= build(kind).get_params().keys()]
+    kinds = able if name == "best" else [name]
+    if not kinds:
+        raise InvalidInput(f"no simulator has all of the parameters {', '.join(fixed)}")
+    for kind in kinds:
+        build(kind, **fixed)
+    return kinds
+
+
+def _folds(runs: Runs, count: int, seed: int) -> list[_Fold]:
+    """Disjoint parts of the runs, shuffled from their order by id, are held out in turn."""
+    ids = sorted(set(runs.ids))
+    if len(ids) < count:
+        advice = f"ask for folds={len(ids)}" if len(ids) > 1 else "2 are needed"
+        raise InvalidInput(f"{len(ids)} runs cannot be held out in {count} folds: record more, or {advice}")
+    shuffled = np.random.default_rng(seed).permutation(len(ids))
+    fold_of = {ids[index]: place % count for place, index in enumerate(shuffled)}
+    ordered = sorted(runs, key=lambda run: run.id)
+    folds = []
+    for fold in range(count):
+        part = Runs(run for run in ordered if fold_of[run.id] != fold)
+        held = Runs(run for run in ordered if fold_of[run.id] == fold)
+        folds.append(_Fold(part, held, float(_errors(MeanTrajectorySimulator(), part, held)[0].sum())))
+    if not any(fold.error_of_mean for fold in folds):
+        raise InvalidInput("the mean trajectory forecasts these runs exactly: there is nothing to tune")
+    return folds
+
+
+def _digest(runs: Runs, fixed: Mapping[str, Any]) -> str:
+    """Of all else that scores depend on; the losses, as another measure of the same runs may stand in their place."""
+    digest = hashlib.sha256(json.dumps([__version__, fixed], sort_keys=True, default=repr).encode())
+    for run in sorted(runs, key=lambda run: run.id):
+        digest.update(run.id.encode() + run.losses.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _errors(simulator: Simulator, part: Runs, held: Runs) -> Float[np.ndarray, "2 runs"]:
+    """Squared errors of the simulator fitted on ``part``, for all steps and the last; infinite if it runs away."""
+    simulated = sklearn.base.clone(simulator).fit(part).simulate(held.curricula, held.initial_losses)
+    true = held.losses.astype(np.float64)
+    errors = np.stack([all_errors(simulated, true), final_errors(simulated, true)])
+    errors[:, (~np.isfinite(simulated) & np.isfinite(true)).any(axis=(1, 2))] = np.inf
+    return errors
+
+
+def _skill(ours: Any, theirs: Any) -> Any:
+    """``evaluation.skill`` from sums of errors, or arrays of them; never below ``HOPELESS``."""
+    return np.maximum(np.nan_to_num(1 - np.divide(ours, theirs), nan=HOPELESS, neginf=HOPELESS), HOPELESS)
+
+
+def _sizes(sizes: Iterable[int] | None, most: int) -> list[int]:
+    if sizes is None:
+        return sorted({*(2**k for k in range(1, most.bit_length()) if 2**k < most), most})
+    found = sorted(set(sizes))
+    if not found or found[0] < 1 or found[-1] > most:
+        raise InvalidInput(f"sizes={found}: from 1 to the {most} runs that are not held out")
+    return found
+
+
+def _subset(runs: Runs, size: int, seed: Sequence[int]) -> Runs:
+    chosen = np.random.default_rng(seed).permutation(len(runs))[:size]
+    return Runs(runs[int(index)] for index in sorted(chosen))
+
+
+def _spread(name: str, ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict[str, float]:
+    """Median of the sets' skills, and the bootstrap interval of one set's; errors are ``[sets, held]``."""
+    rng = np.random.default_rng(seed)
+    sets = rng.integers(len(ours), size=(_BOOTSTRAP, 1))
+    held = rng.integers(ours.shape[1], size=(_BOOTSTRAP, ours.shape[1]))
+    low, high = np.quantile(_skill(ours[sets, held].sum(1), theirs[sets, held].sum(1)), [0.025, 0.975])
+    middle = np.median(_skill(ours.sum(1), theirs.sum(1)))
+    return {name: float(middle), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _value(trial: FrozenTrial) -> float:
+    return float(trial.value if trial.value is not None else HOPELESS)
+
+
+@contextlib.contextmanager
+def _memory(path: str | Path | None) -> Iterator[optuna.storages.BaseStorage | None]:
+    """The SQLite file ``path``, made if it is not there; nothing without a path."""
+    if path is None:
+        yield None
+        return
+    from sqlalchemy.exc import SQLAlchemyError  # slow to import
+
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        try:
+            yield storage
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+    except (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise StoreError(f"cannot keep trials in {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Candidates may overflow, and Optuna need not tell of each trial; the user's own settings come back."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar on a terminal, moved on by calling what is yielded."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
