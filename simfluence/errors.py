@@ -32,6 +32,10 @@ class DivergedWarning(UserWarning):
     """A run whose losses became NaN or infinite was left out."""
 
 
+class UnseenWarning(UserWarning):
+    """A simulated curriculum shows training examples that no fitting run has."""
+
+
 class EngineWarning(UserWarning):
     """An engine that was asked for cannot train these runs; another does."""
 

@@ -7,7 +7,8 @@ import torch
 
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.simulators import solver
-from simfluence.simulators.solver import Lazy, Problem, free_coefficients, ridge, ridge_path
+from simfluence.simulators.least_squares import Lazy, Problem
+from simfluence.simulators.solver import free_coefficients, ridge, ridge_path
 
 ROWS, TRAIN, TESTS = 60, 9, 7
 METHODS = ["direct", "iterative"]

@@ -16,28 +16,42 @@ from the usual one, with c̄ the mean weights of a fitting step:
 
 where a, how deviations last, is not penalised. Beyond the longest fitting run m is held at its end. Rollouts stay
 affine in the losses, with α = 1 + a + Σ (w − c̄) A and β = m_{t+1} − (1 + a) m_t + Σ (w − c̄) B.
+
+Options of both forms: ``order`` n lets a step depend on n earlier losses, each with slopes of its own (Chai et al.
+2024), which follows an optimizer's momentum; ``varying`` lets effects change in proportion to the share τ of training
+that has gone by, A_i + τ A'_i; ``rollout`` k trains on rollouts of k steps instead of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import optuna
 import scipy.sparse
+import sklearn.base
+import torch
 from jaxtyping import Float
 
 from simfluence.curriculum import Curriculum
-from simfluence.errors import InvalidInput, did_you_mean
-from simfluence.runs import Runs
+from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
+from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import mean_trajectory
-from simfluence.simulators.solver import Multiplier, Problem, free_coefficients, ridge
+from simfluence.simulators.dynamics import Dynamics, Steps, Term, batch_weights, free_terms, trained_on_rollouts
+from simfluence.simulators.least_squares import Columns, Lazy, Problem
+from simfluence.simulators.solver import free_coefficients, ridge, ridge_path
 
 PRIORS = ("identity", "zero")
 AROUND = (None, "mean")
-Effects = Float[np.ndarray, "runs steps test"]
+#: What ``l2="auto"`` chooses from, for each test example.
+L2_PATH = tuple(float(10**power) for power in np.arange(-1, 4.5, 0.5))
+
+_FOLDS = 4
 
 
 class MarkovSimulator(Simulator):
@@ -46,36 +60,41 @@ class MarkovSimulator(Simulator):
 
     Attributes:
         A_, B_: effects on slope and intercept, ``[train, test]``; a fixed one is absent.
+        further_: effects on the slopes of older losses, and what effects gain until the end of training:
+            ``[terms, train, test]`` in the order of ``terms`` after those of A_ and B_.
+        l2_: the penalty of each test example, ``[test]``.
+        seen_: which training examples some fitting run has, ``[train]``; the others have the prior's effects.
         batch_size_: the fitting runs' (the most frequent, if they have several).
-        mean_, centre_, lasting_: around the mean only: m ``[steps + 1, test]``, c̄ ``[train]``, a ``[test]``.
+        horizon_: steps of the longest fitting run.
+        mean_, centre_: around the mean only: m ``[steps + 1, test]``, c̄ ``[train]``.
+        lasting_: around the mean only: a of each earlier loss and, if ``varying``, what the first gains,
+            ``[free, test]``.
     """
 
-    l2: float
+    l2: Any
     prior: str = "identity"
     around: str | None
+    order: int = 1
+    varying: bool = False
+    guard: bool = False
+    rollout: int = 1
     learns_slope: ClassVar[bool]
     learns_intercept: ClassVar[bool]
 
-    def effects(self, curricula: Sequence[Curriculum]) -> tuple[Effects, Effects]:
-        """α and β of every step, each ``[runs, steps, test]``; steps after a curriculum's end are α=1, β=0."""
+    @property
+    def terms(self) -> list[Term]:
+        """What is summed: A_ and B_ first, where they are learned."""
+        lags = [*range(1, self.order + 1)] if self.learns_slope else []
+        first = lags[:1] + ([0] if self.learns_intercept else [])
+        return [Term(lag) for lag in first + lags[1:]] + ([Term(lag, 1) for lag in first] if self.varying else [])
+
+    def effects(self, curricula: Sequence[Curriculum]) -> tuple[Float[np.ndarray, "order runs steps test"], Any]:
+        """α ``[order, runs, steps, test]`` and β ``[runs, steps, test]`` of every step; steps after a curriculum's end
+        are α=1, β=0. ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``."""
         self._check_fitted()
         longest = max(len(curriculum) for curriculum in curricula)
-        shape = (len(curricula), longest, self.n_test_)
-        weights, updates = _weights(curricula, longest, self.batch_size_)
-        fixed_slope = np.full((len(updates), self.n_test_), 1.0 if self.around is None else 0.0)
-        alpha = self._sums(weights, "A_") if self.learns_slope else fixed_slope
-        beta = self._sums(weights, "B_") if self.learns_intercept else np.zeros_like(alpha)
-        if self.around == "mean":
-            times = np.minimum(np.arange(longest + 1), len(self.mean_) - 1)
-            now, then = (np.tile(self.mean_[part], (len(curricula), 1)) for part in (times[:-1], times[1:]))
-            alpha, beta = alpha + 1 + self.lasting_, beta + then - (1 + self.lasting_) * now
-        still = ~updates[:, None]
-        return np.where(still, 1.0, alpha).reshape(shape), np.where(still, 0.0, beta).reshape(shape)
-
-    def _sums(self, weights: scipy.sparse.csr_array, name: str) -> np.ndarray:
-        """Σ (w − c̄) of the effects ``name`` for each row, ``[rows, test]``."""
-        effects = getattr(self, name)
-        return weights @ effects - (self.centre_ @ effects if self.around == "mean" else 0.0)
+        alphas, beta = self._kept().affine(Steps.of(curricula, self.batch_size_, longest))
+        return alphas.numpy(), beta.numpy()
 
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
@@ -83,11 +102,19 @@ class MarkovSimulator(Simulator):
         found["around"] = trial.suggest_categorical("around", AROUND)
         if cls.learns_slope and found["around"] is None:
             found["prior"] = trial.suggest_categorical("prior", PRIORS)
+        if cls.learns_slope:
+            found["order"] = trial.suggest_int("order", 1, 3)
+            found["varying"] = trial.suggest_categorical("varying", (False, True))
         return found
 
     def _check_parameters(self) -> None:
-        if isinstance(self.l2, bool) or not isinstance(self.l2, int | float) or not self.l2 > 0:
-            raise InvalidInput(f"l2 must be a number above 0, got {self.l2!r}")
+        numbers = not isinstance(self.l2, bool) and isinstance(self.l2, int | float)
+        if self.l2 != "auto" and not (numbers and self.l2 > 0):
+            raise InvalidInput(f"l2 must be a number above 0, or 'auto', got {self.l2!r}")
+        for name in ("order", "rollout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInput(f"{name} must be a whole number from 1 up, got {value!r}")
         if self.prior not in PRIORS:
             raise InvalidInput(f"unknown prior {self.prior!r}, {did_you_mean(str(self.prior), PRIORS)}")
         if self.around not in AROUND:
@@ -96,70 +123,149 @@ class MarkovSimulator(Simulator):
             raise InvalidInput("prior says what α shrinks to; around='mean' shrinks to the mean trajectory: choose one")
 
     def _fit(self, runs: Runs) -> None:
+        rows = self._prepare(runs)
+        self.seen_ = np.zeros(runs.n_train, bool)
+        self.seen_[np.concatenate([run.curriculum.indices for run in runs])] = True
+        chosen = self._best_l2(runs) if self.l2 == "auto" else self.l2
+        self.l2_ = np.broadcast_to(np.asarray(chosen, np.float64), (runs.n_test,)).copy()
+        problem = self._problem(rows)
+        solution = ridge(problem, self.l2_)
+        lasting = free_coefficients(problem, solution)
+        found = self._dynamics(solution + self._prior, lasting)
+        if self.rollout > 1:
+            found = trained_on_rollouts(found, runs, self.l2_, self._prior, self.rollout)
+        self._keep(found)
+
+    def _prepare(self, runs: Runs) -> _Rows:
+        """What is known before the effects: sizes, and the mean trajectory if it is about that."""
         self.batch_size_ = usual_batch_size(runs.curricula)
-        weights, before, after, times = self._transitions(runs)
-        multipliers: list[Multiplier] = [before] if self.learns_slope else []
-        multipliers += [None] if self.learns_intercept else []
-        problem = Problem(weights, multipliers, after - before)
-        prior_slope = 1 / self.batch_size_ if self.around is None else 0.0
-        if self.around == "mean":
-            self.mean_ = mean_trajectory(runs)
-            self.centre_ = np.asarray(weights.mean(axis=0)).ravel()
-            deviation = before - self.mean_[times]
-            problem = Problem(
-                weights, multipliers, after - self.mean_[times + 1] - deviation, self.centre_, [deviation]
-            )
-        elif self.prior == "zero" and self.learns_slope:
-            problem, prior_slope = Problem(weights, multipliers, after), 0.0
-        solution = ridge(problem, self.l2)
-        if self.around == "mean":
-            self.lasting_ = free_coefficients(problem, solution)[0]
-        effects = list(solution)
-        if self.learns_slope:
-            self.A_ = effects.pop(0) + prior_slope
-        if self.learns_intercept:
-            self.B_ = effects.pop(0)
-
-    def _transitions(self, runs: Runs) -> tuple[scipy.sparse.csr_array, np.ndarray, np.ndarray, np.ndarray]:
-        """Weights ``[rows, train]`` between two readings, losses ``[rows, test]`` before and after, times before.
-
-        Where every step was read that is a row per update. Additive effects of several steps add up; a slope's
-        do not, so it cannot be learned from readings with gaps.
-        """
-        longest = max(run.steps for run in runs)
-        weights, _ = _weights(runs.curricula, longest, self.batch_size_)
-        gaps = [np.diff(run.times) for run in runs]
-        if (self.learns_slope or self.around) and any((gap > 1).any() for gap in gaps):
+        self.horizon_ = max(run.steps for run in runs)
+        by_the_step = self.learns_slope or self.around == "mean" or self.varying or self.rollout > 1
+        if by_the_step and any((np.diff(run.times) > 1).any() for run in runs):
             raise InvalidInput(
                 f"{self} learns from losses at every step, and these runs were recorded with gaps: "
                 "record with every=1, or fit AdditiveSimulator(around=None)"
             )
-        rows = sum(len(gap) for gap in gaps)
-        row_of_step = np.repeat(np.arange(rows), np.concatenate(gaps))
-        steps = np.concatenate([row * longest + np.arange(r.times[0], r.times[-1]) for row, r in enumerate(runs)])
-        which = scipy.sparse.csr_array((np.ones(len(steps)), (row_of_step, steps)), (rows, weights.shape[0]))
-        between = which @ weights
-        before = np.concatenate([run.losses[run.times[:-1]] for run in runs]).astype(np.float64)
-        after = np.concatenate([run.losses[run.times[1:]] for run in runs]).astype(np.float64)
-        times = np.concatenate([run.times[:-1] for run in runs])
-        updated = np.diff(between.indptr) > 0
-        return between[np.flatnonzero(updated)], before[updated], after[updated], times[updated]
+        rows = _Rows.of(runs, self.batch_size_)
+        if self.around == "mean":
+            self.mean_ = mean_trajectory(runs)
+            self.centre_ = np.asarray(rows.weights.mean(axis=0)).ravel()
+        return rows
+
+    @property
+    def _prior(self) -> np.ndarray:
+        """What effects shrink to, ``[terms, 1, 1]``: A = 1/B makes α = 1."""
+        prior = np.zeros((len(self.terms), 1, 1))
+        if self.learns_slope and self.around is None and self.prior == "identity":
+            prior[0] = 1 / self.batch_size_
+        return prior
+
+    def _problem(self, rows: _Rows) -> Problem:
+        """The least-squares problem of one step, whose columns are made block by block."""
+        around = self.around == "mean"
+
+        def deviation(lag: int, some: slice) -> np.ndarray:
+            return rows.before(lag, some) - self.mean_[np.maximum(rows.times + 1 - lag, 0), some]
+
+        def target(some: slice) -> np.ndarray:
+            if around:
+                return rows.after(some) - self.mean_[rows.times + 1, some] - deviation(1, some)
+            changes = self.prior == "identity" or not self.learns_slope
+            return rows.after(some) - rows.before(1, some) if changes else rows.after(some)
+
+        def multiplier(term: Term) -> Columns | None:
+            if term == Term(0):
+                return None
+            loss = partial(rows.before, term.lag) if term.lag else rows.ones
+            return rows.lazy(lambda some: loss(some) * self._share(rows.times, term))
+
+        def free(term: Term) -> Lazy:
+            return rows.lazy(lambda some: deviation(term.lag, some) * self._share(rows.times, term))
+
+        columns = [free(term) for term in free_terms(self.order, self.varying)] if around else []
+        multipliers = [multiplier(term) for term in self.terms]
+        return Problem(rows.weights, multipliers, rows.lazy(target), self.centre_ if around else None, columns)
+
+    def _share(self, times: np.ndarray, term: Term) -> np.ndarray:
+        """τ of each row to the term's power, ``[rows, 1]``."""
+        return (times[:, None] / self.horizon_) ** term.power
+
+    def _dynamics(self, effects: np.ndarray, lasting: np.ndarray, some: slice = slice(None)) -> Dynamics:
+        """Of ``some`` of the test examples; ``effects`` and ``lasting`` are theirs alone."""
+        around = self.around == "mean"
+        return Dynamics(
+            terms=self.terms,
+            effects=torch.as_tensor(effects),
+            batch_size=self.batch_size_,
+            horizon=self.horizon_,
+            order=self.order,
+            fixed_slope=1.0 if around or not self.learns_slope else 0.0,
+            guard=self.guard,
+            centre=torch.as_tensor(self.centre_) if around else None,
+            mean=torch.as_tensor(self.mean_[:, some].copy()) if around else None,
+            lasting=torch.as_tensor(lasting) if around else None,
+        )
+
+    def _keep(self, found: Dynamics) -> None:
+        effects = list(found.effects.numpy())
+        if self.learns_slope:
+            self.A_ = effects.pop(0)
+        if self.learns_intercept:
+            self.B_ = effects.pop(0)
+        self.further_ = np.array(effects).reshape(-1, self.n_train_, self.n_test_)
+        if found.lasting is not None:
+            self.lasting_ = found.lasting.numpy()
+
+    def _kept(self) -> Dynamics:
+        first = [getattr(self, name) for name in ("A_", "B_") if hasattr(self, name)]
+        lasting = self.lasting_ if self.around == "mean" else np.empty(0)
+        return self._dynamics(np.concatenate([np.stack(first), self.further_]), lasting)
+
+    def _best_l2(self, runs: Runs) -> np.ndarray:
+        """For each test example, that of ``L2_PATH`` whose rollouts of held-out runs are best, ``[test]``."""
+        folds = min(_FOLDS, len(runs))
+        if folds < 2:
+            raise InvalidInput("l2='auto' is chosen on runs left out of the fit: give 2 runs or more, or a number")
+        errors = np.zeros((len(L2_PATH), runs.n_test))
+        for fold in range(folds):
+            held = Runs(run for index, run in enumerate(runs) if index % folds == fold)
+            part = Runs(run for index, run in enumerate(runs) if index % folds != fold)
+            errors += sklearn.base.clone(self)._path_errors(part, held)
+        return np.array(L2_PATH)[np.argmin(errors, axis=0)]
+
+    def _path_errors(self, part: Runs, held: Runs) -> np.ndarray:
+        """Squared errors of rollouts of ``held`` under ``L2_PATH`` fitted on ``part``, ``[path, test]``."""
+        problem, true = self._problem(self._prepare(part)), held.losses.astype(np.float64)
+        errors = np.empty((len(L2_PATH), held.n_test))
+        for some, solutions in ridge_path(problem, L2_PATH):
+            for index, solution in enumerate(solutions):
+                lasting = free_coefficients(problem.block(some), solution)
+                fitted = self._dynamics(solution + self._prior, lasting, some)
+                with np.errstate(all="ignore"):
+                    wrong = fitted.simulate(held.curricula, true[:, 0, some]) - true[:, :, some]
+                    wrong[np.isnan(true[:, :, some])] = 0.0
+                    errors[index, some] = (wrong**2).sum((0, 1))
+        return np.nan_to_num(errors, nan=np.inf)
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
-        alpha, beta = self.effects(curricula)
-        losses = np.empty((len(curricula), alpha.shape[1] + 1, self.n_test_))
-        losses[:, 0] = initial
-        for step in range(alpha.shape[1]):
-            losses[:, step + 1] = alpha[:, step] * losses[:, step] + beta[:, step]
-        return losses
+        shown = np.unique(np.concatenate([curriculum.indices for curriculum in curricula]))
+        if unseen := int((~self.seen_[shown]).sum()):
+            warnings.warn(
+                f"{unseen} training examples of these curricula are in no run that the {self.name} simulator was "
+                "fitted on: their effects are the prior's",
+                UnseenWarning,
+                stacklevel=4,
+            )
+        return self._kept().simulate(curricula, initial)
 
 
 class AdditiveSimulator(MarkovSimulator):
     """``L_{t+1} = L_t + β(c_t)``: what an ideal TracIn could reach (Guu et al. 2023, section 3).
 
     Args:
-        l2: penalty on the squared effects.
+        l2: penalty on the squared effects, or "auto": for each test example the best on held-out runs.
         around: "mean" for effects around the mean trajectory of the fitting runs.
+        rollout: train on rollouts of so many steps.
 
     >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
     >>> AdditiveSimulator(l2=1e-6).fit(runs).B_.round(3).ravel()
@@ -170,18 +276,18 @@ class AdditiveSimulator(MarkovSimulator):
     learns_slope = False
     learns_intercept = True
 
-    def __init__(self, l2: float = 1.0, around: str | None = None) -> None:
+    def __init__(self, l2: float | str = 1.0, around: str | None = None, rollout: int = 1) -> None:
         self.l2 = l2
         self.around = around
+        self.rollout = rollout
 
 
 class MultiplicativeSimulator(MarkovSimulator):
     """``L_{t+1} = α(c_t) · L_t`` (Guu et al. 2023, section 3).
 
     Args:
-        l2: penalty on the squared effects.
+        l2, around, rollout: as of ``AdditiveSimulator``.
         prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
-        around: "mean" for effects around the mean trajectory of the fitting runs.
 
     >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[4.0], [2.0], [3.0], [1.5]]])
     >>> MultiplicativeSimulator(l2=1e-6).fit(runs).A_.round(3).ravel()
@@ -192,19 +298,26 @@ class MultiplicativeSimulator(MarkovSimulator):
     learns_slope = True
     learns_intercept = False
 
-    def __init__(self, l2: float = 1.0, prior: str = "identity", around: str | None = None) -> None:
+    def __init__(
+        self, l2: float | str = 1.0, prior: str = "identity", around: str | None = None, rollout: int = 1
+    ) -> None:
         self.l2 = l2
         self.prior = prior
         self.around = around
+        self.rollout = rollout
 
 
 class LinearSimulator(MarkovSimulator):
-    """``L_{t+1} = α(c_t) · L_t + β(c_t)`` (Guu et al. 2023, equations 1–3).
+    """``L_{t+1} = α(c_t) · L_t + β(c_t)`` (Guu et al. 2023, equations 1–3), and of order n.
 
     Args:
-        l2: penalty on the squared effects.
+        l2, around, rollout: as of ``AdditiveSimulator``.
         prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
-        around: "mean" for effects around the mean trajectory of the fitting runs.
+        order: how many earlier losses a step depends on, ``L_{t+1} = Σ_j α_j(c_t) L_{t+1−j} + β(c_t)``; before
+            training the loss is taken to have stood still. 2 follows a momentum.
+        varying: whether effects change along training.
+        guard: scale the slopes of a step down where they sum to more than 1 in size, so that no loss (around the
+            mean: no deviation) grows of itself. It depends on the curriculum alone: rollouts stay affine.
 
     >>> rng = np.random.default_rng(0)
     >>> curricula = [rng.integers(3, size=(50, 1)) for _ in range(4)]
@@ -217,30 +330,72 @@ class LinearSimulator(MarkovSimulator):
     learns_slope = True
     learns_intercept = True
 
-    def __init__(self, l2: float = 1.0, prior: str = "identity", around: str | None = None) -> None:
+    def __init__(
+        self,
+        l2: float | str = 1.0,
+        prior: str = "identity",
+        around: str | None = None,
+        order: int = 1,
+        varying: bool = False,
+        guard: bool = False,
+        rollout: int = 1,
+    ) -> None:
         self.l2 = l2
         self.prior = prior
         self.around = around
+        self.order = order
+        self.varying = varying
+        self.guard = guard
+        self.rollout = rollout
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What happened between two readings with an update, a row each; losses are taken from the runs when asked for.
+
+    Args:
+        weights: between the readings ``[rows, train]``: of a step, or summed over several.
+        times: of the reading before, ``[rows]``.
+        runs: with, for each, its readings before and after, each ``[rows of the run]``.
+    """
+
+    weights: scipy.sparse.csr_array
+    times: np.ndarray
+    runs: Sequence[tuple[Run, np.ndarray, np.ndarray]]
+
+    @classmethod
+    def of(cls, runs: Runs, batch_size: int) -> _Rows:
+        """Additive effects of several steps add up; where every step was read a row is a step."""
+        longest = max(run.steps for run in runs)
+        weights, _ = batch_weights(runs.curricula, longest, batch_size)
+        gaps = [np.diff(run.times) for run in runs]
+        row_of_step = np.repeat(np.arange(sum(map(len, gaps))), np.concatenate(gaps))
+        steps = np.concatenate([row * longest + np.arange(r.times[0], r.times[-1]) for row, r in enumerate(runs)])
+        which = scipy.sparse.csr_array(
+            (np.ones(len(steps)), (row_of_step, steps)), (sum(map(len, gaps)), weights.shape[0])
+        )
+        between = which @ weights
+        updated = np.split(np.diff(between.indptr) > 0, np.cumsum([len(gap) for gap in gaps])[:-1])
+        pairs = [(run, run.times[:-1][some], run.times[1:][some]) for run, some in zip(runs, updated, strict=True)]
+        times = np.concatenate([before for _, before, _ in pairs])
+        return cls(between[np.flatnonzero(np.concatenate(updated))], times, pairs)
+
+    def before(self, lag: int, some: slice) -> np.ndarray:
+        """Losses ``[rows, block]`` of the reading before, or ``lag`` − 1 steps further back; held before training."""
+        parts = [run.losses[np.maximum(times + 1 - lag, 0), some] for run, times, _ in self.runs]
+        return np.concatenate(parts).astype(np.float64)
+
+    def after(self, some: slice) -> np.ndarray:
+        return np.concatenate([run.losses[times, some] for run, _, times in self.runs]).astype(np.float64)
+
+    def ones(self, some: slice) -> np.ndarray:
+        return np.ones((len(self.times), self.after(some).shape[1]))
+
+    def lazy(self, columns: Callable[[slice], np.ndarray]) -> Lazy:
+        return Lazy((len(self.times), self.runs[0][0].losses.shape[1]), columns)
 
 
 def usual_batch_size(curricula: Sequence[Curriculum]) -> int:
     """The most frequent size of a batch that is not empty."""
     sizes = np.concatenate([curriculum.sizes for curriculum in curricula])
     return int(np.bincount(sizes[sizes > 0]).argmax())
-
-
-def _weights(
-    curricula: Sequence[Curriculum], longest: int, batch_size: int
-) -> tuple[scipy.sparse.csr_array, np.ndarray]:
-    """``w_i = count · B/|c|`` of all steps ``[runs · longest, train]``, and which steps are updates.
-
-    Steps after a curriculum's end are empty rows.
-    """
-    padded = [np.pad(curriculum.sizes, (0, longest - len(curriculum))) for curriculum in curricula]
-    sizes = np.concatenate(padded)
-    indices = np.concatenate([curriculum.indices for curriculum in curricula])
-    values = np.repeat(batch_size / np.maximum(sizes, 1), sizes)
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    weights = scipy.sparse.csr_array((values, indices, offsets), (len(sizes), curricula[0].n_train))
-    weights.sum_duplicates()
-    return weights, sizes > 0

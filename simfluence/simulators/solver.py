@@ -17,18 +17,16 @@ smallest.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import scipy.sparse
 import torch
 from jaxtyping import Float
 
 from simfluence.errors import InvalidInput, SimfluenceError
+from simfluence.simulators.least_squares import Block, Problem, SharedWeights
 
 Solution = Float[np.ndarray, "channels train test"]
 SolutionPath = Float[np.ndarray, "path channels train test"]
@@ -41,60 +39,6 @@ _ITERATIONS = 40
 _PATH_ITERATIONS = 130
 #: Of a block's column per row, so that a core's cache holds what lies between the two sparse products.
 _CACHE_BYTES = 2 * 2**20
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """``[rows, test]`` that is computed for a block of test examples when it is needed, and never held whole.
-
-    Args:
-        shape: rows and test examples.
-        columns: gives ``[rows, block]`` for a slice of the test examples.
-
-    >>> after = np.array([[3.0, 4.0, 5.0]])
-    >>> Lazy(after.shape, lambda some: after[:, some] - 1)[:, 1:]
-    array([[3., 4.]])
-    """
-
-    shape: tuple[int, ...]
-    columns: Callable[[slice], np.ndarray]
-
-    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        rows, some = index
-        return self.columns(some)[rows]
-
-
-Columns = Float[np.ndarray, "rows test"] | Lazy
-Multiplier = Columns | None  # None is 1 everywhere
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is to be fitted. Columns may be of any float type, memory-mapped or ``Lazy``.
-
-    Args:
-        weights: sparse ``[rows, train]``.
-        multipliers: for each channel ``[rows, test]``, or None for 1.
-        targets: ``[rows, test]``.
-        centre: subtracted from every row of the weights, ``[train]``; nothing by default.
-        free: columns ``[rows, test]`` whose coefficients are not penalised; none by default.
-    """
-
-    weights: scipy.sparse.csr_array
-    multipliers: Sequence[Multiplier]
-    targets: Columns
-    centre: np.ndarray | None = None
-    free: Sequence[Columns] = ()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, training examples, test examples."""
-        return len(self.multipliers), self.weights.shape[1], self.targets.shape[1]
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether all test examples have the same normal matrix, but for their L2."""
-        return not self.free and all(multiplier is None for multiplier in self.multipliers)
 
 
 def ridge(
@@ -123,7 +67,7 @@ def ridge(
     strengths = np.broadcast_to(_checked(l2), problem.shape[2:])
     how = method or _cheapest(problem, 1)
 
-    def solve(block: _Block) -> torch.Tensor:
+    def solve(block: Block) -> torch.Tensor:
         strength = block.tensor(strengths[block.some])
         return _direct(block, strength[None]) if how == "direct" else _preconditioned(block, strength, tolerance)[None]
 
@@ -150,7 +94,7 @@ def ridge_path(
     strengths = _checked(l2s)
     how = method or _cheapest(problem, len(strengths))
 
-    def solve(block: _Block) -> torch.Tensor:
+    def solve(block: Block) -> torch.Tensor:
         if how == "direct":
             return _direct(block, block.tensor(strengths)[:, None].expand(-1, block.tests))
         return _multi_shift(block, strengths, tolerance)
@@ -163,7 +107,7 @@ def free_coefficients(
 ) -> Float[np.ndarray, "free test"]:
     """The free columns' coefficients that go with ``solution``; 0 where a column depends on those before it."""
 
-    def solve(block: _Block) -> torch.Tensor:
+    def solve(block: Block) -> torch.Tensor:
         rest = block.targets - block.predict(block.tensor(solution[..., block.some]))
         return block.free_part(rest)[None, :, None]
 
@@ -194,7 +138,7 @@ def _cheapest(problem: Problem, path: int) -> Method:
 
 
 def _in_blocks(
-    problem: Problem, solve: Callable[[_Block], torch.Tensor], how: Method, path: int, memory: float, device: Any
+    problem: Problem, solve: Callable[[Block], torch.Tensor], how: Method, path: int, memory: float, device: Any
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """What ``solve`` says of each block, ``[path, channels, train, block]``.
 
@@ -206,10 +150,10 @@ def _in_blocks(
     if on_cpu and how == "iterative":
         most = min(most, max(16, min(64, _CACHE_BYTES // (8 * problem.weights.shape[0]))))
     slices = _slices(problem.shape[2], most, threads)
-    batches = _Batches(problem, device, with_pairs=how == "direct")
+    batches = SharedWeights(problem, device, with_pairs=how == "direct")
 
     def work(some: slice) -> tuple[slice, np.ndarray]:
-        return some, solve(_Block(problem, batches, some)).cpu().numpy()
+        return some, solve(Block(problem, batches, some)).cpu().numpy()
 
     for start in range(0, len(slices), threads):
         yield from _at_once(work, slices[start : start + threads], threads)
@@ -243,156 +187,10 @@ def _bytes_per_test(problem: Problem, how: Method, path: int) -> int:
     return 8 * (rows + vectors + (matrices // tests if problem.is_shared else matrices))
 
 
-class _Batches:
-    """The centred weights on the device, with their transpose; shared by all blocks."""
-
-    def __init__(self, problem: Problem, device: Any, with_pairs: bool = False) -> None:
-        transpose = problem.weights.T.tocsr()
-        self.device = device
-        self.weights = _sparse(problem.weights, device)  # [rows, train]
-        self.transpose = _sparse(transpose, device)  # [train, rows]
-        self.squares = _sparse(transpose.power(2), device)
-        self.pairs = _sparse(_row_pairs(problem.weights) if with_pairs else transpose[:0], device)
-        self.centre = None  # [train, 1]
-        if problem.centre is not None:
-            self.centre = torch.as_tensor(problem.centre, dtype=torch.float64, device=device)[:, None]
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """``[rows, k]`` of ``[train, k]``."""
-        product = x.new_empty(self.weights.shape[0], x.shape[1]).addmm_(self.weights, x, beta=0)
-        return product if self.centre is None else product.sub_(self.centre.T @ x)
-
-    def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """The transpose: ``[train, k]`` of ``[rows, k]``."""
-        product = values.new_empty(self.transpose.shape[0], values.shape[1]).addmm_(self.transpose, values, beta=0)
-        return product if self.centre is None else product.sub_(self.centre * values.sum(0))
-
-    def sums_of_squares(self, values: torch.Tensor) -> torch.Tensor:
-        """Σ_r (w_ri − c_i)² of ``[rows, k]``: ``[train, k]``."""
-        product = self.squares @ values
-        if self.centre is None:
-            return product
-        return product + self.centre * (self.centre * values.sum(0) - 2 * (self.transpose @ values))
-
-    def gram(self, values: torch.Tensor) -> torch.Tensor:
-        """Σ_r (w_r − c)(w_r − c)ᵀ of ``[rows, k]``: ``[k, train, train]``."""
-        train = self.transpose.shape[0]
-        gram = (self.pairs @ values).T.reshape(-1, train, train)
-        if self.centre is None:
-            return gram
-        cross = (self.transpose @ values).T[:, :, None] * self.centre.T
-        return gram - cross - cross.mT + values.sum(0)[:, None, None] * (self.centre @ self.centre.T)
-
-
-class _Block:
-    """The least-squares problem of ``some`` test examples, in tensors."""
-
-    def __init__(self, problem: Problem, batches: _Batches, some: slice) -> None:
-        self.some, self.batches = some, batches
-        self.tests = some.stop - some.start
-        self.multipliers = [None if m is None else self.tensor(m[:, some]) for m in problem.multipliers]
-        self.targets = self.tensor(problem.targets[:, some])
-        self.free, self.triangle = _orthonormal([self.tensor(column[:, some]) for column in problem.free])
-        self.is_shared = problem.is_shared
-
-    def tensor(self, values: np.ndarray) -> torch.Tensor:
-        copied = np.array(values, np.float64, order="C")  # as columns of an array, or read-only, they are of no use
-        return torch.as_tensor(copied, device=self.batches.device)
-
-    def predict(self, x: torch.Tensor) -> torch.Tensor:
-        """What ``[channels, train, block]`` says of the targets, ``[rows, block]``, without the free columns."""
-        values = torch.empty(0)
-        for k in reversed(range(len(x))):  # the channel without a multiplier comes last, and costs least as a start
-            product, multiplier = self.batches.times(x[k]), self.multipliers[k]
-            if k == len(x) - 1:
-                values = product if multiplier is None else product.mul_(multiplier)
-            else:
-                values = values.add_(product) if multiplier is None else values.addcmul_(product, multiplier)
-        return values
-
-    def transposed(self, values: torch.Tensor) -> torch.Tensor:
-        """The transpose of ``predict``: ``[channels, train, block]`` of ``[rows, block]``."""
-        return torch.stack([self.batches.sums(values if m is None else m * values) for m in self.multipliers])
-
-    def projected(self, values: torch.Tensor) -> torch.Tensor:
-        """``[rows, block]`` without what the free columns explain."""
-        for column in self.free:
-            values = values - column * (column * values).sum(0)
-        return values
-
-    def free_part(self, values: torch.Tensor) -> torch.Tensor:
-        """The free columns' coefficients that explain most of ``[rows, block]``: ``[free, block]``."""
-        coefficients = values.new_zeros(len(self.free), self.tests)
-        for j in reversed(range(len(self.free))):
-            above = (self.triangle[j, j + 1 :] * coefficients[j + 1 :]).sum(0)
-            coefficients[j] = ((self.free[j] * values).sum(0) - above) / self.triangle[j, j]
-        return coefficients
-
-    def right(self) -> torch.Tensor:
-        """The normal equations' right-hand side, ``[channels, train, block]``."""
-        return self.transposed(self.projected(self.targets))
-
-    def normal(self, x: torch.Tensor) -> torch.Tensor:
-        """The normal matrices, without the penalty, times ``[channels, train, block]``."""
-        return self.transposed(self.projected(self.predict(x)))
-
-    def products(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """For each pair of channels the product of their multipliers, ``[rows, block]``; one column where shared."""
-        ones = self.targets.new_ones(len(self.targets), 1 if self.is_shared else self.tests)
-        columns = [ones if m is None else m for m in self.multipliers]
-        for k, left in enumerate(columns):
-            for other, right in enumerate(columns[: k + 1]):
-                yield k, other, left * right
-
-    def channel_matrices(self) -> torch.Tensor:
-        """The normal matrices' blocks of each training example, ``[channels, channels, train, block]``, as if no
-        column were free: a few columns take little from each of many examples."""
-        channels, train = len(self.multipliers), self.batches.transpose.shape[0]
-        matrices = self.targets.new_empty(channels, channels, train, self.tests)
-        for k, other, product in self.products():
-            matrices[k, other] = matrices[other, k] = self.batches.sums_of_squares(product)
-        return matrices
-
-    def normal_matrices(self) -> torch.Tensor:
-        """``[block, channels · train, channels · train]``, or ``[1, …]`` where all are the same."""
-        channels, train = len(self.multipliers), self.batches.transpose.shape[0]
-        count = 1 if self.is_shared else self.tests
-        matrices = self.targets.new_empty(count, channels, train, channels, train)
-        for k, other, product in self.products():
-            matrices[:, k, :, other] = matrices[:, other, :, k] = self.batches.gram(product)
-        matrices = matrices.reshape(count, channels * train, channels * train)
-        for column in self.free:
-            along = self.transposed(column).flatten(0, 1).T  # [block, channels · train]
-            matrices -= along[:, :, None] * along[:, None]
-        return matrices
-
-
-def _orthonormal(columns: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Gram and Schmidt's, for each test example: orthonormal columns in place of those given, ``[rows, block]``, and
-    the triangle ``[free, free, block]`` that makes the given ones of them. A column that depends on those before it
-    becomes 0, with 1 on the diagonal, so that its coefficient is 0."""
-    found: list[torch.Tensor] = []
-    triangle = (
-        torch.stack([torch.zeros_like(column[: len(columns)]) for column in columns]) if columns else torch.empty(0)
-    )
-    for j, column in enumerate(columns):
-        rest = column
-        for _ in range(2):  # once is not enough where columns nearly depend on each other
-            for i, other in enumerate(found):
-                along = (other * rest).sum(0)
-                triangle[i, j] += along
-                rest = rest - other * along
-        length = rest.norm(dim=0)
-        depends = length <= 1e-12 * column.norm(dim=0)
-        triangle[j, j] = torch.where(depends, 1.0, length)
-        found.append(torch.where(depends, 0.0, rest / triangle[j, j]))
-    return found, triangle
-
-
 # --- the methods, on one block ---
 
 
-def _direct(block: _Block, l2: torch.Tensor) -> torch.Tensor:
+def _direct(block: Block, l2: torch.Tensor) -> torch.Tensor:
     """By Cholesky factorisation, ``[path, channels, train, block]`` for L2 ``[path, block]``."""
     matrices, right = block.normal_matrices(), block.right()
     flat = right.flatten(0, 1)  # [channels · train, block]
@@ -420,7 +218,7 @@ def _factors(matrices: torch.Tensor, l2: torch.Tensor) -> torch.Tensor:
         raise SimfluenceError(message) from None
 
 
-def _preconditioned(block: _Block, l2: torch.Tensor, tolerance: float) -> torch.Tensor:
+def _preconditioned(block: Block, l2: torch.Tensor, tolerance: float) -> torch.Tensor:
     """By conjugate gradients, one recurrence per test example: ``[channels, train, block]`` for L2 ``[block]``.
 
     The preconditioner solves for the channels of each training example: losses move little beside their level, so that
@@ -445,7 +243,7 @@ def _preconditioned(block: _Block, l2: torch.Tensor, tolerance: float) -> torch.
     raise _not_converged(tolerance, float(l2.min()))
 
 
-def _multi_shift(block: _Block, l2s: np.ndarray, tolerance: float) -> torch.Tensor:
+def _multi_shift(block: Block, l2s: np.ndarray, tolerance: float) -> torch.Tensor:
     """By conjugate gradients for the smallest L2 that carry the others along, ``[path, channels, train, block]``.
 
     The residuals of all of ``l2s`` [path] are multiples of one another, so that each further one costs three vector
@@ -514,28 +312,3 @@ def _dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """0 where a test example's system is solved exactly and nothing is left to divide."""
     return torch.where(denominator > 0, numerator / denominator, 0.0)
-
-
-def _sparse(matrix: scipy.sparse.csr_array, device: Any) -> torch.Tensor:
-    indices = torch.as_tensor(matrix.indptr.astype(np.int32)), torch.as_tensor(matrix.indices.astype(np.int32))
-    values = torch.as_tensor(matrix.data.astype(np.float64))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Ss]parse")  # that its interface may still change
-        return torch.sparse_csr_tensor(*indices, values, matrix.shape).to(device)
-
-
-def _row_pairs(weights: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
-    """``w_ri · w_rj`` for every pair (i, j) and row r, sparse ``[train · train, rows]``.
-
-    Times any ``[rows, test]`` it gives that many weighted Gram matrices in one sparse product.
-    """
-    rows, train = weights.shape
-    lengths = np.diff(weights.indptr)
-    row_of = np.repeat(np.arange(rows), lengths)  # of each stored entry
-    partners = lengths[row_of]
-    left = np.repeat(np.arange(weights.nnz), partners)
-    within = np.arange(len(left)) - np.repeat(np.cumsum(partners) - partners, partners)
-    right = np.repeat(weights.indptr[row_of], partners) + within
-    pairs = weights.indices[left].astype(np.int64) * train + weights.indices[right]
-    products = weights.data[left] * weights.data[right]
-    return scipy.sparse.csr_array((products, (pairs, row_of[left])), (train * train, rows))
