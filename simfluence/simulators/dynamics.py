@@ -8,8 +8,9 @@ longest fitting run that has gone by.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,62 +64,72 @@ class Dynamics:
     lasting: Tensor | None = None
 
     def affine(self, steps: Steps) -> tuple[Tensor, Tensor]:
-        """α ``[order, runs, steps, test]`` and β ``[runs, steps, test]``, of ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``."""
-        shape = (*steps.shape, self.effects.shape[2])
-        share = self._share(steps.shape[1])  # [steps, 1]
-        slopes: list[Any] = [0.0] * self.order
-        rest: Any = 0.0
+        """α ``[order, steps, runs, test]`` and β ``[steps, runs, test]``, of ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``."""
+        slopes = self._starts(steps)
+        rest: Any = None
         for term, effects in zip(self.terms, self.effects, strict=True):
-            sums = steps.sums(effects, self.centre).reshape(shape)
-            sums = sums * share if term.power else sums
+            sums = steps.sums(effects, self.centre)
+            sums = sums * self._share(steps) if term.power else sums
             if term.lag:
-                slopes[term.lag - 1] = slopes[term.lag - 1] + sums
+                slopes[term.lag - 1] = _sum(slopes[term.lag - 1], sums)
             if not term.lag or self.mean is not None:
-                rest = rest + (sums * self._means(steps.shape[1], term.lag) if term.lag else sums)
-        slopes[0] = slopes[0] + self.fixed_slope
-        if self.lasting is not None:
-            for term, coefficient in zip(free_terms(self.order, self._is_varying), self.lasting, strict=True):
-                slopes[term.lag - 1] = slopes[term.lag - 1] + (coefficient * share if term.power else coefficient)
-        alphas = torch.stack([torch.as_tensor(slope, dtype=torch.float64).expand(shape) for slope in slopes])
+                rest = _sum(rest, sums * self._means(steps, term.lag) if term.lag else sums)
+        shape = (*steps.updates.shape, self.effects.shape[2])
         if self.guard:
-            alphas = alphas / alphas.abs().sum(0).clamp(min=1.0)
-        beta = torch.as_tensor(rest, dtype=torch.float64).expand(shape)
+            excess = sum(abs(slope) for slope in slopes).clamp(min=1.0)
+            slopes = [slope / excess for slope in slopes]
         if self.mean is not None:
-            around = sum(alpha * self._means(shape[1], lag + 1) for lag, alpha in enumerate(alphas))
-            beta = beta + self._means(shape[1], 0) - around
-        if bool(steps.updates.all()):
-            return alphas, beta
-        still = ~steps.updates[..., None]
-        first = torch.zeros(self.order, 1, 1, 1, dtype=torch.float64)
-        first[0] = 1.0
-        return torch.where(still, first, alphas), torch.where(still, 0.0, beta)
+            rest = rest + self._means(steps, 0)
+            for lag, slope in enumerate(slopes, start=1):
+                rest = torch.addcmul(rest, slope, self._means(steps, lag), value=-1)
+        alphas, beta = [_filled(slope, shape) for slope in slopes], _filled(rest, shape)
+        if not steps.all_update:
+            still = ~steps.updates[..., None]
+            alphas = [torch.where(still, float(lag == 0), alpha) for lag, alpha in enumerate(alphas)]
+            beta = torch.where(still, 0.0, beta)
+        return torch.stack(alphas) if self.order > 1 else alphas[0][None], beta
 
-    @property
-    def _is_varying(self) -> bool:
-        return any(term.power for term in self.terms)
+    def _starts(self, steps: Steps) -> list[Any]:
+        """What each slope is without any effects: None for 0, a number, or ``[steps, 1, test]``."""
+        starts: list[Any] = [self.fixed_slope or None] + [None] * (self.order - 1)
+        if self.lasting is None:
+            return starts
+        varying = any(term.power for term in self.terms)
+        for term, coefficient in zip(free_terms(self.order, varying), self.lasting, strict=True):
+            lasts = (coefficient * self._share(steps) if term.power else coefficient).expand(len(steps.times), 1, -1)
+            starts[term.lag - 1] = _sum(starts[term.lag - 1], lasts)
+        return starts
 
-    def _share(self, steps: int) -> Tensor:
-        return (torch.arange(steps, dtype=torch.float64) / self.horizon).clamp(max=1.0)[:, None]
+    def _share(self, steps: Steps) -> Tensor:
+        """τ of each step, ``[steps, 1, 1]``."""
+        return (steps.times.double() / self.horizon).clamp(max=1.0)[:, None, None]
 
-    def _means(self, steps: int, lag: int) -> Tensor:
-        """m of the time ``lag`` steps before the one that each step leads to, ``[steps, test]``; held at its ends."""
+    def _means(self, steps: Steps, lag: int) -> Tensor:
+        """m of the time ``lag`` before the one that each step leads to, ``[steps, 1, test]``; held at its ends."""
         assert self.mean is not None  # noqa: S101 (for the type checker)
-        times = (torch.arange(1, steps + 1) - lag).clamp(0, len(self.mean) - 1)
-        return self.mean[times]
+        return self.mean[(steps.times + 1 - lag).clamp(0, len(self.mean) - 1)][:, None]
 
     def simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         """Losses ``[runs, steps + 1, test]`` from the losses before training, ``[runs, test]``."""
-        longest = max(len(curriculum) for curriculum in curricula)
-        losses = np.empty((len(curricula), longest + 1, initial.shape[1]))
-        chunk = max(1, _CHUNK_ENTRIES // (longest * initial.shape[1]))
-        for start in range(0, len(curricula), chunk):
-            some = slice(start, start + chunk)
-            alphas, beta = self.affine(Steps.of(curricula[some], self.batch_size, longest))
-            before = torch.as_tensor(initial[some].copy()).expand(self.order, -1, -1)
-            out = torch.from_numpy(losses[some])
-            out[:, 0] = before[0]
-            rolled(alphas, beta, list(before), out[:, 1:])
-        return losses
+        every = Steps.of(curricula, self.batch_size)
+        count, runs = every.updates.shape
+        losses = torch.empty(count + 1, runs, initial.shape[1], dtype=torch.float64)
+        losses[0] = torch.as_tensor(initial.copy())
+        history = [losses[0]] * self.order
+        chunk = max(1, _CHUNK_ENTRIES // (runs * initial.shape[1]))
+        for start in range(0, count, chunk):
+            alphas, beta = self.affine(every.part(start, min(start + chunk, count)))
+            history = rolled(alphas, beta, history, losses[start + 1 :])[::-1][: self.order]
+        return losses.numpy().swapaxes(0, 1)
+
+
+def _sum(one: Any, other: Any) -> Any:
+    """Of two, where None is 0: large arrays are not copied for nothing."""
+    return other if one is None else one + other
+
+
+def _filled(value: Any, shape: tuple[int, ...]) -> Tensor:
+    return torch.as_tensor(0.0 if value is None else value, dtype=torch.float64).expand(shape)
 
 
 def free_terms(order: int, varying: bool) -> list[Term]:
@@ -126,58 +137,73 @@ def free_terms(order: int, varying: bool) -> list[Term]:
     return [Term(lag) for lag in range(1, order + 1)] + ([Term(1, 1)] if varying else [])
 
 
-def rolled(alphas: Tensor, beta: Tensor, history: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
-    """The losses after each step, each ``[runs, test]``, also written to ``out`` ``[runs, steps, test]`` if given.
+def rolled(alphas: Tensor, beta: Tensor, history: Sequence[Tensor], out: Tensor | None = None) -> list[Tensor]:
+    """The losses before and after each step, oldest first: ``history`` turned round, then one for each step.
 
     Args:
         alphas, beta: as of ``Dynamics.affine``.
         history: the losses before, the last one first, each ``[runs, test]``.
+        out: ``[steps, runs, test]`` to write the losses into, if given.
     """
-    losses = []
-    for step in range(beta.shape[1]):
-        loss = torch.addcmul(beta[:, step], alphas[0, :, step], history[0])
-        for alpha, earlier in zip(alphas[1:], history[1:], strict=True):
-            loss = torch.addcmul(loss, alpha[:, step], earlier)
-        history = [loss, *history[:-1]]
-        if out is None:
-            losses.append(loss)
-        else:
-            out[:, step] = loss
+    losses = list(history[::-1])
+    slopes = [alpha.unbind(0) for alpha in alphas]
+    for step, constant in enumerate(beta.unbind(0)):
+        loss = torch.addcmul(constant, slopes[0][step], losses[-1], out=None if out is None else out[step])
+        for lag in range(1, len(slopes)):
+            loss = torch.addcmul(loss, slopes[lag][step], losses[-1 - lag], out=None if out is None else out[step])
+        losses.append(loss)
     return losses
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of several curricula.
+    """Steps of several curricula side by side.
 
     Args:
-        weights: ``w_i = count · B/|c|`` sparse ``[runs · steps, train]``; empty after a curriculum's end.
+        weights: ``w_i = count · B/|c|`` sparse ``[steps · runs, train]``, the runs of a step together; empty after a
+            curriculum's end.
+        times: of the steps, ``[steps]``.
+        updates: which steps are updates, ``[steps, runs]``.
+        all_update: whether all are.
         transpose: of the weights, for derivatives; None where none are taken.
-        updates: which steps are updates, ``[runs, steps]``.
     """
 
-    weights: Tensor
-    transpose: Tensor | None
+    weights: scipy.sparse.csr_array
+    times: Tensor
     updates: Tensor
+    all_update: bool
+    transpose: Tensor | None = None
 
     @classmethod
-    def of(cls, curricula: Sequence[Curriculum], batch_size: int, longest: int, *, derivatives: bool = False) -> Steps:
+    def of(cls, curricula: Sequence[Curriculum], batch_size: int, longest: int | None = None) -> Steps:
+        longest = longest or max(len(curriculum) for curriculum in curricula)
         weights, updates = batch_weights(curricula, longest, batch_size)
-        transpose = sparse_tensor(weights.T.tocsr()) if derivatives else None
-        return cls(sparse_tensor(weights), transpose, torch.as_tensor(updates).reshape(len(curricula), longest))
+        by_step = np.arange(len(updates)).reshape(len(curricula), longest).T.ravel()
+        updates = updates[by_step].reshape(longest, -1)
+        return cls(weights[by_step], torch.arange(longest), torch.as_tensor(updates), bool(updates.all()))
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Runs and steps."""
-        return self.updates.shape[0], self.updates.shape[1]
+    def part(self, start: int, stop: int) -> Steps:
+        runs = self.updates.shape[1]
+        if (start, stop) == (0, len(self.times)):
+            return self
+        weights = self.weights[start * runs : stop * runs]
+        return Steps(weights, self.times[start:stop], self.updates[start:stop], self.all_update)
+
+    def with_derivatives(self) -> Steps:
+        return dataclasses.replace(self, transpose=sparse_tensor(self.weights.T.tocsr()))
+
+    @cached_property
+    def _tensor(self) -> Tensor:
+        return sparse_tensor(self.weights)
 
     def sums(self, effects: Tensor, centre: Tensor | None) -> Tensor:
-        """Σ_i (w_i − c̄_i) of effects ``[train, test]`` for each step, ``[runs · steps, test]``."""
+        """Σ_i (w_i − c̄_i) of effects ``[train, test]`` for each step, ``[steps, runs, test]``."""
         if self.transpose is None:
-            sums = self.weights @ effects
+            sums = effects.new_empty(self.weights.shape[0], effects.shape[1]).addmm_(self._tensor, effects, beta=0)
         else:
-            sums = _Product.apply(self.weights, self.transpose, effects)
-        return sums if centre is None else sums - centre @ effects
+            sums = _Product.apply(self._tensor, self.transpose, effects)
+        sums = sums if centre is None else sums - centre @ effects
+        return sums.reshape(*self.updates.shape, effects.shape[1])
 
 
 class _Product(torch.autograd.Function):
@@ -198,16 +224,17 @@ def batch_weights(
 ) -> tuple[scipy.sparse.csr_array, np.ndarray]:
     """``w_i = count · B/|c|`` of all steps ``[runs · longest, train]``, and which steps are updates.
 
-    Steps after a curriculum's end are empty rows.
+    Steps after a curriculum's end are empty rows. An example that is twice in a batch may stand there twice.
     """
-    padded = [np.pad(curriculum.sizes, (0, longest - len(curriculum))) for curriculum in curricula]
-    sizes = np.concatenate(padded)
-    indices = np.concatenate([curriculum.indices for curriculum in curricula])
+    ends = np.cumsum([0, *(len(curriculum.indices) for curriculum in curricula)])
+    offsets = np.repeat(ends[1:, None], longest + 1, axis=1)  # [runs, longest + 1]
+    for row, curriculum in enumerate(curricula):
+        offsets[row, : len(curriculum) + 1] = curriculum.offsets + ends[row]
+    sizes = np.diff(offsets, axis=1).ravel()
     values = np.repeat(batch_size / np.maximum(sizes, 1), sizes)
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    weights = scipy.sparse.csr_array((values, indices, offsets), (len(sizes), curricula[0].n_train))
-    weights.sum_duplicates()
-    return weights, sizes > 0
+    indices = np.concatenate([curriculum.indices for curriculum in curricula])
+    flat = np.append(offsets[:, :-1].ravel(), ends[-1])
+    return scipy.sparse.csr_array((values, indices, flat), (len(sizes), curricula[0].n_train)), sizes > 0
 
 
 def trained_on_rollouts(start: Dynamics, runs: Runs, l2: np.ndarray, prior: np.ndarray, length: int) -> Dynamics:
@@ -221,7 +248,7 @@ def trained_on_rollouts(start: Dynamics, runs: Runs, l2: np.ndarray, prior: np.n
         length: of a window; at most that of the longest run.
     """
     windows = _Windows.of(runs, start.order, length)
-    steps = Steps.of(runs.curricula, start.batch_size, windows.padded, derivatives=True)
+    steps = Steps.of(runs.curricula, start.batch_size, windows.padded).with_derivatives()
     penalty, target = torch.as_tensor(l2), torch.as_tensor(prior)
     effects = start.effects.clone().requires_grad_()
     lasting = None if start.lasting is None else start.lasting.clone().requires_grad_()
@@ -248,36 +275,35 @@ class _Windows:
     Args:
         history: losses before each window, the last one first, each ``[windows, test]``.
         wanted: losses after each of its steps, ``[length, windows, test]``; 0 after a run's end.
-        counts: where there is something wanted, ``[length, windows, 1]``.
+        there: where there is something wanted, ``[length, windows, 1]``.
     """
 
     length: int
     padded: int
     history: list[Tensor]
     wanted: Tensor
-    counts: Tensor
+    there: Tensor
 
     @classmethod
     def of(cls, runs: Runs, order: int, length: int) -> _Windows:
         longest = max(run.steps for run in runs)
         length = min(length, longest)
         padded = -(-longest // length) * length
-        losses = np.full((len(runs), padded + 1, runs.n_test), np.nan)
-        losses[:, : longest + 1] = runs.losses
+        losses = np.full((padded + 1, len(runs), runs.n_test), np.nan)
+        losses[: longest + 1] = runs.losses.swapaxes(0, 1)
         starts = np.arange(0, padded, length)
-        known = np.nan_to_num(losses)
-        history = [
-            torch.as_tensor(known[:, np.maximum(starts - lag, 0)].reshape(-1, runs.n_test)) for lag in range(order)
-        ]
-        pieces = losses[:, 1:].reshape(-1, length, runs.n_test).swapaxes(0, 1)
-        counts = torch.as_tensor(np.isfinite(pieces).all(axis=2, keepdims=True))
-        return cls(length, padded, history, torch.as_tensor(np.nan_to_num(pieces)), counts)
+        known = torch.as_tensor(np.nan_to_num(losses))
+        history = [known[np.maximum(starts - lag, 0)].flatten(0, 1) for lag in range(order)]
+        there = torch.as_tensor(np.isfinite(losses[1:]).all(axis=2, keepdims=True))
+        return cls(length, padded, history, _cut(known[1:], length), _cut(there, length))
 
     def error(self, alphas: Tensor, beta: Tensor) -> Tensor:
         """Sum of squared errors of the rollouts."""
-        cut = beta.reshape(-1, self.length, beta.shape[2])
-        losses = rolled(alphas.reshape(len(alphas), *cut.shape), cut, self.history)
-        return sum(((loss - true) ** 2 * there).sum() for loss, true, there in self._pairs(losses))  # type: ignore[return-value]
+        slopes = torch.stack([_cut(alpha, self.length) for alpha in alphas])
+        losses = torch.stack(rolled(slopes, _cut(beta, self.length), self.history)[len(self.history) :])
+        return ((losses - self.wanted) ** 2 * self.there).sum()
 
-    def _pairs(self, losses: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        return zip(losses, self.wanted, self.counts, strict=True)
+
+def _cut(values: Tensor, length: int) -> Tensor:
+    """``[steps, runs, …]`` as windows side by side, ``[length, windows, …]``."""
+    return values.unflatten(0, (-1, length)).transpose(0, 1).flatten(1, 2)

@@ -92,9 +92,8 @@ class MarkovSimulator(Simulator):
         """α ``[order, runs, steps, test]`` and β ``[runs, steps, test]`` of every step; steps after a curriculum's end
         are α=1, β=0. ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``."""
         self._check_fitted()
-        longest = max(len(curriculum) for curriculum in curricula)
-        alphas, beta = self._kept().affine(Steps.of(curricula, self.batch_size_, longest))
-        return alphas.numpy(), beta.numpy()
+        alphas, beta = self._kept().affine(Steps.of(curricula, self.batch_size_))
+        return alphas.numpy().swapaxes(1, 2), beta.numpy().swapaxes(0, 1)
 
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
@@ -248,8 +247,9 @@ class MarkovSimulator(Simulator):
         return np.nan_to_num(errors, nan=np.inf)
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
-        shown = np.unique(np.concatenate([curriculum.indices for curriculum in curricula]))
-        if unseen := int((~self.seen_[shown]).sum()):
+        shown = np.zeros(self.n_train_, bool)
+        shown[np.concatenate([curriculum.indices for curriculum in curricula])] = True
+        if unseen := int((shown & ~self.seen_).sum()):
             warnings.warn(
                 f"{unseen} training examples of these curricula are in no run that the {self.name} simulator was "
                 "fitted on: their effects are the prior's",
@@ -368,6 +368,7 @@ class _Rows:
         """Additive effects of several steps add up; where every step was read a row is a step."""
         longest = max(run.steps for run in runs)
         weights, _ = batch_weights(runs.curricula, longest, batch_size)
+        weights.sum_duplicates()
         gaps = [np.diff(run.times) for run in runs]
         row_of_step = np.repeat(np.arange(sum(map(len, gaps))), np.concatenate(gaps))
         steps = np.concatenate([row * longest + np.arange(r.times[0], r.times[-1]) for row, r in enumerate(runs)])
