@@ -7,7 +7,7 @@ import pytest
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, UnseenWarning
-from simfluence.simulators.markov import usual_batch_size
+from simfluence.simulators.transitions import usual_batch_size
 
 
 def dense_fit(runs, l2, slope, intercept, prior):

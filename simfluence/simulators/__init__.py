@@ -8,6 +8,7 @@ from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import MeanTrajectorySimulator, PersistenceSimulator
 from simfluence.simulators.boosted import BoostedSimulator
+from simfluence.simulators.featurized import FeaturizedSimulator
 from simfluence.simulators.markov import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
 
 #: Every simulator by its name on the command line and in files.
@@ -19,6 +20,7 @@ SIMULATORS: Mapping[str, type[Simulator]] = {
         AdditiveSimulator,
         MultiplicativeSimulator,
         LinearSimulator,
+        FeaturizedSimulator,
         BoostedSimulator,
     )
 }
@@ -39,6 +41,7 @@ __all__ = [
     "SIMULATORS",
     "AdditiveSimulator",
     "BoostedSimulator",
+    "FeaturizedSimulator",
     "LinearSimulator",
     "MeanTrajectorySimulator",
     "MultiplicativeSimulator",

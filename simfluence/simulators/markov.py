@@ -25,26 +25,25 @@ that has gone by, A_i + τ A'_i; ``rollout`` k trains on rollouts of k steps ins
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import optuna
-import scipy.sparse
 import sklearn.base
 import torch
 from jaxtyping import Float
 
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
-from simfluence.runs import Run, Runs
+from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import mean_trajectory
-from simfluence.simulators.dynamics import Dynamics, Steps, Term, batch_weights, free_terms, trained_on_rollouts
+from simfluence.simulators.dynamics import Dynamics, Steps, Term, free_terms, trained_on_rollouts
 from simfluence.simulators.least_squares import Columns, Lazy, Problem
 from simfluence.simulators.solver import free_coefficients, ridge, ridge_path
+from simfluence.simulators.transitions import Transitions, check_every_step, usual_batch_size
 
 PRIORS = ("identity", "zero")
 AROUND = (None, "mean")
@@ -135,17 +134,13 @@ class MarkovSimulator(Simulator):
             found = trained_on_rollouts(found, runs, self.l2_, self._prior, self.rollout)
         self._keep(found)
 
-    def _prepare(self, runs: Runs) -> _Rows:
+    def _prepare(self, runs: Runs) -> Transitions:
         """What is known before the effects: sizes, and the mean trajectory if it is about that."""
         self.batch_size_ = usual_batch_size(runs.curricula)
         self.horizon_ = max(run.steps for run in runs)
-        by_the_step = self.learns_slope or self.around == "mean" or self.varying or self.rollout > 1
-        if by_the_step and any((np.diff(run.times) > 1).any() for run in runs):
-            raise InvalidInput(
-                f"{self} learns from losses at every step, and these runs were recorded with gaps: "
-                "record with every=1, or fit AdditiveSimulator(around=None)"
-            )
-        rows = _Rows.of(runs, self.batch_size_)
+        if self.learns_slope or self.around == "mean" or self.varying or self.rollout > 1:
+            check_every_step(runs, str(self))
+        rows = Transitions.of(runs, self.batch_size_)
         if self.around == "mean":
             self.mean_ = mean_trajectory(runs)
             self.centre_ = np.asarray(rows.weights.mean(axis=0)).ravel()
@@ -159,7 +154,7 @@ class MarkovSimulator(Simulator):
             prior[0] = 1 / self.batch_size_
         return prior
 
-    def _problem(self, rows: _Rows) -> Problem:
+    def _problem(self, rows: Transitions) -> Problem:
         """The least-squares problem of one step, whose columns are made block by block."""
         around = self.around == "mean"
 
@@ -347,56 +342,3 @@ class LinearSimulator(MarkovSimulator):
         self.varying = varying
         self.guard = guard
         self.rollout = rollout
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What happened between two readings with an update, a row each; losses are taken from the runs when asked for.
-
-    Args:
-        weights: between the readings ``[rows, train]``: of a step, or summed over several.
-        times: of the reading before, ``[rows]``.
-        runs: with, for each, its readings before and after, each ``[rows of the run]``.
-    """
-
-    weights: scipy.sparse.csr_array
-    times: np.ndarray
-    runs: Sequence[tuple[Run, np.ndarray, np.ndarray]]
-
-    @classmethod
-    def of(cls, runs: Runs, batch_size: int) -> _Rows:
-        """Additive effects of several steps add up; where every step was read a row is a step."""
-        longest = max(run.steps for run in runs)
-        weights, _ = batch_weights(runs.curricula, longest, batch_size)
-        weights.sum_duplicates()
-        gaps = [np.diff(run.times) for run in runs]
-        row_of_step = np.repeat(np.arange(sum(map(len, gaps))), np.concatenate(gaps))
-        steps = np.concatenate([row * longest + np.arange(r.times[0], r.times[-1]) for row, r in enumerate(runs)])
-        which = scipy.sparse.csr_array(
-            (np.ones(len(steps)), (row_of_step, steps)), (sum(map(len, gaps)), weights.shape[0])
-        )
-        between = which @ weights
-        updated = np.split(np.diff(between.indptr) > 0, np.cumsum([len(gap) for gap in gaps])[:-1])
-        pairs = [(run, run.times[:-1][some], run.times[1:][some]) for run, some in zip(runs, updated, strict=True)]
-        times = np.concatenate([before for _, before, _ in pairs])
-        return cls(between[np.flatnonzero(np.concatenate(updated))], times, pairs)
-
-    def before(self, lag: int, some: slice) -> np.ndarray:
-        """Losses ``[rows, block]`` of the reading before, or ``lag`` − 1 steps further back; held before training."""
-        parts = [run.losses[np.maximum(times + 1 - lag, 0), some] for run, times, _ in self.runs]
-        return np.concatenate(parts).astype(np.float64)
-
-    def after(self, some: slice) -> np.ndarray:
-        return np.concatenate([run.losses[times, some] for run, _, times in self.runs]).astype(np.float64)
-
-    def ones(self, some: slice) -> np.ndarray:
-        return np.ones((len(self.times), self.after(some).shape[1]))
-
-    def lazy(self, columns: Callable[[slice], np.ndarray]) -> Lazy:
-        return Lazy((len(self.times), self.runs[0][0].losses.shape[1]), columns)
-
-
-def usual_batch_size(curricula: Sequence[Curriculum]) -> int:
-    """The most frequent size of a batch that is not empty."""
-    sizes = np.concatenate([curriculum.sizes for curriculum in curricula])
-    return int(np.bincount(sizes[sizes > 0]).argmax())
