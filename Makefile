@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench wheel runs clean
+.PHONY: demo test test-slow lint format bench table wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ format: $(READY)
 
 bench: $(READY)  ## every claim of speed, measured here
 	$(BIN)/python benchmarks/record.py
+
+table: $(READY)  ## how good each simulator is on the recorded runs; goes on where it stopped
+	$(BIN)/python benchmarks/table.py
 
 runs: $(READY)  ## the recorded runs that the repository ships
 	$(BIN)/simfluence record curricula/digits.yaml --store runs/digits

@@ -10,12 +10,15 @@ from simfluence.edits import Edit, Remove, Reorder, Repeat
 from simfluence.errors import SimfluenceError
 from simfluence.evaluation import evaluate
 from simfluence.examples import Examples
+from simfluence.learning import learning_curve
 from simfluence.recipe import Recipe
 from simfluence.recording import Checkpoint, Observe, estimate, record
 from simfluence.runs import Run, Runs
 from simfluence.simulators import (
     AdditiveSimulator,
     BoostedSimulator,
+    ConformalSimulator,
+    FeaturizedSimulator,
     LinearSimulator,
     MeanTrajectorySimulator,
     MultiplicativeSimulator,
@@ -24,16 +27,18 @@ from simfluence.simulators import (
 )
 from simfluence.store import RunStore
 from simfluence.task import Task
-from simfluence.tuning import learning_curve, tune
+from simfluence.tuning import tune
 from simfluence.whatif import Forecast, Verification, what_if
 
 __all__ = [
     "AdditiveSimulator",
     "BoostedSimulator",
     "Checkpoint",
+    "ConformalSimulator",
     "Curriculum",
     "Edit",
     "Examples",
+    "FeaturizedSimulator",
     "Forecast",
     "LinearSimulator",
     "MeanTrajectorySimulator",

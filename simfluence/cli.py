@@ -21,6 +21,7 @@ from simfluence.edits import Edit, Remove, Reorder, Repeat
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.evaluation import METRICS
 from simfluence.evaluation import evaluate as evaluate_simulators
+from simfluence.learning import learning_curve as curve
 from simfluence.recording import estimate
 from simfluence.recording import record as record_runs
 from simfluence.runs import Run, Runs
@@ -29,7 +30,6 @@ from simfluence.specs import RecordingSpec
 from simfluence.store import RunStore
 from simfluence.task import Task
 from simfluence.tuning import Search, search
-from simfluence.tuning import learning_curve as curve
 from simfluence.whatif import Forecast, Verification
 from simfluence.whatif import what_if as ask
 
@@ -122,7 +122,7 @@ def fit(
 
 @app.command()
 def evaluate(
-    store: StorePath,
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of recorded runs.")],
     simulator: Annotated[
         list[str] | None, typer.Option(help="Name or file of one; again for more. All if none.")
     ] = None,
@@ -132,14 +132,21 @@ def evaluate(
     metric: Annotated[list[str] | None, typer.Option(help="One metric; again for more. All if none.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score simulators on the held-out runs of STORE against the mean trajectory of the others."""
-    part, held = RunStore(store).load().split(held_out, seed)
-    fitted = {name: _fitted(name, part, parameters) for name in simulator} if simulator else _all(part, parameters)
-    table = evaluate_simulators(fitted, held, part, metrics=metric or METRICS)
+    """Score simulators on the held-out runs of each STORE against the mean trajectory of the others.
+
+    Several stores make one table, a row per store and simulator.
+    """
+    splits = {str(store): RunStore(store).load().split(held_out, seed) for store in stores}
+    tables = {}
+    for store, (part, held) in splits.items():
+        chosen = {name: _fitted(name, part, parameters) for name in simulator or ()} or _all(store, part, parameters)
+        tables[store] = evaluate_simulators(chosen, held, part, metrics=metric or METRICS)
+    table = pd.concat(tables, names=["store"]) if len(tables) > 1 else tables[str(stores[0])]
     if as_json:
         _print_json(_records(table))
     else:
-        _print_table(_readable(table), f"{store}: {len(held)} held-out runs, {len(part)} to fit on")
+        about = (f"{store}: {len(held)} held-out runs, {len(part)} to fit on" for store, (part, held) in splits.items())
+        _print_table(_readable(table), "\n".join(about))
 
 
 @app.command()
@@ -307,14 +314,14 @@ def _unfitted(name: str, parameters: list[str] | None) -> Simulator:
     return chosen.with_parameters(**{k: v for k, v in given.items() if k in chosen.get_params() or k not in known})
 
 
-def _all(part: Runs, parameters: list[str] | None) -> dict[str, Simulator]:
-    """Every simulator that can be fitted on these runs; says of the others why not."""
+def _all(store: str, part: Runs, parameters: list[str] | None) -> dict[str, Simulator]:
+    """Every simulator that can be fitted on these runs of the store; says of the others why not."""
     fitted = {}
     for chosen in [_unfitted(name, parameters) for name in SIMULATORS]:
         try:
             fitted[chosen.name] = chosen.fit(part)
         except InvalidInput as error:
-            print(f"left out {chosen.name}: {error}", file=sys.stderr)
+            print(f"{store}: left out {chosen.name}: {error}", file=sys.stderr)
     return fitted
 
 
@@ -403,11 +410,13 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
 
 def _print_table(table: pd.DataFrame, title: str) -> None:
     shown = Table()
-    shown.add_column(str(table.index.name or ""))
+    for name in table.index.names:
+        shown.add_column(str(name or ""))
     for name in table.columns:
         shown.add_column(str(name).replace("_", " "), justify="right")
     for index, *values in table.itertuples():
-        shown.add_row(str(index), *(_cell(value) for value in values))
+        keys = index if isinstance(index, tuple) else (index,)
+        shown.add_row(*map(str, keys), *(_cell(value) for value in values))
     console = Console()
     console = console if console.is_terminal else Console(width=200)  # a pipe has no width to keep to
     console.print(f"\n{title}", highlight=False)

@@ -5,16 +5,18 @@ Losses are ``[runs, steps + 1, test]``. NaN in the true losses means not recorde
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
+import sklearn.base
 from jaxtyping import Float
 
 from simfluence._types import Losses
-from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
 from simfluence.runs import Runs
 from simfluence.simulators import Simulator
 from simfluence.simulators.base import usable
@@ -24,6 +26,9 @@ PerRun = Float[np.ndarray, " runs"]
 
 #: Columns of ``evaluate`` in order: what can be asked for by ``metrics=``.
 METRICS = ("mse", "final_spearman", "skill", "final_skill", "run_correlation")
+
+#: The skill of a simulator that runs away or cannot be fitted, and the least that ``bounded_skill`` tells apart.
+HOPELESS = -1e6
 
 _BOOTSTRAP_ENTRIES = 2_000_000  # of resampled losses ranked at a time
 
@@ -141,6 +146,33 @@ def all_errors(simulated: Losses, true: Losses) -> PerRun:
 def final_errors(simulated: Losses, true: Losses) -> PerRun:
     """Per run, the sum of (simulated − true)² over test examples after the last step."""
     return np.sum((final(simulated, true) - final(true, true)) ** 2, axis=1)
+
+
+def fitted_errors(simulator: Simulator, part: Runs, held: Runs) -> Float[np.ndarray, "2 runs"]:
+    """Per held-out run, ``all_errors`` and ``final_errors`` of the simulator fitted on ``part``.
+
+    A rollout that runs away has infinite errors. It is silent: candidates may overflow, and small sets of runs miss
+    examples.
+
+    Args:
+        simulator: with its parameters; it is not changed.
+        part: runs to fit on.
+        held: runs to forecast.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", UnseenWarning)
+        simulated = sklearn.base.clone(simulator).fit(part).simulate(held.curricula, held.initial_losses)
+        true = held.losses.astype(np.float64)
+        errors = np.stack([all_errors(simulated, true), final_errors(simulated, true)])
+    errors[:, (~np.isfinite(simulated) & np.isfinite(true)).any(axis=(1, 2))] = np.inf
+    return errors
+
+
+def bounded_skill(ours: Any, theirs: Any) -> Any:
+    """``skill`` from sums of errors, or arrays of them; never below ``HOPELESS``."""
+    with np.errstate(all="ignore"):
+        return np.maximum(np.nan_to_num(1 - np.divide(ours, theirs), nan=HOPELESS, neginf=HOPELESS), HOPELESS)
 
 
 def final(losses: Losses, true: Losses) -> Float[np.ndarray, "runs test"]:

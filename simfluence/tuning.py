@@ -1,4 +1,4 @@
-"""Choose a simulator and its parameters by cross-validation, and see how many runs it needs.
+"""Choose a simulator and its parameters by cross-validation.
 
 Trial k of a search depends on the arguments and on trials 0…k−1 alone, and a storage holds finished trials only. So
 the storage is a memory: a search that was killed, or that is asked for more trials, goes on as if never stopped.
@@ -10,8 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,17 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
-import sklearn.base
-from jaxtyping import Float
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from simfluence._progress import bar
 from simfluence._version import __version__
 from simfluence.errors import InvalidInput, SimfluenceError, StoreError, did_you_mean
-from simfluence.evaluation import all_errors, final_errors
+from simfluence.evaluation import HOPELESS, bounded_skill, fitted_errors
 from simfluence.runs import Runs
 from simfluence.simulators import SIMULATORS, MeanTrajectorySimulator, Simulator, build
 from simfluence.simulators.base import usable
 
-#: The skill of a candidate that runs away or cannot be fitted, and the least that any has.
-HOPELESS = -1e6
-
 _STARTUP_TRIALS = 5  # drawn at random, and never stopped early
-_BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +119,7 @@ def search(
     runs, fixed = usable(runs, "tune on"), dict(fixed or {})
     kinds = _kinds(name, fixed)
     plan = _Plan(_folds(runs, folds, seed), fixed, seed, f"seed{seed}-folds{folds}-{_digest(runs, fixed)}")
-    with _quiet(), _memory(storage) as memory, _bar("tuning", trials, progress) as advance:
+    with _quiet(), _memory(storage) as memory, bar("tuning", trials, progress) as advance:
         entries = [_Entry(kind, plan, memory) for kind in kinds]
         _race(entries, trials, advance)
     winner = max(entries, key=lambda entry: entry.skill)
@@ -136,58 +128,6 @@ def search(
         raise InvalidInput(f"nothing that was tried for {name!r} works: {found['problem']}")
     table = pd.DataFrame([row for entry in entries for row in entry.rows()]).rename_axis("candidate")
     return Search(winner.kind, found["parameters"], winner.skill, table)
-
-
-def learning_curve(
-    simulator: str | Simulator,
-    runs: Runs,
-    *,
-    sizes: Iterable[int] | None = None,
-    held_out: int | float = 8,
-    repeats: int = 5,
-    seed: int = 0,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """How many runs are needed? Skill on the same held-out runs against the number of fitting runs.
-
-    Args:
-        simulator: name, or one with its parameters; it is not changed.
-        runs: to fit on and to hold out; diverged ones are left out with a warning.
-        sizes: numbers of fitting runs; by default 2, 4, 8, … and all that are not held out.
-        held_out: how many (int) or which fraction (float) of the runs are scored on.
-        repeats: random sets of fitting runs of each size. In each repeat the smaller sets are part of the larger.
-        seed: of the split, the sets and the intervals.
-        progress: show a bar, if on a terminal.
-
-    Returns:
-        A row per size: ``runs``, ``repeats``, and for ``skill`` and ``final_skill`` the median over the repeats with
-        ``_low`` and ``_high``: a 95 % interval for one set of so many runs, by resampling the sets and the held-out
-        runs. The mean trajectory with skill 0 is that of the same set. Below ``HOPELESS`` nothing is told apart.
-
-    Raises:
-        InvalidInput: sizes out of range, or what ``split`` and ``fit`` refuse.
-
-    >>> rng = np.random.default_rng(0)
-    >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
-    >>> learning_curve("additive", runs, held_out=3)[["runs", "repeats"]].to_numpy().tolist()
-    [[2, 5], [4, 5], [5, 1]]
-    """
-    part, held = usable(runs, "learn from").split(held_out, seed)
-    chosen = build(simulator) if isinstance(simulator, str) else simulator
-    counts = _sizes(sizes, len(part))
-    if repeats < 1:
-        raise InvalidInput(f"repeats={repeats}: at least 1 is needed")
-    rows = []
-    with _quiet(), _bar("learning curve", len(counts), progress) as advance:
-        for size in counts:
-            subsets = [_subset(part, size, [seed, repeat]) for repeat in range(repeats if size < len(part) else 1)]
-            ours = np.stack([_errors(chosen, subset, held) for subset in subsets])
-            theirs = np.stack([_errors(MeanTrajectorySimulator(), subset, held) for subset in subsets])
-            row: dict[str, float] = {"runs": size, "repeats": len(subsets)}
-            row |= _spread("skill", ours[:, 0], theirs[:, 0], seed)
-            rows.append(row | _spread("final_skill", ours[:, 1], theirs[:, 1], seed))
-            advance()
-    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
@@ -274,9 +214,9 @@ class _Entry:
         for index, fold in enumerate(self.plan.folds):
             if index and trial.should_prune():
                 return None
-            ours += _errors(simulator, fold.part, fold.held)[0].sum()
+            ours += fitted_errors(simulator, fold.part, fold.held)[0].sum()
             theirs += fold.error_of_mean
-            skill = float(_skill(ours, theirs))
+            skill = float(bounded_skill(ours, theirs))
             trial.report(skill, index)
         if skill <= HOPELESS:
             trial.set_user_attr("problem", "its rollouts run away")
@@ -350,7 +290,7 @@ def _folds(runs: Runs, count: int, seed: int) -> list[_Fold]:
     for fold in range(count):
         part = Runs(run for run in ordered if fold_of[run.id] != fold)
         held = Runs(run for run in ordered if fold_of[run.id] == fold)
-        folds.append(_Fold(part, held, float(_errors(MeanTrajectorySimulator(), part, held)[0].sum())))
+        folds.append(_Fold(part, held, float(fitted_errors(MeanTrajectorySimulator(), part, held)[0].sum())))
     if not any(fold.error_of_mean for fold in folds):
         raise InvalidInput("the mean trajectory forecasts these runs exactly: there is nothing to tune")
     return folds
@@ -362,44 +302,6 @@ def _digest(runs: Runs, fixed: Mapping[str, Any]) -> str:
     for run in sorted(runs, key=lambda run: run.id):
         digest.update(run.id.encode() + run.losses.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _errors(simulator: Simulator, part: Runs, held: Runs) -> Float[np.ndarray, "2 runs"]:
-    """Squared errors of the simulator fitted on ``part``, for all steps and the last; infinite if it runs away."""
-    simulated = sklearn.base.clone(simulator).fit(part).simulate(held.curricula, held.initial_losses)
-    true = held.losses.astype(np.float64)
-    errors = np.stack([all_errors(simulated, true), final_errors(simulated, true)])
-    errors[:, (~np.isfinite(simulated) & np.isfinite(true)).any(axis=(1, 2))] = np.inf
-    return errors
-
-
-def _skill(ours: Any, theirs: Any) -> Any:
-    """``evaluation.skill`` from sums of errors, or arrays of them; never below ``HOPELESS``."""
-    return np.maximum(np.nan_to_num(1 - np.divide(ours, theirs), nan=HOPELESS, neginf=HOPELESS), HOPELESS)
-
-
-def _sizes(sizes: Iterable[int] | None, most: int) -> list[int]:
-    if sizes is None:
-        return sorted({*(2**k for k in range(1, most.bit_length()) if 2**k < most), most})
-    found = sorted(set(sizes))
-    if not found or found[0] < 1 or found[-1] > most:
-        raise InvalidInput(f"sizes={found}: from 1 to the {most} runs that are not held out")
-    return found
-
-
-def _subset(runs: Runs, size: int, seed: Sequence[int]) -> Runs:
-    chosen = np.random.default_rng(seed).permutation(len(runs))[:size]
-    return Runs(runs[int(index)] for index in sorted(chosen))
-
-
-def _spread(name: str, ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict[str, float]:
-    """Median of the sets' skills, and the bootstrap interval of one set's; errors are ``[sets, held]``."""
-    rng = np.random.default_rng(seed)
-    sets = rng.integers(len(ours), size=(_BOOTSTRAP, 1))
-    held = rng.integers(ours.shape[1], size=(_BOOTSTRAP, ours.shape[1]))
-    low, high = np.quantile(_skill(ours[sets, held].sum(1), theirs[sets, held].sum(1)), [0.025, 0.975])
-    middle = np.median(_skill(ours.sum(1), theirs.sum(1)))
-    return {name: float(middle), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def _value(trial: FrozenTrial) -> float:
@@ -428,22 +330,10 @@ def _memory(path: str | Path | None) -> Iterator[optuna.storages.BaseStorage | N
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Candidates may overflow, and Optuna need not tell of each trial; the user's own settings come back."""
+    """Optuna need not tell of each trial; the user's own settings come back."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            yield
+        yield
     finally:
         optuna.logging.set_verbosity(level)
-
-
-@contextlib.contextmanager
-def _bar(what: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, moved on by calling what is yielded."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)

@@ -8,10 +8,11 @@ from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import MeanTrajectorySimulator, PersistenceSimulator
 from simfluence.simulators.boosted import BoostedSimulator
+from simfluence.simulators.conformal import ConformalSimulator
 from simfluence.simulators.featurized import FeaturizedSimulator
 from simfluence.simulators.markov import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
 
-#: Every simulator by its name on the command line and in files.
+#: Every simulator by its name on the command line; ``ConformalSimulator`` wraps any of them.
 SIMULATORS: Mapping[str, type[Simulator]] = {
     kind.name: kind
     for kind in (
@@ -41,6 +42,7 @@ __all__ = [
     "SIMULATORS",
     "AdditiveSimulator",
     "BoostedSimulator",
+    "ConformalSimulator",
     "FeaturizedSimulator",
     "LinearSimulator",
     "MeanTrajectorySimulator",

@@ -99,15 +99,24 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
             NotFittedError: before ``fit``.
         """
         self._check_fitted()
+        about, arrays = self._state()
+        content = {"simfluence": json.dumps(about | {"library": __version__})}
+        write_whole(Path(path), safetensors.numpy.save(arrays, content))
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What is saved: as JSON, and arrays by name. Simulators within this one come under its name for them."""
+        parameters = self.get_params(deep=False)
         learned = {name: value for name, value in vars(self).items() if name.endswith("_")}
         arrays = {name: np.ascontiguousarray(v) for name, v in learned.items() if isinstance(v, np.ndarray)}
-        about = {
-            "simulator": self.name,
-            "parameters": self.get_params(),
-            "learned": {name: value for name, value in learned.items() if name not in arrays},
-            "library": __version__,
-        }
-        write_whole(Path(path), safetensors.numpy.save(arrays, {"simfluence": json.dumps(about)}))
+        about: dict[str, Any] = {"simulator": self.name, "parts": {}}
+        about["parameters"] = {n: v._state()[0] if isinstance(v, Simulator) else v for n, v in parameters.items()}
+        for name, value in learned.items():
+            if isinstance(value, list) and value and isinstance(value[0], Simulator):
+                states = [part._state() for part in value]
+                about["parts"][name] = [part for part, _ in states]
+                arrays |= {f"{name}.{k}.{key}": v for k, (_, part) in enumerate(states) for key, v in part.items()}
+        rest = learned.keys() - arrays.keys() - about["parts"].keys()
+        return about | {"learned": {name: learned[name] for name in sorted(rest)}}, arrays
 
     @classmethod
     def load(cls: type[SimulatorT], path: str | Path) -> SimulatorT:
@@ -120,19 +129,13 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
             with safetensors.safe_open(path, "np") as file:
                 about = json.loads((file.metadata() or {})["simfluence"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            kind, parameters, learned = about["simulator"], about["parameters"], about["learned"]
+            simulator = _restored(about, arrays)
         except FileNotFoundError:
             raise StoreError(f"no simulator at {path}") from None
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged or no simulator: {error}") from None
-        found = {each.name: each for each in _final_classes(Simulator)}.get(kind)
-        if found is None or not issubclass(found, cls):
-            raise StoreError(f"{path} holds a simulator {kind!r}, not one of {cls.__name__}")
-        simulator = found().with_parameters(**parameters)
-        for name, value in (learned | arrays).items():
-            if not name.isidentifier() or name.startswith("_") or not name.endswith("_"):
-                raise StoreError(f"{path} is damaged or no simulator: it sets {name!r}")
-            setattr(simulator, name, value)
+        if not isinstance(simulator, cls):
+            raise StoreError(f"{path} holds a simulator {simulator.name!r}, not one of {cls.__name__}")
         return simulator
 
     @abstractmethod
@@ -184,6 +187,29 @@ def usable(runs: Runs, purpose: str) -> Runs:
     if len({run.recipe for run in kept}) > 1:
         raise InvalidInput(f"cannot {purpose} runs of several recipes together: load(recipe=…) chooses one")
     return kept
+
+
+def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Simulator:
+    """What ``_state`` gave.
+
+    Raises:
+        KeyError, ValueError, TypeError, AttributeError: it did not give this.
+    """
+    kinds = {each.name: each for each in _final_classes(Simulator)}
+    if about["simulator"] not in kinds:
+        raise ValueError(f"unknown simulator {about['simulator']!r}")
+    own: dict[str, Any] = {name: value for name, value in arrays.items() if "." not in name}
+    parameters = {n: _restored(v, {}) if isinstance(v, dict) else v for n, v in about["parameters"].items()}
+    simulator = kinds[about["simulator"]]().with_parameters(**parameters)
+    for name, states in about["parts"].items():
+        prefixes = [f"{name}.{index}." for index in range(len(states))]
+        inner = [{key.removeprefix(p): v for key, v in arrays.items() if key.startswith(p)} for p in prefixes]
+        own[name] = [_restored(*pair) for pair in zip(states, inner, strict=True)]
+    for name, value in (about["learned"] | own).items():
+        if not name.isidentifier() or name.startswith("_") or not name.endswith("_"):
+            raise ValueError(f"it sets {name!r}")
+        setattr(simulator, name, value)
+    return simulator
 
 
 def _final_classes(kind: Any) -> list[type[Simulator]]:

@@ -100,9 +100,6 @@ class MarkovSimulator(Simulator):
         found["around"] = trial.suggest_categorical("around", AROUND)
         if cls.learns_slope and found["around"] is None:
             found["prior"] = trial.suggest_categorical("prior", PRIORS)
-        if cls.learns_slope:
-            found["order"] = trial.suggest_int("order", 1, 3)
-            found["varying"] = trial.suggest_categorical("varying", (False, True))
         return found
 
     def _check_parameters(self) -> None:
@@ -342,3 +339,8 @@ class LinearSimulator(MarkovSimulator):
         self.varying = varying
         self.guard = guard
         self.rollout = rollout
+
+    @classmethod
+    def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
+        found = super().suggest(trial) | {"order": trial.suggest_int("order", 1, 3)}
+        return found | {"varying": trial.suggest_categorical("varying", (False, True))}
