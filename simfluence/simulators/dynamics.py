@@ -65,29 +65,40 @@ class Dynamics:
 
     def affine(self, steps: Steps) -> tuple[Tensor, Tensor]:
         """α ``[order, steps, runs, test]`` and β ``[steps, runs, test]``, of ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``."""
-        slopes = self._starts(steps)
-        rest: Any = None
+        sums: list[Any] = [self._rest(steps), *self._starts(steps)]  # by lag, 0 for β
         for term, effects in zip(self.terms, self.effects, strict=True):
-            sums = steps.sums(effects, self.centre)
-            sums = sums * self._share(steps) if term.power else sums
-            if term.lag:
-                slopes[term.lag - 1] = _sum(slopes[term.lag - 1], sums)
-            if not term.lag or self.mean is not None:
-                rest = _sum(rest, sums * self._means(steps, term.lag) if term.lag else sums)
+            usual = None if self.centre is None else -(self.centre @ effects)
+            if term.power:
+                sums[term.lag] = _sum(sums[term.lag], steps.sums(effects, usual) * self._share(steps))
+            else:
+                sums[term.lag] = steps.sums(effects, _sum(sums[term.lag], usual))
         shape = (*steps.updates.shape, self.effects.shape[2])
+        beta, *slopes = (_filled(each, shape) for each in sums)
         if self.guard:
-            excess = sum(abs(slope) for slope in slopes).clamp(min=1.0)
-            slopes = [slope / excess for slope in slopes]
-        if self.mean is not None:
-            rest = rest + self._means(steps, 0)
-            for lag, slope in enumerate(slopes, start=1):
-                rest = torch.addcmul(rest, slope, self._means(steps, lag), value=-1)
-        alphas, beta = [_filled(slope, shape) for slope in slopes], _filled(rest, shape)
+            slopes, beta = self._guarded(steps, slopes, beta)
         if not steps.all_update:
             still = ~steps.updates[..., None]
-            alphas = [torch.where(still, float(lag == 0), alpha) for lag, alpha in enumerate(alphas)]
+            slopes = [torch.where(still, float(lag == 0), slope) for lag, slope in enumerate(slopes)]
             beta = torch.where(still, 0.0, beta)
-        return torch.stack(alphas) if self.order > 1 else alphas[0][None], beta
+        return torch.stack(slopes) if self.order > 1 else slopes[0][None], beta
+
+    def _guarded(self, steps: Steps, slopes: list[Tensor], beta: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Slopes scaled down to sum to at most 1 in size; around the mean they are those of deviations alone."""
+        excess = torch.stack([slope.abs() for slope in slopes]).sum(0).clamp(min=1.0)
+        scaled = [slope / excess for slope in slopes]
+        if self.mean is not None:
+            for lag, (slope, less) in enumerate(zip(slopes, scaled, strict=True), start=1):
+                beta = beta + (slope - less) * self._means(steps, lag)
+        return scaled, beta
+
+    def _rest(self, steps: Steps) -> Any:
+        """What β is without any effects: None for 0, or ``[steps, 1, test]``."""
+        if self.mean is None:
+            return None
+        rest = self._means(steps, 0)
+        for lag, start in enumerate(self._starts(steps), start=1):
+            rest = rest if start is None else rest - start * self._means(steps, lag)
+        return rest
 
     def _starts(self, steps: Steps) -> list[Any]:
         """What each slope is without any effects: None for 0, a number, or ``[steps, 1, test]``."""
@@ -125,7 +136,9 @@ class Dynamics:
 
 def _sum(one: Any, other: Any) -> Any:
     """Of two, where None is 0: large arrays are not copied for nothing."""
-    return other if one is None else one + other
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
 
 
 def _filled(value: Any, shape: tuple[int, ...]) -> Tensor:
@@ -196,14 +209,17 @@ class Steps:
     def _tensor(self) -> Tensor:
         return sparse_tensor(self.weights)
 
-    def sums(self, effects: Tensor, centre: Tensor | None) -> Tensor:
-        """Σ_i (w_i − c̄_i) of effects ``[train, test]`` for each step, ``[steps, runs, test]``."""
-        if self.transpose is None:
-            sums = effects.new_empty(self.weights.shape[0], effects.shape[1]).addmm_(self._tensor, effects, beta=0)
-        else:
-            sums = _Product.apply(self._tensor, self.transpose, effects)
-        sums = sums if centre is None else sums - centre @ effects
-        return sums.reshape(*self.updates.shape, effects.shape[1])
+    def sums(self, effects: Tensor, start: Any = None) -> Tensor:
+        """Σ_i w_i of effects ``[train, test]`` for each step, on top of ``start``: ``[steps, runs, test]``."""
+        shape = (*self.updates.shape, effects.shape[1])
+        if self.transpose is not None:
+            sums = _Product.apply(self._tensor, self.transpose, effects).reshape(shape)
+            return sums if start is None else sums + start
+        sums = effects.new_empty(shape)
+        if start is not None:
+            sums.copy_(torch.as_tensor(start).expand(shape))
+        sums.flatten(0, 1).addmm_(self._tensor, effects, beta=0 if start is None else 1)
+        return sums
 
 
 class _Product(torch.autograd.Function):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
+import torch
 from scipy.spatial.distance import cdist, pdist
 
 from simfluence.curriculum import Curriculum
@@ -73,13 +73,16 @@ class Sides:
     def losses(self, outputs: np.ndarray) -> np.ndarray:
         """Of the test side under outputs ``[…, test, outputs]``: ``[…, test]``."""
         if self.classes:
-            return scipy.special.logsumexp(outputs, axis=-1) - (outputs * self.test_targets).sum(-1)
+            total = torch.logsumexp(torch.from_numpy(outputs), dim=-1).numpy()  # several times as fast as SciPy's
+            return total - np.einsum("...o,...o", outputs, self.test_targets)
         return ((outputs - self.test_targets) ** 2).mean(-1)
 
     def residuals(self, outputs: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """What training examples ``indices`` still have to learn, under their ``outputs`` ``[…, outputs]``."""
         targets = self.train_targets[indices]
-        return targets - scipy.special.softmax(outputs, axis=-1) if self.classes else 2 * (targets - outputs)
+        if self.classes:
+            return targets - torch.softmax(torch.from_numpy(outputs), dim=-1).numpy()
+        return 2 * (targets - outputs)
 
 
 @dataclass(frozen=True)
