@@ -25,7 +25,7 @@ from simfluence.learning import learning_curve as curve
 from simfluence.recording import estimate
 from simfluence.recording import record as record_runs
 from simfluence.runs import Run, Runs
-from simfluence.simulators import SIMULATORS, Simulator
+from simfluence.simulators import SIMULATORS, ConformalSimulator, Simulator
 from simfluence.specs import RecordingSpec
 from simfluence.store import RunStore
 from simfluence.task import Task
@@ -46,6 +46,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 HeldOut = Annotated[int, typer.Option(help="How many runs are kept from fitting.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split into fitting and held-out runs.")]
 Parameters = Annotated[list[str] | None, typer.Option("--set", help="A simulator's parameter: l2=10, prior=zero, …")]
+Intervals = Annotated[bool, typer.Option("--intervals", help="Fit for intervals too, which takes 15 times as long.")]
 OwnTask = Annotated[str | None, typer.Option(help="A task of your own, package.module:function; runs that code.")]
 
 
@@ -112,9 +113,11 @@ def fit(
     parameters: Parameters = None,
     held_out: HeldOut = 8,
     seed: Seed = 0,
+    intervals: Intervals = False,
 ) -> None:
     """Fit a simulator on the runs of STORE that are not held out, and save it."""
     chosen = simulators.build(simulator, **_parsed(parameters))
+    chosen = ConformalSimulator(chosen, seed=seed) if intervals else chosen
     part, _ = RunStore(store).load().split(held_out, seed)
     chosen.fit(part).save(out)
     print(f"{chosen} fitted on {len(part)} runs: {out}")
@@ -130,6 +133,7 @@ def evaluate(
     held_out: HeldOut = 8,
     seed: Seed = 0,
     metric: Annotated[list[str] | None, typer.Option(help="One metric; again for more. All if none.")] = None,
+    intervals: Intervals = False,
     as_json: AsJson = False,
 ) -> None:
     """Score simulators on the held-out runs of each STORE against the mean trajectory of the others.
@@ -140,6 +144,8 @@ def evaluate(
     tables = {}
     for store, (part, held) in splits.items():
         chosen = {name: _fitted(name, part, parameters) for name in simulator or ()} or _all(store, part, parameters)
+        if intervals:
+            chosen = {name: ConformalSimulator(each, seed=seed).fit(part) for name, each in chosen.items()}
         tables[store] = evaluate_simulators(chosen, held, part, metrics=metric or METRICS)
     table = pd.concat(tables, names=["store"]) if len(tables) > 1 else tables[str(stores[0])]
     if as_json:

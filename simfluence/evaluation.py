@@ -18,7 +18,7 @@ from jaxtyping import Float
 from simfluence._types import Losses
 from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
 from simfluence.runs import Runs
-from simfluence.simulators import Simulator
+from simfluence.simulators import ConformalSimulator, Simulator
 from simfluence.simulators.base import usable
 from simfluence.simulators.baselines import MeanTrajectorySimulator
 
@@ -30,6 +30,7 @@ METRICS = ("mse", "final_spearman", "skill", "final_skill", "run_correlation")
 #: The skill of a simulator that runs away or cannot be fitted, and the least that ``bounded_skill`` tells apart.
 HOPELESS = -1e6
 
+_COVERED = 0.9  # the confidence whose coverage ``evaluate`` reports
 _BOOTSTRAP_ENTRIES = 2_000_000  # of resampled losses ranked at a time
 
 
@@ -62,6 +63,12 @@ def run_correlation(simulated: Losses, true: Losses) -> float:
     return _mean_or_nan(_row_spearman(final(simulated, true).T, final(true, true).T))
 
 
+def coverage(low: Losses, high: Losses, true: Losses) -> float:
+    """The share of final losses that lie within their intervals."""
+    last = final(true, true)
+    return float(((final(low, true) <= last) & (last <= final(high, true))).mean())
+
+
 def delta_correlation(predicted: Float[np.ndarray, " test"], actual: Float[np.ndarray, " test"]) -> float:
     """Pearson's r over test examples of predicted and retrained change of the final loss; NaN for a constant."""
     if np.ptp(predicted) == 0 or np.ptp(actual) == 0:
@@ -91,6 +98,7 @@ def evaluate(
 
     Returns:
         A table indexed by simulator, with the columns above, ``runs`` and ``test_examples``: how many went in.
+        If a simulator gives intervals, ``coverage``: the share of final losses within its 90 % intervals.
         A metric that is not defined (run correlation of a constant forecast) is NaN.
 
     Raises:
@@ -115,6 +123,8 @@ def evaluate(
         scores: dict[str, Any] = {}
         for metric in metrics:
             scores |= _scored(metric, simulated, true, mean, resamples, confidence)
+        if isinstance(simulator, ConformalSimulator):
+            scores["coverage"] = coverage(*simulator.interval(held.curricula, held.initial_losses, _COVERED), true)
         rows[name] = scores | {"runs": len(held), "test_examples": held.n_test}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulator")
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,10 +170,21 @@ class RunStore:
 
     def all_runs(self) -> Runs:
         """Every finished run, of whatever recipe, verification runs too, sorted by id."""
-        info, sides = self.info, self._sides()
-        return Runs(self._read(run_id, info, *sides) for run_id in self.ids())
+        return self._all_runs()
 
-    def load(self, recipe: Recipe | None = None, *, where: str | None = None, verification: bool = False) -> Runs:
+    def _all_runs(self, mapped: bool = False) -> Runs:
+        info, sides = self.info, self._sides()
+        runs = (self._read(run_id, info, *sides) for run_id in self.ids())
+        return Runs(_mapped(run) if mapped else run for run in runs)
+
+    def load(
+        self,
+        recipe: Recipe | None = None,
+        *,
+        where: str | None = None,
+        verification: bool = False,
+        mapped: bool = False,
+    ) -> Runs:
         """The finished runs, sorted by id.
 
         Args:
@@ -180,11 +192,13 @@ class RunStore:
             where: a filter over what is known of the runs, such as ``optimizer == "adamw" and steps > 100``;
                 see ``Runs.table`` for the columns.
             verification: load the runs made to confirm forecasts too.
+            mapped: keep the losses in temporary files that are mapped into memory, one run at a time, for more runs
+                than memory holds. Additive, multiplicative and linear simulators fit from them block by block.
 
         Raises:
             StoreError: a file is damaged or foreign, or runs of several recipes are here and none was chosen.
         """
-        runs = self.all_runs()
+        runs = self._all_runs(mapped)
         runs = runs.where(where) if where else runs
         chosen = [run for run in runs if verification or not run.verification]
         recipes = {run.recipe for run in chosen if recipe is None or run.recipe == recipe}
@@ -323,6 +337,20 @@ class RunStore:
             json.dumps(dict(task.arguments))
         except TypeError as error:
             raise InvalidInput(f"task {task.name!r}: its arguments must be plain JSON values ({error})") from None
+
+
+def _mapped(run: Run) -> Run:
+    """The same run with its readings in files without a name, gone when the arrays are."""
+
+    def moved(values: np.ndarray) -> np.ndarray:
+        with tempfile.TemporaryFile() as file:
+            kept = np.memmap(file, values.dtype, "w+", shape=values.shape)
+        kept[:] = values
+        return kept
+
+    return dataclasses.replace(
+        run, losses=moved(run.losses), measures={name: moved(values) for name, values in run.measures.items()}
+    )
 
 
 def _arrow(values: np.ndarray) -> pa.Array:

@@ -270,3 +270,11 @@ def test_errors_are_one_line(run, folder, arguments, said, tmp_path, monkeypatch
     assert err.startswith("error: ")
     assert said in err
     assert out == ""
+
+
+def test_intervals(run, folder, tmp_path):
+    file, store = str(tmp_path / "fitted.safetensors"), folder / "runs"
+    assert run("fit", store, "--out", file, "--simulator", "mean_trajectory", "--held-out", 2, "--intervals")[0] == 0
+    assert isinstance(sf.Simulator.load(file), sf.ConformalSimulator)
+    options = ("--simulator", "mean_trajectory", "--held-out", 2, "--intervals", "--json")
+    assert 0 <= json.loads(run("evaluate", store, *options)[1])[0]["coverage"] <= 1

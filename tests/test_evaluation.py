@@ -140,3 +140,14 @@ def test_diverged_held_out_runs_are_left_out(parts):
     with pytest.warns(DivergedWarning, match="broken"):
         table = sf.evaluate(fitted, sf.Runs([*held, broken]), fit)
     assert table.loc["mean", "runs"] == 3
+
+
+@pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning")
+def test_coverage_of_intervals(parts):
+    fit, held = parts
+    wide = sf.ConformalSimulator(sf.LinearSimulator(around="mean"), members=2, folds=3).fit(fit)
+    table = sf.evaluate({"wide": wide, "linear": sf.LinearSimulator().fit(fit)}, held, fit, metrics=["skill"])
+    low, high = wide.interval(held.curricula, held.initial_losses, 0.9)
+    inside = [low[run, -1, z] <= held.losses[run, -1, z] <= high[run, -1, z] for run in range(3) for z in range(5)]
+    assert table.loc["wide", "coverage"] == pytest.approx(np.mean(inside))
+    assert np.isnan(table.loc["linear", "coverage"])

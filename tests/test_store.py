@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, StoreError
+from simfluence.run_file import read_table, to_bytes
 
 
 def test_a_run_survives_unchanged(store, runs, recipe, task):
@@ -397,3 +398,37 @@ def test_metadata_that_cannot_be_kept(task, recipe, curricula, tmp_path):
     odd = dataclasses.replace(task, test=sf.Examples.numbered(5, pd.DataFrame({"x": [1, "a", 2.0, None, print]})))
     with pytest.raises(InvalidInput, match="test metadata: a column mixes types"):
         sf.record(odd, recipe, curricula, tmp_path / "s")
+
+
+def test_runs_may_stay_on_disk(store):
+    loaded, mapped = store.load(), store.load(mapped=True)
+    for one, other in zip(loaded, mapped, strict=True):
+        assert isinstance(other.losses, np.memmap)
+        assert np.array_equal(one.losses, other.losses)
+        assert one.id == other.id
+    fits = [sf.LinearSimulator(around="mean").fit(runs) for runs in (loaded, mapped)]
+    assert np.array_equal(fits[0].A_, fits[1].A_)
+
+
+def test_features_and_targets_are_kept(store, task):
+    runs = store.load()
+    assert np.array_equal(runs.train.features, task.train_data[0].numpy())
+    assert np.array_equal(runs.test.targets, task.test_data[1].numpy())
+    assert runs.train.table.equals(task.train.table)
+
+
+def test_a_store_without_features_gets_them_when_it_is_recorded_into(store, task, recipe, curricula):
+    for side in ("train", "test"):
+        file = store.path / f"{side}.parquet"
+        table = read_table(file)[0].drop_columns(["simfluence.features", "simfluence.targets"])
+        file.write_bytes(to_bytes(table.replace_schema_metadata()))
+    assert store.load().train.features is None
+    sf.record(task, recipe, curricula, store.path)
+    assert np.array_equal(store.load().train.features, task.train_data[0].numpy())
+
+
+def test_metadata_cannot_take_the_place_of_features(task, recipe, curricula, tmp_path):
+    table = pd.DataFrame({"simfluence.features": range(12)})
+    named = dataclasses.replace(task, train=sf.Examples(task.train.ids, table))
+    with pytest.raises(InvalidInput, match=r"a column cannot be called 'simfluence.features'"):
+        sf.record(named, recipe, curricula, tmp_path / "named")

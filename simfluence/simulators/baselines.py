@@ -47,12 +47,14 @@ def mean_trajectory(runs: Runs) -> np.ndarray:
 
     Where no run was read, a straight line joins the times around.
     """
-    losses = runs.losses.astype(np.float64)
-    unknown = np.isnan(losses)
-    counts = (~unknown).sum(0)[:, :1]  # the whole test side is read at once
-    sums = np.where(unknown, 0.0, losses).sum(0)
+    longest = max(len(run.losses) for run in runs)
+    sums, counts = np.zeros((longest, runs.n_test)), np.zeros(longest)
+    for run in runs:  # one at a time: they may be more than memory holds
+        read = np.flatnonzero(~np.isnan(run.losses).any(axis=1))
+        sums[read] += run.losses[read]
+        counts[read] += 1
     times = np.flatnonzero(counts)
-    means = sums[times] / counts[times]
+    means = sums[times] / counts[times, None]
     return np.stack([np.interp(np.arange(len(sums)), times, column) for column in means.T], axis=1)
 
 
