@@ -10,6 +10,7 @@ import pytest
 
 import simfluence as sf
 from simfluence import cli
+from simfluence.demo import COMPARED
 from simfluence.errors import UnseenWarning
 from simfluence.simulators import SIMULATORS
 
@@ -231,7 +232,9 @@ def test_demo(run, tmp_path, monkeypatch):
     code, out, _ = run("demo", "--folder", tmp_path / "demo", "--json")
     found = json.loads(out)
     assert code == 0
-    assert [row["simulator"] for row in found["evaluation"]] == list(SIMULATORS)
+    skill = {row["simulator"]: row["skill"] for row in found["evaluation"]}
+    assert list(skill) == list(COMPARED)
+    assert skill["linear"] < 0 < 0.6 < skill["linear, around"] < 0.85 < skill["boosted"]
     assert found["what_if"][-1]["simulator"] == "retrained"
     assert found["what_if"][-1]["change_of_3s"] > 1
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000

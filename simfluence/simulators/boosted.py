@@ -8,7 +8,6 @@ from typing import Any
 import lightgbm
 import numpy as np
 import optuna
-import torch
 
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
@@ -117,7 +116,7 @@ class BoostedSimulator(Simulator):
         if not self.trees_:
             return losses
         trees = lightgbm.Booster(model_str=self.trees_)
-        grown = trees.predict(columns.reshape(-1, columns.shape[-1]), num_threads=torch.get_num_threads())
+        grown = trees.predict(columns.reshape(-1, columns.shape[-1]), num_threads=1)
         return losses + np.asarray(grown).reshape(losses.shape)
 
     def _surrogates(self, curricula: Sequence[Curriculum]) -> np.ndarray:
@@ -150,7 +149,7 @@ class BoostedSimulator(Simulator):
             "objective": "l2", "learning_rate": self.learning_rate, "num_leaves": self.leaves,
             "min_data_in_leaf": self.min_rows, "feature_fraction": 0.7, "bagging_fraction": 0.5, "bagging_freq": 1,
             "seed": self.seed, "deterministic": True, "force_row_wise": True, "verbose": -1,
-            "num_threads": torch.get_num_threads(),
+            "num_threads": 1,
         }  # fmt: skip
         rows = lightgbm.Dataset(columns[chosen].reshape(-1, columns.shape[-1]), missing[chosen].ravel())
         return lightgbm.train(parameters, rows, self.rounds).model_to_string()
