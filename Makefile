@@ -31,12 +31,16 @@ format: $(READY)
 
 bench: $(READY)  ## every claim of speed, measured here
 	$(BIN)/python benchmarks/record.py
+	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/fit.py --large
+	$(BIN)/python benchmarks/simulate.py
 
 table: $(READY)  ## how good each simulator is on the recorded runs; goes on where it stopped
 	$(BIN)/python benchmarks/table.py
 
 runs: $(READY)  ## the recorded runs that the repository ships
-	$(BIN)/simfluence record curricula/digits.yaml --store runs/digits
+	for name in digits digits_cnn digits_adamw breast_cancer breast_cancer_mlp diabetes; do \
+		$(BIN)/simfluence record curricula/$$name.yaml --store runs/$$name || exit 1; done
 
 wheel: $(READY)  ## build the wheel and try it in an empty environment
 	rm -rf dist build/wheel-env

@@ -234,7 +234,7 @@ def test_demo(run, tmp_path, monkeypatch):
     assert code == 0
     skill = {row["simulator"]: row["skill"] for row in found["evaluation"]}
     assert list(skill) == list(COMPARED)
-    assert skill["linear"] < 0 < 0.6 < skill["linear, around"] < 0.85 < skill["boosted"]
+    assert skill["linear"] < 0 < 0.6 < skill["linear, tuned"] < 0.85 < skill["boosted"]
     assert found["what_if"][-1]["simulator"] == "retrained"
     assert found["what_if"][-1]["change_of_3s"] > 1
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
