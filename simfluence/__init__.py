@@ -28,7 +28,7 @@ from simfluence.simulators import (
 from simfluence.store import RunStore
 from simfluence.task import Task
 from simfluence.tuning import tune
-from simfluence.whatif import Forecast, Verification, what_if
+from simfluence.whatif import Forecast, Verification, leave_one_out, what_if
 
 __all__ = [
     "AdditiveSimulator",
@@ -60,6 +60,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "learning_curve",
+    "leave_one_out",
     "random_curricula",
     "record",
     "tasks",

@@ -13,14 +13,17 @@ from jaxtyping import Float
 
 from simfluence._types import RunLosses
 from simfluence.curriculum import Curriculum
-from simfluence.edits import Edit, apply_all
+from simfluence.edits import Edit, Remove, apply_all
 from simfluence.errors import InvalidInput
 from simfluence.evaluation import delta_correlation
 from simfluence.recipe import Recipe
 from simfluence.recording import record
 from simfluence.runs import Run
 from simfluence.simulators import Simulator
+from simfluence.simulators.markov import MarkovSimulator
 from simfluence.task import Task
+
+_AT_ONCE = 50  # edited curricula simulated together
 
 PerTest = Float[np.ndarray, " test"]
 
@@ -149,6 +152,36 @@ def what_if(simulator: Simulator, run: Run, edits: Edit | Sequence[Edit], *, tas
     edited = apply_all(edits, run.curriculum, task.train if task else run.train)
     base, changed = simulator.simulate([run.curriculum, edited], run.initial_losses)
     return Forecast(run, edits, edited, base, changed, task)
+
+
+def leave_one_out(simulator: Simulator, run: Run) -> Float[np.ndarray, "test train"]:
+    """The change of every test example's final loss had one training example never been shown, for each of them.
+
+    Batches shrink, as with ``Remove``. Examples that the run never saw get 0. For the Markov family all are had at
+    once; other simulators are asked one example at a time.
+
+    Args:
+        simulator: fitted on runs of the same task.
+        run: the base: its curriculum, and the losses it starts from.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        InvalidInput: a run of other examples than the simulator's.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> leave_one_out(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).round(2)
+    array([[ 2. , -0.5]])
+    """
+    if isinstance(simulator, MarkovSimulator):
+        return simulator.leave_one_out(run.curriculum, run.initial_losses).T
+    shown = np.unique(run.curriculum.indices)
+    base = simulator.simulate([run.curriculum], run.initial_losses)[0, -1]
+    changes = np.zeros((run.losses.shape[1], run.curriculum.n_train))
+    for some in np.array_split(shown, -(-len(shown) // _AT_ONCE)):
+        edited = [Remove([int(index)]).apply(run.curriculum) for index in some]
+        changes[:, some] = (simulator.simulate(edited, run.initial_losses)[:, -1] - base).T
+    return changes
 
 
 def _tidy(columns: dict[str, RunLosses]) -> pd.DataFrame:

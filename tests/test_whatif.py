@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import sklearn.base
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
@@ -80,3 +83,30 @@ def test_bad_questions(linear, runs, task, known):
     bare = sf.Runs.from_arrays(runs.curricula, runs.losses)[0]
     with pytest.raises(InvalidInput, match="give recipe="):
         sf.what_if(linear, bare, sf.Remove([0])).verify(task=task)
+
+
+LEFT_OUT = [
+    sf.AdditiveSimulator(l2=0.5),
+    sf.MultiplicativeSimulator(l2=0.5),
+    sf.LinearSimulator(l2=0.5, prior="zero"),
+    sf.LinearSimulator(l2=0.5, around="mean"),
+    sf.LinearSimulator(l2=0.5, around="mean", order=3, varying=True),
+    sf.LinearSimulator(l2=0.5, order=2, varying=True, guard=True),
+    sf.MeanTrajectorySimulator(),
+    sf.BoostedSimulator(rounds=5),
+]
+
+
+@pytest.mark.parametrize("simulator", LEFT_OUT, ids=str)
+def test_leaving_each_example_out_is_removing_them_one_at_a_time(runs, task, simulator):
+    """Repeated examples, batches that shrink to nothing, and examples that the base never saw."""
+    fitted = sklearn.base.clone(simulator).fit(runs)
+    odd = sf.Curriculum([[0, 1, 2], [], [5], [5, 5, 7], [3, 3, 4, 8], [5], [0, 1], [5, 5]], n_train=12)
+    for run in (runs[0], dataclasses.replace(runs[0], curriculum=odd, losses=runs[0].losses[:9])):
+        changes = sf.leave_one_out(fitted, run)
+        assert changes.shape == (5, 12)
+        for index in range(12):
+            expected = np.zeros(5)
+            if index in run.curriculum.indices:
+                expected = sf.what_if(fitted, run, sf.Remove([index]), task=task).change
+            assert np.allclose(changes[:, index], expected, rtol=1e-9, atol=1e-12)

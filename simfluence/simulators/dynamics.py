@@ -133,6 +133,52 @@ class Dynamics:
             history = rolled(alphas, beta, history, losses[start + 1 :])[::-1][: self.order]
         return losses.numpy().swapaxes(0, 1)
 
+    def leave_one_out(self, curriculum: Curriculum, initial: np.ndarray) -> np.ndarray:
+        """Change of the final losses had one training example never been shown, ``[train, test]``.
+
+        The effect of a removal is carried along with the base run: it grows by the base's own slopes, and at the
+        steps that showed the example by those of the smaller batch.
+        """
+        base = Steps.of([curriculum], self.batch_size)
+        alphas, beta = (part.squeeze(-2) for part in self.affine(base))  # [order, steps, test], [steps, test]
+        less, shown = _without_each(curriculum, self.batch_size)
+        other_alphas, other_beta = self.affine(less)  # [order, steps, shown, test], [steps, shown, test]
+        losses = [torch.as_tensor(initial.copy())] * self.order  # the last one first, each [test]
+        moved = [torch.zeros(curriculum.n_train, len(initial), dtype=torch.float64) for _ in range(self.order)]
+        for step in range(len(curriculum)):
+            following = beta[step] + sum(alpha[step] * loss for alpha, loss in zip(alphas, losses, strict=True))
+            rows = shown[step]
+            counterfactual = other_beta[step, : len(rows)] - following
+            for alpha, loss, each in zip(other_alphas, losses, moved, strict=True):
+                counterfactual += alpha[step, : len(rows)] * (loss + each[rows])
+            last = moved[-1].mul_(alphas[-1, step])  # the oldest makes room for the newest
+            for alpha, each in zip(alphas[:-1], moved[:-1], strict=True):
+                last.addcmul_(alpha[step], each)
+            last[rows] = counterfactual
+            moved, losses = [last, *moved[:-1]], [following, *losses[:-1]]
+        return moved[0].numpy()
+
+
+def _without_each(curriculum: Curriculum, batch_size: int) -> tuple[Steps, list[Tensor]]:
+    """Each step without each of its examples in turn, and which those are.
+
+    The steps have as many places side by side as the largest batch has examples; those not needed are empty.
+    """
+    shown = [np.unique(batch) for batch in curriculum]
+    width = max(len(examples) for examples in shown)
+    batches = [
+        batch[batch != examples[place]] if place < len(examples) else batch[:0]
+        for batch, examples in zip(curriculum, shown, strict=True)
+        for place in range(width)
+    ]
+    sizes = np.array([len(batch) for batch in batches])
+    weights = _weighted(
+        np.concatenate(batches), np.concatenate([[0], np.cumsum(sizes)]), curriculum.n_train, batch_size
+    )
+    updates = torch.as_tensor(sizes.reshape(len(curriculum), width) > 0)
+    steps = Steps(weights, torch.arange(len(curriculum)), updates, bool(updates.all()))
+    return steps, [torch.as_tensor(examples.astype(np.int64)) for examples in shown]
+
 
 def _sum(one: Any, other: Any) -> Any:
     """Of two, where None is 0: large arrays are not copied for nothing."""
@@ -246,11 +292,16 @@ def batch_weights(
     offsets = np.repeat(ends[1:, None], longest + 1, axis=1)  # [runs, longest + 1]
     for row, curriculum in enumerate(curricula):
         offsets[row, : len(curriculum) + 1] = curriculum.offsets + ends[row]
-    sizes = np.diff(offsets, axis=1).ravel()
-    values = np.repeat(batch_size / np.maximum(sizes, 1), sizes)
     indices = np.concatenate([curriculum.indices for curriculum in curricula])
     flat = np.append(offsets[:, :-1].ravel(), ends[-1])
-    return scipy.sparse.csr_array((values, indices, flat), (len(sizes), curricula[0].n_train)), sizes > 0
+    return _weighted(indices, flat, curricula[0].n_train, batch_size), np.diff(flat) > 0
+
+
+def _weighted(indices: np.ndarray, offsets: np.ndarray, n_train: int, batch_size: int) -> scipy.sparse.csr_array:
+    """Batches laid end to end as rows ``[batches, train]``, each example with the weight B/|c|."""
+    sizes = np.diff(offsets)
+    values = np.repeat(batch_size / np.maximum(sizes, 1), sizes)
+    return scipy.sparse.csr_array((values, indices, offsets), (len(sizes), n_train))
 
 
 def trained_on_rollouts(start: Dynamics, runs: Runs, l2: np.ndarray, prior: np.ndarray, length: int) -> Dynamics:
