@@ -20,6 +20,7 @@ from simfluence.simulators.surrogates import KERNELS, Batches, Kernel, Sides, be
 _PACES = (0.5, 1.0, 2.0)
 _RIDGE = 1e-3  # relative to each deviation's own mean square
 _FIT_ROWS = 200_000  # of (run, step, test example) that trees are grown on
+_CHUNK_ENTRIES = 1_000_000  # of [runs, steps, test] that are simulated at a time
 _LARGEST = 1e6  # a surrogate that overflows says as much as one that is very wrong
 
 
@@ -106,18 +107,22 @@ class BoostedSimulator(Simulator):
         missing[:, 0] = np.nan  # nothing to forecast there
         self.weights_ = _ridge(said - self.surrogate_mean_, missing)
         missing -= (said - self.surrogate_mean_) @ self.weights_
-        self.trees_ = self._grow(self._rows(said, np.arange(said.shape[1])), missing)
+        self.trees_ = self._grow(said, missing)
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
-        said = self._surrogates(curricula)
-        times = np.minimum(np.arange(said.shape[1]), len(self.mean_) - 1)
-        columns = self._rows(said, times)
-        losses = self.mean_[times] + (said - self.surrogate_mean_[times]) @ self.weights_
-        if not self.trees_:
-            return losses
-        trees = lightgbm.Booster(model_str=self.trees_)
-        grown = trees.predict(columns.reshape(-1, columns.shape[-1]), num_threads=1)
-        return losses + np.asarray(grown).reshape(losses.shape)
+        longest = max(len(curriculum) for curriculum in curricula)
+        losses = np.full((len(curricula), longest + 1, self.n_test_), np.nan)
+        chunk = max(1, _CHUNK_ENTRIES // ((longest + 1) * self.n_test_))
+        trees = lightgbm.Booster(model_str=self.trees_) if self.trees_ else None
+        for start in range(0, len(curricula), chunk):
+            said = self._surrogates(curricula[start : start + chunk])
+            times = np.minimum(np.arange(said.shape[1]), len(self.mean_) - 1)
+            found = self.mean_[times] + (said - self.surrogate_mean_[times]) @ self.weights_
+            if trees:
+                rows = self._rows(said.reshape(-1, *said.shape[2:]), np.tile(times, len(said)))
+                found += np.asarray(trees.predict(rows, num_threads=1)).reshape(found.shape)
+            losses[start : start + chunk, : found.shape[1]] = found
+        return losses
 
     def _surrogates(self, curricula: Sequence[Curriculum]) -> np.ndarray:
         """What every surrogate's losses are, ``[runs, steps + 1, test, surrogates]``."""
@@ -132,13 +137,16 @@ class BoostedSimulator(Simulator):
         return np.nan_to_num(np.stack(said, axis=-1), nan=_LARGEST, posinf=_LARGEST).clip(-_LARGEST, _LARGEST)
 
     def _rows(self, said: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """What the trees see, ``[runs, steps + 1, test, columns]``."""
-        usual = self.surrogate_mean_[times]  # [times, test, surrogates]
-        step = np.broadcast_to(times[:, None, None], (*usual.shape[:2], 1))
-        common = np.concatenate([usual, self.mean_[times][:, :, None], step], axis=2)
-        return np.concatenate([said - usual, np.broadcast_to(common, (len(said), *common.shape))], axis=3)
+        """What the trees see at some times ``[k]`` of some runs: rows ``[k · test, columns]``.
 
-    def _grow(self, columns: np.ndarray, missing: np.ndarray) -> str:
+        ``said`` is what the surrogates' losses are then, ``[k, test, surrogates]``.
+        """
+        usual, mean = self.surrogate_mean_[times], self.mean_[times][:, :, None]
+        step = np.broadcast_to(times[:, None, None], mean.shape)
+        columns = np.concatenate([said - usual, usual, mean, step], axis=2)
+        return columns.reshape(-1, columns.shape[2])
+
+    def _grow(self, said: np.ndarray, missing: np.ndarray) -> str:
         """Trees that predict ``missing`` where it is known, from every few rows if there are many."""
         if self.rounds == 0:
             return ""
@@ -151,7 +159,7 @@ class BoostedSimulator(Simulator):
             "seed": self.seed, "deterministic": True, "force_row_wise": True, "verbose": -1,
             "num_threads": 1,
         }  # fmt: skip
-        rows = lightgbm.Dataset(columns[chosen].reshape(-1, columns.shape[-1]), missing[chosen].ravel())
+        rows = lightgbm.Dataset(self._rows(said[chosen], np.nonzero(chosen)[1]), missing[chosen].ravel())
         return lightgbm.train(parameters, rows, self.rounds).model_to_string()
 
     def _keep(self, sides: Sides) -> None:

@@ -178,9 +178,8 @@ def best_speed(kernel: Kernel, sides: Sides, runs: Runs, rates: np.ndarray) -> f
     scores = []
     for losses in _speeds(kernel, sides, batches, rates):
         found = np.where(np.isfinite(wanted), _deviations(losses), 0.0)
-        size = (found**2).sum()
-        explained = np.nansum(found * wanted) ** 2 / size if 0 < size < np.inf else 0.0
-        scores.append(explained)
+        size, along = (found**2).sum(), max(0.0, float(np.nansum(found * wanted)))  # the wrong way round is no help
+        scores.append(along**2 / size if 0 < size < np.inf else 0.0)
     return SPEEDS[int(np.argmax(scores))]
 
 
