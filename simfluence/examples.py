@@ -131,7 +131,11 @@ def _checked(name: str, values: Any, count: int, ranks: tuple[int, ...], dtype: 
         raise InvalidInput(f"{name} must be numbers with one row per example, got {array.dtype}{list(array.shape)}")
     if len(array) != count:
         raise InvalidInput(f"{name} have {len(array)} rows for {count} examples: give one per example, in their order")
-    if not np.isfinite(array).all():
-        bad = int(np.flatnonzero(~np.isfinite(array.reshape(count, -1)).all(axis=1))[0])
-        raise InvalidInput(f"{name} of example {bad} are NaN or infinite: fill or drop them")
-    return array.astype(dtype or array.dtype)
+    if 0 in array.shape[1:]:
+        raise InvalidInput(f"{name} have no columns")
+    with np.errstate(over="ignore"):
+        kept = array.astype(dtype or array.dtype.newbyteorder("="))
+    if not np.isfinite(kept).all():
+        bad = int(np.flatnonzero(~np.isfinite(kept.reshape(count, -1)).all(axis=1))[0])
+        raise InvalidInput(f"{name} of example {bad} are NaN, infinite, or beyond {kept.dtype}: fill or drop them")
+    return kept

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class RunStore:
     def _all_runs(self, mapped: bool = False) -> Runs:
         info, sides = self.info, self._sides()
         runs = (self._read(run_id, info, *sides) for run_id in self.ids())
-        return Runs(_mapped(run) if mapped else run for run in runs)
+        return Runs(_mapped(runs) if mapped else runs)
 
     def load(
         self,
@@ -192,8 +192,8 @@ class RunStore:
             where: a filter over what is known of the runs, such as ``optimizer == "adamw" and steps > 100``;
                 see ``Runs.table`` for the columns.
             verification: load the runs made to confirm forecasts too.
-            mapped: keep the losses in temporary files that are mapped into memory, one run at a time, for more runs
-                than memory holds. Additive, multiplicative and linear simulators fit from them block by block.
+            mapped: keep the losses in a temporary file that is mapped into memory, for more runs than memory holds;
+                without measures. Additive, multiplicative and linear simulators fit from them block by block.
 
         Raises:
             StoreError: a file is damaged or foreign, or runs of several recipes are here and none was chosen.
@@ -339,18 +339,25 @@ class RunStore:
             raise InvalidInput(f"task {task.name!r}: its arguments must be plain JSON values ({error})") from None
 
 
-def _mapped(run: Run) -> Run:
-    """The same run with its readings in files without a name, gone when the arrays are."""
+def _mapped(runs: Iterable[Run]) -> list[Run]:
+    """The same runs with their losses in one file without a name, mapped into memory; gone when the arrays are.
 
-    def moved(values: np.ndarray) -> np.ndarray:
-        with tempfile.TemporaryFile() as file:
-            kept = np.memmap(file, values.dtype, "w+", shape=values.shape)
-        kept[:] = values
-        return kept
-
-    return dataclasses.replace(
-        run, losses=moved(run.losses), measures={name: moved(values) for name, values in run.measures.items()}
-    )
+    Measures are left out: to fit on one, ``select`` it from runs that are loaded as they are.
+    """
+    waiting, start = [], 0
+    with tempfile.TemporaryFile() as file:
+        for run in runs:
+            there = run.losses.nbytes
+            file.write(np.ascontiguousarray(run.losses).tobytes())
+            blank = np.broadcast_to(run.losses.dtype.type(0), run.losses.shape)
+            waiting.append((dataclasses.replace(run, losses=blank, measures={}), slice(start, start + there)))
+            start += there
+        file.flush()
+        content = np.memmap(file, np.uint8, "r") if waiting else np.empty(0, np.uint8)
+    return [
+        dataclasses.replace(run, losses=content[place].view(run.losses.dtype).reshape(run.losses.shape))
+        for run, place in waiting
+    ]
 
 
 def _arrow(values: np.ndarray) -> pa.Array:

@@ -299,8 +299,12 @@ def _folds(runs: Runs, count: int, seed: int) -> list[_Fold]:
 def _digest(runs: Runs, fixed: Mapping[str, Any]) -> str:
     """Of all else that scores depend on; the losses, as another measure of the same runs may stand in their place."""
     digest = hashlib.sha256(json.dumps([__version__, fixed], sort_keys=True, default=repr).encode())
+    for examples in (runs.train, runs.test):
+        for values in () if examples is None else (examples.features, examples.targets):
+            if values is not None:
+                digest.update(f"{values.dtype} {values.shape}".encode() + values.tobytes())
     for run in sorted(runs, key=lambda run: run.id):
-        digest.update(run.id.encode() + run.losses.tobytes())
+        digest.update(f"{run.id} {run.curriculum.digest}".encode() + run.losses.tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -159,3 +159,24 @@ def test_bad_input(runs, known):
     for name, value in (("rounds", -1), ("leaves", 1), ("min_rows", 0), ("seed", True), ("learning_rate", 0.0)):
         with pytest.raises(InvalidInput, match=f"{name} must be"):
             sf.BoostedSimulator(**{name: value}).fit(runs)
+
+
+def test_the_order_of_runs_does_not_matter(runs):
+    one, other = (sf.BoostedSimulator(rounds=5).fit(order) for order in (runs, runs[::-1]))
+    args = runs.curricula, runs.initial_losses
+    assert np.array_equal(one.simulate(*args), other.simulate(*args))
+
+
+def test_only_the_start_was_read(runs):
+    start = np.arange(11) == 0
+    unread = sf.Runs(
+        dataclasses.replace(run, losses=np.where(start[:, None], run.losses, np.nan), recorded=start) for run in runs
+    )
+    with pytest.raises(InvalidInput, match="no loss after time 0 was read"):
+        sf.BoostedSimulator().fit(unread)
+
+
+def test_targets_of_two_kinds(runs):
+    mixed = runs.test.with_features(runs.test.features, runs.test.targets + 0.5)
+    with pytest.raises(InvalidInput, match="give whole numbers on both sides"):
+        sf.BoostedSimulator().fit(runs.with_examples(test=mixed))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -81,5 +83,27 @@ def test_bad_input(runs):
     with pytest.raises(InvalidInput, match=r"confidence must be from 0.5 to 0.99, got 1"):
         fitted.interval(runs.curricula, runs.initial_losses, confidence=1.0)
     for name in ("members", "folds", "seed"):
-        with pytest.raises(InvalidInput, match=f"{name} must be at least"):
+        with pytest.raises(InvalidInput, match=f"{name} must be a whole number"):
             sf.ConformalSimulator(**{name: -1}).fit(runs)
+
+
+def test_losses_recorded_with_gaps(runs):
+    gaps = np.arange(11) % 5 == 0
+    sparse = sf.Runs(
+        dataclasses.replace(run, losses=np.where(gaps[:, None], run.losses, np.nan), recorded=gaps) for run in runs
+    )
+    fitted = sf.ConformalSimulator(sf.AdditiveSimulator(), members=2).fit(sparse)
+    low, high = fitted.interval(runs.curricula, runs.initial_losses)
+    assert (low[:, 1:] < high[:, 1:]).all()
+
+
+def test_a_flipped_bit_is_found(runs, tmp_path):
+    file = tmp_path / "fitted.safetensors"
+    sf.ConformalSimulator(sf.BoostedSimulator(rounds=3), members=2, folds=2).fit(runs).save(file)
+    content = bytearray(file.read_bytes())
+    for place in np.random.default_rng(0).integers(8, len(content), size=200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(StoreError):
+            sf.Simulator.load(file)

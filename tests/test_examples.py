@@ -67,7 +67,7 @@ def test_features_and_targets(examples):
 def test_bad_features(examples):
     with pytest.raises(InvalidInput, match="features have 2 rows for 3 examples"):
         examples.with_features(np.zeros((2, 4)))
-    with pytest.raises(InvalidInput, match="features of example 1 are NaN or infinite"):
+    with pytest.raises(InvalidInput, match="features of example 1 are NaN, infinite"):
         examples.with_features([[0.0], [np.nan], [1.0]])
     with pytest.raises(InvalidInput, match="features must be numbers with one row per example"):
         examples.with_features([["a"], ["b"], ["c"]])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+import safetensors.numpy
 import sklearn.base
 import sklearn.exceptions
 
 import simfluence as sf
 from simfluence.errors import DivergedWarning, InvalidInput, NotFittedError, StoreError
 from simfluence.simulators import SIMULATORS, build
+from simfluence.simulators.base import _checksum
 
 VARIANTS = [
     *((name, {}) for name in SIMULATORS),
@@ -158,9 +162,13 @@ def test_files_that_are_no_simulators(runs, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(StoreError):
             sf.Simulator.load(path)
-    path.write_bytes(content.replace(b"n_train_", b"__dict__"))
-    with pytest.raises(StoreError, match="it sets '__dict__'"):
-        sf.Simulator.load(path)
+    about, arrays = sf.AdditiveSimulator().fit(runs)._state()
+    crafted = json.dumps(about).replace("n_train_", "__dict__")
+    for text, said in ((crafted, "it sets '__dict__'"), ('{"simulator": ' + "[" * 100_000, "damaged or no simulator")):
+        signed = {"simfluence": text, "sha256": _checksum(text, arrays)}
+        path.write_bytes(safetensors.numpy.save(arrays, signed))
+        with pytest.raises(StoreError, match=said):
+            sf.Simulator.load(path)
 
 
 def test_mean_trajectory_is_the_mean_and_is_held(runs):

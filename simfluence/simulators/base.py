@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -100,7 +101,8 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         """
         self._check_fitted()
         about, arrays = self._state()
-        content = {"simfluence": json.dumps(about | {"library": __version__})}
+        text = json.dumps(about | {"library": __version__})
+        content = {"simfluence": text, "sha256": _checksum(text, arrays)}
         write_whole(Path(path), safetensors.numpy.save(arrays, content))
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -127,12 +129,17 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         """
         try:
             with safetensors.safe_open(path, "np") as file:
-                about = json.loads((file.metadata() or {})["simfluence"])
+                metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata["sha256"] != _checksum(metadata["simfluence"], arrays):
+                raise ValueError("its checksum does not hold")
+            about = json.loads(metadata["simfluence"])
             simulator = _restored(about, arrays)
         except FileNotFoundError:
             raise StoreError(f"no simulator at {path}") from None
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (
+            safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError
+        ) as error:  # fmt: skip
             raise StoreError(f"{path} is damaged or no simulator: {error}") from None
         if not isinstance(simulator, cls):
             raise StoreError(f"{path} holds a simulator {simulator.name!r}, not one of {cls.__name__}")
@@ -187,6 +194,13 @@ def usable(runs: Runs, purpose: str) -> Runs:
     if len({run.recipe for run in kept}) > 1:
         raise InvalidInput(f"cannot {purpose} runs of several recipes together: load(recipe=…) chooses one")
     return kept
+
+
+def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Simulator:

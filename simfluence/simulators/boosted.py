@@ -20,6 +20,7 @@ from simfluence.simulators.surrogates import KERNELS, Batches, Kernel, Sides, be
 _PACES = (0.5, 1.0, 2.0)
 _RIDGE = 1e-3  # relative to each deviation's own mean square
 _FIT_ROWS = 200_000  # of (run, step, test example) that trees are grown on
+_MOST_LEAVES = 131_072  # LightGBM's own limit
 _CHUNK_ENTRIES = 1_000_000  # of [runs, steps, test] that are simulated at a time
 _LARGEST = 1e6  # a surrogate that overflows says as much as one that is very wrong
 
@@ -37,7 +38,8 @@ class BoostedSimulator(Simulator):
     what it leaves. A forecast at t is made from the curriculum up to t alone, never from a forecast at t − 1, so that
     errors cannot feed on themselves. For the same reason losses may have been recorded with gaps.
 
-    Beyond the longest fitting run, m and s̄ are held at their ends while the surrogates go on learning.
+    Beyond the longest fitting run, m and s̄ are held at their ends while the surrogates go on learning at the last
+    learning rate.
     Needs examples with features and targets; no gradient, and no model.
 
     Args:
@@ -89,10 +91,14 @@ class BoostedSimulator(Simulator):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
-        if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate <= 1:
+        if self.leaves > _MOST_LEAVES:
+            raise InvalidInput(f"leaves can be {_MOST_LEAVES} at most, got {self.leaves}")
+        number = isinstance(self.learning_rate, int | float) and not isinstance(self.learning_rate, bool)
+        if not number or not 0 < self.learning_rate <= 1:
             raise InvalidInput(f"learning_rate must be above 0 and at most 1, got {self.learning_rate!r}")
 
     def _fit(self, runs: Runs) -> None:
+        runs = Runs(sorted(runs, key=lambda run: run.id))  # their order is to make no difference
         sides = Sides.of(runs.train, runs.test, "the boosted simulator")
         self._keep(sides)
         self.schedule_ = _relative_rates(runs)
@@ -150,16 +156,19 @@ class BoostedSimulator(Simulator):
         """Trees that predict ``missing`` where it is known, from every few rows if there are many."""
         if self.rounds == 0:
             return ""
-        stride = max(1, missing.size // _FIT_ROWS)
-        chosen = np.add.outer(np.arange(missing.shape[0]), np.arange(missing.shape[1])) % stride == 0
-        chosen &= ~np.isnan(missing).any(axis=2)
+        known = np.argwhere(~np.isnan(missing).any(axis=2))  # [k, run and time]
+        if not len(known):
+            raise InvalidInput("no loss after time 0 was read in any of these runs: record with Observe(every=…)")
+        count = min(len(known), max(1, _FIT_ROWS // missing.shape[2]))
+        rng = np.random.default_rng(self.seed)
+        run, time = known[np.sort(rng.choice(len(known), count, replace=False))].T
         parameters = {
             "objective": "l2", "learning_rate": self.learning_rate, "num_leaves": self.leaves,
             "min_data_in_leaf": self.min_rows, "feature_fraction": 0.7, "bagging_fraction": 0.5, "bagging_freq": 1,
             "seed": self.seed, "deterministic": True, "force_row_wise": True, "verbose": -1,
             "num_threads": 1,
         }  # fmt: skip
-        rows = lightgbm.Dataset(self._rows(said[chosen], np.nonzero(chosen)[1]), missing[chosen].ravel())
+        rows = lightgbm.Dataset(self._rows(said[run, time], time), missing[run, time].ravel())
         return lightgbm.train(parameters, rows, self.rounds).model_to_string()
 
     def _keep(self, sides: Sides) -> None:

@@ -88,8 +88,9 @@ class ConformalSimulator(Simulator):
         if self.simulator is not None and not isinstance(self.simulator, Simulator):
             raise InvalidInput(f"simulator must be a Simulator, such as LinearSimulator(l2=10), got {self.simulator!r}")
         for name, least in (("members", 2), ("folds", 2), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInput(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
 
     def _fit(self, runs: Runs) -> None:
         if len(runs) < self.folds:
@@ -104,15 +105,22 @@ class ConformalSimulator(Simulator):
             self.fitted_ = [self._base().fit(part) for part in parts]
             squares = self._residuals(runs, rng) ** 2  # [runs, times, test]
         known = ~np.isnan(squares)
+        read = np.flatnonzero(known.any(axis=(0, 2)))  # where none was, a straight line joins what is around
+        squares, known = squares[:, read], known[:, read]
         sums = np.nansum(squares, axis=0)
         borrowed = _BORROWED * np.median(sums / np.maximum(known.sum(0), 1), axis=1, keepdims=True)
-        self.variance_ = (borrowed + sums) / (_BORROWED + known.sum(0))
+        variance = (borrowed + sums) / (_BORROWED + known.sum(0))
         without = (borrowed + sums - squares) / (_BORROWED + known.sum(0) - 1)  # each run
         spread = self._spread(runs.curricula, runs.initial_losses)
-        scale = np.sqrt(without + spread)
+        scale = np.sqrt(without + spread[:, read])
         scores = np.divide(np.sqrt(squares), scale, out=np.zeros_like(scale), where=scale > 0)
         scores[~known] = np.nan
-        self.quantiles_ = np.nanquantile(scores, _LEVELS, axis=(0, 2)).T
+        times = np.arange(runs.losses.shape[1])
+        quantiles = np.nanquantile(scores, _LEVELS, axis=(0, 2)).T
+        self.variance_, self.quantiles_ = (
+            np.stack([np.interp(times, read, column) for column in values.T], axis=1)
+            for values in (variance, quantiles)
+        )
 
     def _base(self) -> Simulator:
         return LinearSimulator(around="mean") if self.simulator is None else sklearn.base.clone(self.simulator)

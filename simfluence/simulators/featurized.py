@@ -124,6 +124,7 @@ class FeaturizedSimulator(Simulator):
         both = np.concatenate([targets, np.asarray(test.targets)])
         self.classes_ = np.unique(both) if whole else np.empty(0)
         flat = targets.reshape(len(targets), -1)
+        self.target_shape_ = list(targets.shape[1:])
         self.target_scale_ = np.ones(1) if whole else np.maximum(np.abs(flat).max(0), 1e-300)
 
     def _described(self, examples: Examples, side: str) -> np.ndarray:
@@ -132,6 +133,8 @@ class FeaturizedSimulator(Simulator):
             raise InvalidInput(f"the {side} examples have no features or targets: Examples(ids, features=…, targets=…)")
         if examples.features.shape[1] != len(self.centre_):
             raise InvalidInput(f"{side} features have {examples.features.shape[1]} columns, not {len(self.centre_)}")
+        if list(examples.targets.shape[1:]) != self.target_shape_:
+            raise InvalidInput(f"{side} targets have shape {examples.targets.shape}, not [n, *{self.target_shape_}]")
         components = (examples.features - self.centre_) @ self.directions_
         targets = examples.targets.reshape(len(examples), -1)
         if len(self.classes_):

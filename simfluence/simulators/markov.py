@@ -108,6 +108,7 @@ class MarkovSimulator(Simulator):
         """
         self._check_fitted()
         initial = self._check_initial([curriculum], initial_losses)[0]
+        self._warn_of_unseen([curriculum])
         return self._kept().leave_one_out(curriculum, initial)
 
     @classmethod
@@ -230,13 +231,15 @@ class MarkovSimulator(Simulator):
 
     def _best_l2(self, runs: Runs) -> np.ndarray:
         """For each test example, that of ``L2_PATH`` whose rollouts of held-out runs are best, ``[test]``."""
-        folds = min(_FOLDS, len(runs))
+        ids = list(dict.fromkeys(runs.ids))  # a run that is there twice, as in a bootstrap, is left out as one
+        folds = min(_FOLDS, len(ids))
         if folds < 2:
             raise InvalidInput("l2='auto' is chosen on runs left out of the fit: give 2 runs or more, or a number")
         errors = np.zeros((len(L2_PATH), runs.n_test))
         for fold in range(folds):
-            held = Runs(run for index, run in enumerate(runs) if index % folds == fold)
-            part = Runs(run for index, run in enumerate(runs) if index % folds != fold)
+            left_out = set(ids[fold::folds])
+            held = Runs(run for run in runs if run.id in left_out)
+            part = Runs(run for run in runs if run.id not in left_out)
             errors += sklearn.base.clone(self)._path_errors(part, held)
         return np.array(L2_PATH)[np.argmin(errors, axis=0)]
 
@@ -255,6 +258,10 @@ class MarkovSimulator(Simulator):
         return np.nan_to_num(errors, nan=np.inf)
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        self._warn_of_unseen(curricula)
+        return self._kept().simulate(curricula, initial)
+
+    def _warn_of_unseen(self, curricula: Sequence[Curriculum]) -> None:
         shown = np.zeros(self.n_train_, bool)
         shown[np.concatenate([curriculum.indices for curriculum in curricula])] = True
         if unseen := int((shown & ~self.seen_).sum()):
@@ -262,9 +269,8 @@ class MarkovSimulator(Simulator):
                 f"{unseen} training examples of these curricula are in no run that the {self.name} simulator was "
                 "fitted on: their effects are the prior's",
                 UnseenWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-        return self._kept().simulate(curricula, initial)
 
 
 class AdditiveSimulator(MarkovSimulator):

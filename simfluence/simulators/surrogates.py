@@ -65,6 +65,12 @@ class Sides:
                 f"train and test features or targets differ in width: {features[0].shape} and {features[1].shape}, "
                 f"{targets[0].shape} and {targets[1].shape}"
             )
+        whole = [side.dtype.kind in "iub" for side in targets]
+        if whole[0] != whole[1]:
+            raise InvalidInput(
+                f"train targets are {targets[0].dtype} and test targets {targets[1].dtype}: give whole numbers on both "
+                "sides for classes, or decimal ones on both"
+            )
         scale = np.sqrt((features[0] ** 2).sum(1).mean()) or 1.0
         classes = targets[0].ndim == 1 and targets[0].dtype.kind in "iub"
         wide = _one_hot(targets) if classes else [t.reshape(len(t), -1).astype(np.float64) for t in targets]
