@@ -13,6 +13,7 @@ import simfluence as sf
 from simfluence import evaluation as ev
 from simfluence.errors import InvalidInput
 from simfluence.simulators.surrogates import SPEEDS, Batches, Kernel, Sides, best_speed, surrogate_losses
+from simfluence.tuning import search
 
 RNG = np.random.default_rng(0)
 X, Z = RNG.normal(size=(10, 4)), RNG.normal(size=(6, 4))
@@ -180,3 +181,12 @@ def test_targets_of_two_kinds(runs):
     mixed = runs.test.with_features(runs.test.features, runs.test.targets + 0.5)
     with pytest.raises(InvalidInput, match="give whole numbers on both sides"):
         sf.BoostedSimulator().fit(runs.with_examples(test=mixed))
+
+
+def test_other_features_are_another_search(runs, tmp_path):
+    options = {"trials": 1, "folds": 3, "fixed": {"rounds": 0}, "storage": tmp_path / "memory.sqlite"}
+    first = search("boosted", runs, **options)
+    other = runs.with_examples(runs.train.with_features(runs.train.features[::-1]))
+    again = search("boosted", other, **options)
+    assert again.skill != first.skill
+    assert again.skill == search("boosted", other, **{**options, "storage": None}).skill

@@ -400,12 +400,3 @@ def test_digits_are_tuned_around_the_mean():
     tuned = sf.tune("linear", fit, trials=20, seed=0)
     assert tuned.around == "mean"
     assert sf.evaluate({"tuned": tuned}, held, fit, metrics=["skill"]).loc["tuned", "skill"] >= 0.6
-
-
-def test_other_features_are_another_search(runs, tmp_path):
-    options = {"trials": 1, "folds": 3, "fixed": {"rounds": 0}, "storage": tmp_path / "memory.sqlite"}
-    first = search("boosted", runs, **options)
-    other = runs.with_examples(runs.train.with_features(runs.train.features[::-1]))
-    again = search("boosted", other, **options)
-    assert again.skill != first.skill
-    assert again.skill == search("boosted", other, **{**options, "storage": None}).skill
