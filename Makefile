@@ -35,6 +35,7 @@ bench: $(READY)  ## every claim of speed, measured here
 	$(BIN)/python benchmarks/fit.py --large
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/leave_one_out.py
+	$(BIN)/python benchmarks/unseen_examples.py
 
 table: $(READY)  ## how good each simulator is on the recorded runs; goes on where it stopped
 	$(BIN)/python benchmarks/table.py

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from simfluence import simulators, tasks
 from simfluence.demo import run_demo
@@ -22,6 +19,7 @@ from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.evaluation import METRICS
 from simfluence.evaluation import evaluate as evaluate_simulators
 from simfluence.learning import learning_curve as curve
+from simfluence.printing import cell, print_json, print_table, readable, records
 from simfluence.recording import estimate
 from simfluence.recording import record as record_runs
 from simfluence.runs import Run, Runs
@@ -59,13 +57,13 @@ def demo(
     found = run_demo(folder)
     if as_json:
         parts = {"store": str(found.store.path), "picture": str(found.picture), "edit": str(found.edit)}
-        _print_json(parts | {"evaluation": _records(found.table), "what_if": _records(found.answers)})
+        print_json(parts | {"evaluation": records(found.table), "what_if": records(found.answers)})
         return
     print(f"Recorded runs of the digits task: {found.store.path}")
-    _print_table(
-        _readable(found.table), "Forecasts of 8 unseen runs, from 24 recorded ones (skill 0: the mean trajectory)"
+    print_table(
+        readable(found.table), "Forecasts of 8 unseen runs, from 24 recorded ones (skill 0: the mean trajectory)"
     )
-    _print_table(found.answers, f"What if we {found.edit}? Change of the final loss, predicted and retrained")
+    print_table(found.answers, f"What if we {found.edit}? Change of the final loss, predicted and retrained")
     print(f"Simulated and real trajectories: {found.picture}")
 
 
@@ -90,7 +88,7 @@ def record(
     observe = wanted.observe.replace(**{name: value for name, value in asked.items() if value is not None})
     if dry_run:
         found = estimate(built, wanted.recipe, curricula, store, observe=observe, engine=engine, device=device)
-        _print_json(dataclasses.asdict(found)) if as_json else print(found)
+        print_json(dataclasses.asdict(found)) if as_json else print(found)
         return
     try:
         runs = record_runs(built, wanted.recipe, curricula, store, observe=observe, engine=engine, device=device)
@@ -100,7 +98,7 @@ def record(
         raise typer.Exit(130) from None
     diverged = sum(run.diverged for run in runs)
     if as_json:
-        _print_json({"store": str(store), "runs": len(runs), "diverged": diverged})
+        print_json({"store": str(store), "runs": len(runs), "diverged": diverged})
     else:
         print(f"{len(runs)} runs in {store} ({diverged} diverged)")
 
@@ -149,10 +147,10 @@ def evaluate(
         tables[store] = evaluate_simulators(chosen, held, part, metrics=metric or METRICS)
     table = pd.concat(tables, names=["store"]) if len(tables) > 1 else tables[str(stores[0])]
     if as_json:
-        _print_json(_records(table))
+        print_json(records(table))
     else:
         about = (f"{store}: {len(held)} held-out runs, {len(part)} to fit on" for store, (part, held) in splits.items())
-        _print_table(_readable(table), "\n".join(about))
+        print_table(readable(table), "\n".join(about))
 
 
 @app.command()
@@ -185,10 +183,10 @@ def tune(
     table = evaluate_simulators({found.name: fitted}, held, part)
     if as_json:
         chosen = {"simulator": found.name, "parameters": found.parameters, "skill": found.skill, "out": str(out)}
-        _print_json(chosen | {"held_out": _records(table)[0], "trials": _records(found.trials)})
+        print_json(chosen | {"held_out": records(table)[0], "trials": records(found.trials)})
     else:
         _print_search(found)
-        _print_table(_readable(table), f"{store}: {len(held)} held-out runs, which took no part in that")
+        print_table(readable(table), f"{store}: {len(held)} held-out runs, which took no part in that")
         print(f"{fitted} fitted on {len(part)} runs: {out}")
 
 
@@ -206,9 +204,9 @@ def learning_curve(
     chosen = simulators.build(simulator, **_parsed(parameters))
     table = curve(chosen, RunStore(store).load(), held_out=held_out, repeats=repeats, seed=seed)
     if as_json:
-        _print_json(table.to_dict("records"))
+        print_json(table.to_dict("records"))
     else:
-        _print_table(_readable(table.set_index("runs")), f"{store}: {chosen} by number of fitting runs")
+        print_table(readable(table.set_index("runs")), f"{store}: {chosen} by number of fitting runs")
 
 
 @app.command("what-if")
@@ -240,7 +238,7 @@ def what_if(
     if out:
         (verified or forecast).frame.to_parquet(out, index=False)
     if as_json:
-        _print_json(_answer(forecast, verified))
+        print_json(_answer(forecast, verified))
     else:
         _print_answer(forecast, verified)
 
@@ -252,10 +250,10 @@ def runs_ls(store: StorePath, as_json: AsJson = False) -> None:
     info = opened.info
     rows = [_row(opened.read(run_id)) for run_id in opened.ids()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         title = f"{store}: task {info.name}, {info.n_train} training and {info.n_test} test examples, {len(rows)} runs"
-        _print_table(pd.DataFrame(rows).set_index("run") if rows else pd.DataFrame(), title)
+        print_table(pd.DataFrame(rows).set_index("run") if rows else pd.DataFrame(), title)
 
 
 @runs_app.command("show")
@@ -268,7 +266,7 @@ def runs_show(
     shown = _row(found) | {"recipe": recipe, "checkpoints": sorted(found.checkpoints)}
     if as_json:
         mean = [float(value) for value in found.losses.mean(1)]
-        _print_json(shown | {"mean_losses": mean, "curriculum": found.curriculum.tolist()})
+        print_json(shown | {"mean_losses": mean, "curriculum": found.curriculum.tolist()})
     else:
         for name, value in shown.items():
             print(f"{name:>14}  {value}")
@@ -378,12 +376,12 @@ def _answer(forecast: Forecast, verified: Verification | None) -> dict[str, Any]
 
 
 def _print_search(found: Search) -> None:
-    chosen = ", ".join(f"{name}={_cell(value)}" for name, value in found.parameters.items())
+    chosen = ", ".join(f"{name}={cell(value)}" for name, value in found.parameters.items())
     print(f"Best of {len(found.trials)} candidates: {found.name} with {chosen or 'no parameters'}")
-    print(f"Cross-validated skill {_cell(found.skill)}")
+    print(f"Cross-validated skill {cell(found.skill)}")
     complete = found.trials[found.trials["folds"] == found.trials["folds"].max()]
     best = complete.sort_values("skill", ascending=False, kind="stable").head(10)
-    _print_table(best.drop(columns=["folds", "problem"]), "The best that were tried")
+    print_table(best.drop(columns=["folds", "problem"]), "The best that were tried")
 
 
 def _print_answer(forecast: Forecast, verified: Verification | None) -> None:
@@ -394,61 +392,7 @@ def _print_answer(forecast: Forecast, verified: Verification | None) -> None:
         change = change.join(forecast.run.test.table)
     largest = change["predicted"].abs().sort_values(ascending=False).index[:10]
     print(forecast)
-    _print_table(change.loc[largest], "Largest changes of the final loss")
+    print_table(change.loc[largest], "Largest changes of the final loss")
     if verified:
         print(f"Retrained: mean final loss {verified.actual[-1].mean():.3f} (was {forecast.run.losses[-1].mean():.3f})")
         print(f"Delta correlation {verified.delta_correlation:.3f}, final-loss MSE {verified.final_mse:.4g}")
-
-
-def _readable(table: pd.DataFrame) -> pd.DataFrame:
-    """An evaluation table with each metric and its spread in one column."""
-    columns = {}
-    for name in table.columns:
-        if f"{name}_sd" in table:
-            columns[name] = [f"{_cell(a)} ± {_cell(b)}" for a, b in table[[name, f"{name}_sd"]].to_numpy()]
-        elif f"{name}_low" in table:
-            rows = table[[name, f"{name}_low", f"{name}_high"]].to_numpy()
-            columns[name] = ["–" if math.isnan(v) else f"{_cell(v)} [{_cell(a)}, {_cell(b)}]" for v, a, b in rows]
-        elif not name.endswith(("_sd", "_low", "_high")):
-            columns[name] = table[name].tolist()
-    return pd.DataFrame(columns, index=table.index)
-
-
-def _print_table(table: pd.DataFrame, title: str) -> None:
-    shown = Table()
-    for name in table.index.names:
-        shown.add_column(str(name or ""))
-    for name in table.columns:
-        shown.add_column(str(name).replace("_", " "), justify="right")
-    for index, *values in table.itertuples():
-        keys = index if isinstance(index, tuple) else (index,)
-        shown.add_row(*map(str, keys), *(_cell(value) for value in values))
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)  # a pipe has no width to keep to
-    console.print(f"\n{title}", highlight=False)
-    console.print(shown)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
-    return str(value)
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in row.items()} for row in table.reset_index().to_dict("records")]
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(_plain(content), indent=2))
-
-
-def _plain(content: Any) -> Any:
-    """What JSON can say: NaN and infinities become null, NumPy's numbers plain ones."""
-    if isinstance(content, dict):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    if hasattr(content, "item"):
-        content = content.item()
-    return None if isinstance(content, float) and not math.isfinite(content) else content

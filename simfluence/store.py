@@ -88,8 +88,10 @@ class RunStore:
     def _complete(self, task: Task) -> None:
         """Write down the features and targets that a store made before lacks."""
         for side, here, given in zip(("train", "test"), self._sides(), (task.train, task.test), strict=True):
-            if (here.features is None) > (given.features is None) or (here.targets is None) > (given.targets is None):
-                self._write_examples(side, given)
+            features = given.features if here.features is None else here.features
+            targets = given.targets if here.targets is None else here.targets
+            if features is not here.features or targets is not here.targets:
+                self._write_examples(side, here.with_features(features, targets))
 
     def _write_examples(self, side: str, examples: Examples) -> None:
         try:

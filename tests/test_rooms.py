@@ -30,7 +30,7 @@ FLOORS = [
     ["tasks", "recording"],
     ["simulators"],
     ["evaluation", "tuning", "learning", "whatif", "specs"],
-    ["plots", "demo", "cli", "__main__", "__init__"],
+    ["plots", "printing", "demo", "cli", "__main__", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -153,7 +153,7 @@ class BoostedSimulator(Simulator):
         return columns.reshape(-1, columns.shape[2])
 
     def _grow(self, said: np.ndarray, missing: np.ndarray) -> str:
-        """Trees that predict ``missing`` where it is known, from every few rows if there are many."""
+        """Trees that predict ``missing`` where it is known, on a random sample if there are many rows."""
         if self.rounds == 0:
             return ""
         known = np.argwhere(~np.isnan(missing).any(axis=2))  # [k, run and time]

@@ -110,7 +110,7 @@ class ConformalSimulator(Simulator):
         sums = np.nansum(squares, axis=0)
         borrowed = _BORROWED * np.median(sums / np.maximum(known.sum(0), 1), axis=1, keepdims=True)
         variance = (borrowed + sums) / (_BORROWED + known.sum(0))
-        without = (borrowed + sums - squares) / (_BORROWED + known.sum(0) - 1)  # each run
+        without = np.maximum(borrowed + sums - squares, 0.0) / (_BORROWED + known.sum(0) - 1)  # each run
         spread = self._spread(runs.curricula, runs.initial_losses)
         scale = np.sqrt(without + spread[:, read])
         scores = np.divide(np.sqrt(squares), scale, out=np.zeros_like(scale), where=scale > 0)

@@ -158,11 +158,10 @@ class FeaturizedSimulator(Simulator):
         wanted = after - torch.as_tensor(self.mean_[rows.times + 1]) - deviation
         batch_h = torch.as_tensor(rows.weights @ (self.train_h_ - self.usual_h_))  # [rows, h]
         multipliers = [before, torch.ones_like(before), before * share, share.expand_as(before)]
-        free = torch.linalg.qr(torch.stack([deviation.ravel(), (deviation * share).ravel()], 1)).Q
-        problem = _Bilinear(batch_h, torch.as_tensor(self.test_h_), multipliers, free)
+        columns = torch.stack([deviation.ravel(), (deviation * share).ravel()], 1)
+        problem = _Bilinear(batch_h, torch.as_tensor(self.test_h_), multipliers, torch.linalg.qr(columns).Q)
         W = problem.solved(wanted, float(self.l2))
         left = wanted - problem.predicted(W)
-        columns = torch.stack([deviation.ravel(), (deviation * share).ravel()], 1)
         self.W_ = W.numpy()
         self.lasting_ = torch.linalg.lstsq(columns, left.ravel()[:, None]).solution[:, 0].numpy()
 

@@ -1,0 +1,69 @@
+"""Tables on a terminal and JSON for programs: how the command line shows what it found."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """An evaluation table with each metric and its spread in one column."""
+    columns = {}
+    for name in table.columns:
+        if f"{name}_sd" in table:
+            columns[name] = [f"{cell(a)} ± {cell(b)}" for a, b in table[[name, f"{name}_sd"]].to_numpy()]
+        elif f"{name}_low" in table:
+            rows = table[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+            columns[name] = ["–" if math.isnan(v) else f"{cell(v)} [{cell(a)}, {cell(b)}]" for v, a, b in rows]
+        elif not name.endswith(("_sd", "_low", "_high")):
+            columns[name] = table[name].tolist()
+    return pd.DataFrame(columns, index=table.index)
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    """The table under its title, as wide as the terminal is."""
+    shown = Table()
+    for name in table.index.names:
+        shown.add_column(str(name or ""))
+    for name in table.columns:
+        shown.add_column(str(name).replace("_", " "), justify="right")
+    for index, *values in table.itertuples():
+        keys = index if isinstance(index, tuple) else (index,)
+        shown.add_row(*map(str, keys), *(cell(value) for value in values))
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)  # a pipe has no width to keep to
+    console.print(f"\n{title}", highlight=False)
+    console.print(shown)
+
+
+def cell(value: Any) -> str:
+    """A number with three decimals, or three figures where it is large; "–" where there is none."""
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The table as a list of rows, its index among the columns."""
+    return [{str(name): value for name, value in row.items()} for row in table.reset_index().to_dict("records")]
+
+
+def print_json(content: Any) -> None:
+    """``content`` as JSON; NaN and infinities become null."""
+    print(json.dumps(_plain(content), indent=2))
+
+
+def _plain(content: Any) -> Any:
+    """What JSON can say: NaN and infinities become null, NumPy's numbers plain ones."""
+    if isinstance(content, dict):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    if hasattr(content, "item"):
+        content = content.item()
+    return None if isinstance(content, float) and not math.isfinite(content) else content
