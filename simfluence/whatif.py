@@ -13,17 +13,14 @@ from jaxtyping import Float
 
 from simfluence._types import RunLosses
 from simfluence.curriculum import Curriculum
-from simfluence.edits import Edit, Remove, apply_all
+from simfluence.edits import Edit, apply_all
 from simfluence.errors import InvalidInput
 from simfluence.evaluation import delta_correlation
 from simfluence.recipe import Recipe
 from simfluence.recording import record
 from simfluence.runs import Run
 from simfluence.simulators import Simulator
-from simfluence.simulators.markov import MarkovSimulator
 from simfluence.task import Task
-
-_AT_ONCE = 50  # edited curricula simulated together
 
 PerTest = Float[np.ndarray, " test"]
 
@@ -173,15 +170,7 @@ def leave_one_out(simulator: Simulator, run: Run) -> Float[np.ndarray, "test tra
     >>> leave_one_out(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).round(2)
     array([[ 2. , -0.5]])
     """
-    if isinstance(simulator, MarkovSimulator):
-        return simulator.leave_one_out(run.curriculum, run.initial_losses).T
-    shown = np.unique(run.curriculum.indices)
-    base = simulator.simulate([run.curriculum], run.initial_losses)[0, -1]
-    changes = np.zeros((run.losses.shape[1], run.curriculum.n_train))
-    for some in np.array_split(shown, -(-len(shown) // _AT_ONCE)):
-        edited = [Remove([int(index)]).apply(run.curriculum) for index in some]
-        changes[:, some] = (simulator.simulate(edited, run.initial_losses)[:, -1] - base).T
-    return changes
+    return simulator.changes_without(run.curriculum, np.eye(run.curriculum.n_train, dtype=bool), run.initial_losses).T
 
 
 def _tidy(columns: dict[str, RunLosses]) -> pd.DataFrame:

@@ -15,15 +15,20 @@ import optuna
 import safetensors
 import safetensors.numpy
 import sklearn.base
+from jaxtyping import Bool, Float
 
 from simfluence._files import write_whole
+from simfluence._progress import bar
 from simfluence._types import Losses
 from simfluence._version import __version__
 from simfluence.curriculum import Curriculum
+from simfluence.edits import Remove
 from simfluence.errors import DivergedWarning, InvalidInput, NotFittedError, StoreError, did_you_mean
 from simfluence.runs import Runs
 
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
+_AT_ONCE = 50  # edited curricula that are simulated together
+
 SimulatorT = TypeVar("SimulatorT", bound="Simulator")
 
 
@@ -78,6 +83,42 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         for index, curriculum in enumerate(curricula):
             losses[index, len(curriculum) + 1 :] = np.nan
         return losses
+
+    def changes(
+        self, base: Curriculum, edited: Sequence[Curriculum], initial_losses: Any
+    ) -> Float[np.ndarray, "edited test"]:
+        """Change of the final losses from the ``base`` curriculum to each edited one.
+
+        Args:
+            base, edited: of the training examples that the simulator was fitted on.
+            initial_losses: before any update, ``[test]``.
+
+        Raises:
+            NotFittedError, InvalidInput: as ``simulate``.
+        """
+        self._check_fitted()
+        edited = list(edited)
+        initial = self._check_initial([base, *edited], initial_losses)[0]
+        return self._changes(base, edited, initial)
+
+    def changes_without(
+        self, base: Curriculum, groups: Bool[np.ndarray, "groups train"], initial_losses: Any
+    ) -> Float[np.ndarray, "groups test"]:
+        """Change of the final losses had each group of training examples never been shown; batches shrink.
+
+        Args:
+            base: of the training examples that the simulator was fitted on.
+            groups: who is in each group; one that the base does not show changes nothing.
+            initial_losses: before any update, ``[test]``.
+
+        Raises:
+            NotFittedError, InvalidInput: as ``simulate``; a group is all that the base shows.
+        """
+        self._check_fitted()
+        initial = self._check_initial([base], initial_losses)[0]
+        if (groups[:, np.unique(base.indices)]).all(axis=1).any():
+            raise InvalidInput("a group is all that the base shows: removing it would leave no example")
+        return self._changes_without(base, groups, initial)
 
     def with_parameters(self: SimulatorT, **parameters: object) -> SimulatorT:
         """Set parameters like ``set_params``, but checked at once.
@@ -151,6 +192,26 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
     @abstractmethod
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         """Losses ``[runs, longest + 1, test]``; what stands at time 0 and after a curriculum's end is ignored."""
+
+    def _changes(self, base: Curriculum, edited: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        """As ``changes``: by simulating them, some at a time."""
+        before = self.simulate([base], initial)[0, -1]
+        after = np.empty((len(edited), self.n_test_))
+        with bar("Simulating", len(edited), shown=len(edited) > _AT_ONCE) as advance:
+            for start in range(0, len(edited), _AT_ONCE):
+                some = edited[start : start + _AT_ONCE]
+                losses = self.simulate(some, initial)
+                after[start : start + len(some)] = losses[np.arange(len(some)), [len(each) for each in some]]
+                advance(len(some))
+        return after - before
+
+    def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
+        changes = np.zeros((len(groups), self.n_test_))
+        shown = np.flatnonzero(groups[:, np.unique(base.indices)].any(axis=1))
+        if len(shown):
+            edited = [Remove(np.flatnonzero(group)).apply(base) for group in groups[shown]]
+            changes[shown] = self._changes(base, edited, initial)
+        return changes
 
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""

@@ -144,5 +144,11 @@ class ConformalSimulator(Simulator):
             forecasts = [member.simulate(curricula, initial_losses) for member in self.fitted_[1:]]
         return np.var(forecasts, axis=0, ddof=1)
 
+    def _changes(self, base: Curriculum, edited: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        return self.fitted_[0].changes(base, edited, initial)
+
+    def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
+        return self.fitted_[0].changes_without(base, groups, initial)
+
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         return self.fitted_[0].simulate(curricula, initial)

@@ -8,7 +8,7 @@ longest fitting run that has gone by.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from simfluence.runs import Runs
 from simfluence.simulators.least_squares import sparse_tensor
 
 _ROLLOUT_ITERATIONS = 60
+_CHANGES_ENTRIES = 8_000_000  # of maps and batches that are held at a time, for as many test examples as that allows
 _CHUNK_ENTRIES = 400_000  # of [runs, steps, test] that are simulated at a time, to stay in the processor's caches
 
 
@@ -133,51 +134,158 @@ class Dynamics:
             history = rolled(alphas, beta, history, losses[start + 1 :])[::-1][: self.order]
         return losses.numpy().swapaxes(0, 1)
 
-    def leave_one_out(self, curriculum: Curriculum, initial: np.ndarray) -> np.ndarray:
-        """Change of the final losses had one training example never been shown, ``[train, test]``.
+    def changes(self, base: Curriculum, differences: Differences, initial: np.ndarray) -> np.ndarray:
+        """Change of the final losses under curricula that differ from ``base`` at some steps, ``[variants, test]``.
 
-        The effect of a removal is carried along with the base run: it grows by the base's own slopes, and at the
-        steps that showed the example by those of the smaller batch.
+        Exact, by composing affine maps: where a curriculum differs, the deviation from the base run follows from the
+        two batches; from there to the next such step, or the end, it is multiplied by the product of the base's maps,
+        which is put together from products over powers of two of steps.
         """
-        base = Steps.of([curriculum], self.batch_size)
-        alphas, beta = (part.squeeze(-2) for part in self.affine(base))  # [order, steps, test], [steps, test]
-        less, shown = _without_each(curriculum, self.batch_size)
-        other_alphas, other_beta = self.affine(less)  # [order, steps, shown, test], [steps, shown, test]
-        losses = [torch.as_tensor(initial.copy())] * self.order  # the last one first, each [test]
-        moved = [torch.zeros(curriculum.n_train, len(initial), dtype=torch.float64) for _ in range(self.order)]
-        for step in range(len(curriculum)):
-            following = beta[step] + sum(alpha[step] * loss for alpha, loss in zip(alphas, losses, strict=True))
-            rows = shown[step]
-            counterfactual = other_beta[step, : len(rows)] - following
-            for alpha, loss, each in zip(other_alphas, losses, moved, strict=True):
-                counterfactual += alpha[step, : len(rows)] * (loss + each[rows])
-            last = moved[-1].mul_(alphas[-1, step])  # the oldest makes room for the newest
-            for alpha, each in zip(alphas[:-1], moved[:-1], strict=True):
-                last.addcmul_(alpha[step], each)
-            last[rows] = counterfactual
-            moved, losses = [last, *moved[:-1]], [following, *losses[:-1]]
-        return moved[0].numpy()
+        changes = np.empty((differences.variants, len(initial)))
+        kept = int(np.log2(len(base)) + 1) * len(base) * self.order**2 + self.order * len(differences.steps)
+        for some in _blocks(len(initial), max(1, _CHANGES_ENTRIES // kept)):
+            changes[:, some] = self._of(some)._changes(base, differences, torch.as_tensor(initial[some].copy()))
+        return changes
+
+    def _of(self, some: slice) -> Dynamics:
+        """Of some of the test examples."""
+        mean = None if self.mean is None else self.mean[:, some]
+        lasting = None if self.lasting is None else self.lasting[:, some]
+        return dataclasses.replace(self, effects=self.effects[..., some], mean=mean, lasting=lasting)
+
+    def _changes(self, base: Curriculum, differences: Differences, initial: Tensor) -> np.ndarray:
+        alphas, beta = (part.squeeze(-2) for part in self.affine(Steps.of([base], self.batch_size)))
+        before = torch.stack(rolled(alphas, beta, [initial] * self.order))  # [order + steps, test]; time t at order−1+t
+        others, other_beta = (part.squeeze(-2) for part in self.affine(differences.as_steps(self.batch_size)))
+        maps = _Maps.of(alphas)
+        deviation = torch.zeros(differences.variants, self.order, len(initial), dtype=torch.float64)  # the last first
+        time = torch.zeros(differences.variants, dtype=torch.long)  # when that is
+        for entries in differences.rounds():
+            variants, steps = differences.variant[entries], differences.steps[entries]
+            known = maps.carry(deviation[variants], time[variants], steps)
+            counterfactual = other_beta[entries] - before[steps + self.order]
+            for lag in range(self.order):
+                counterfactual += others[lag, entries] * (before[steps + self.order - 1 - lag] + known[:, lag])
+            deviation[variants] = torch.cat([counterfactual[:, None], known[:, :-1]], dim=1)
+            time[variants] = steps + 1
+        return maps.carry(deviation, time, torch.full_like(time, len(base)))[:, 0].numpy()
 
 
-def _without_each(curriculum: Curriculum, batch_size: int) -> tuple[Steps, list[Tensor]]:
-    """Each step without each of its examples in turn, and which those are.
+@dataclass(frozen=True)
+class _Maps:
+    """Products of a run's affine maps, without their constants, over 1, 2, 4, … steps.
 
-    The steps have as many places side by side as the largest batch has examples; those not needed are empty.
+    Args:
+        products: ``[steps, order, order, test]`` of each power of two; at t the product of the maps from t on.
     """
-    shown = [np.unique(batch) for batch in curriculum]
-    width = max(len(examples) for examples in shown)
-    batches = [
-        batch[batch != examples[place]] if place < len(examples) else batch[:0]
-        for batch, examples in zip(curriculum, shown, strict=True)
-        for place in range(width)
-    ]
-    sizes = np.array([len(batch) for batch in batches])
-    weights = _weighted(
-        np.concatenate(batches), np.concatenate([[0], np.cumsum(sizes)]), curriculum.n_train, batch_size
-    )
-    updates = torch.as_tensor(sizes.reshape(len(curriculum), width) > 0)
-    steps = Steps(weights, torch.arange(len(curriculum)), updates, bool(updates.all()))
-    return steps, [torch.as_tensor(examples.astype(np.int64)) for examples in shown]
+
+    products: list[Tensor]
+
+    @classmethod
+    def of(cls, alphas: Tensor) -> _Maps:
+        order, steps, tests = alphas.shape
+        maps = torch.zeros(steps, order, order, tests, dtype=alphas.dtype)
+        maps[:, 0] = alphas.swapaxes(0, 1)
+        for lag in range(1, order):
+            maps[:, lag, lag - 1] = 1.0
+        products, length = [maps], 1
+        while 2 * length <= steps:
+            products.append(_composed(products[-1][length:], products[-1][:-length]))
+            length *= 2
+        return cls(products)
+
+    def carry(self, deviation: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """Deviations ``[rows, order, test]`` at the times ``start`` as they are at ``stop``."""
+        left, time = stop - start, start.clone()
+        for power, products in enumerate(self.products):
+            rows = torch.nonzero(left >> power & 1).squeeze(1)
+            if len(rows):
+                deviation[rows] = _composed(products[time[rows]], deviation[rows][:, :, None]).squeeze(2)
+                time[rows] += 1 << power
+        return deviation
+
+
+def _composed(later: Tensor, earlier: Tensor) -> Tensor:
+    """Matrix products over axes 1 and 2, ``[rows, order, k, test]``."""
+    if later.shape[1] == 1:
+        return later * earlier
+    return (later[:, :, :, None] * earlier[:, None]).sum(2)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Where variants of a base curriculum differ from it: a batch for each such step of each of them.
+
+    Args:
+        variants: how many there are.
+        variant, steps: of each batch, ``[batches]``, sorted by variant and then by step.
+        indices, offsets: the batches, laid end to end, and where each starts.
+        n_train: number of training examples.
+    """
+
+    variants: int
+    variant: Tensor
+    steps: Tensor
+    indices: np.ndarray
+    offsets: np.ndarray
+    n_train: int
+
+    @classmethod
+    def between(cls, base: Curriculum, edited: Sequence[Curriculum]) -> Differences:
+        """Of curricula with as many steps as the base."""
+        steps = [_differing(base, other) for other in edited]
+        batches = [other[step] for other, some in zip(edited, steps, strict=True) for step in some]
+        variant = np.repeat(np.arange(len(edited)), [len(some) for some in steps])
+        return cls._of(len(edited), variant, np.concatenate(steps), batches, base.n_train)
+
+    @classmethod
+    def without(cls, base: Curriculum, groups: np.ndarray) -> Differences:
+        """Of the base without each group of examples, ``[groups, train]`` of truth values; batches shrink."""
+        counts = base.counts.astype(bool).T.astype(np.int64)  # [train, steps]
+        variant, steps = (scipy.sparse.csr_array(groups.astype(np.int64)) @ counts).nonzero()
+        order = np.lexsort((steps, variant))
+        variant, steps = variant[order], steps[order]
+        sizes = base.sizes[steps]
+        starts = np.repeat(base.offsets[steps] - np.cumsum(sizes) + sizes, sizes)
+        indices = base.indices[starts + np.arange(len(starts))]
+        kept = ~groups[np.repeat(variant, sizes), indices]
+        ends = np.concatenate([[0], np.cumsum(kept)])[np.concatenate([[0], np.cumsum(sizes)])]
+        return cls(len(groups), torch.as_tensor(variant), torch.as_tensor(steps), indices[kept], ends, base.n_train)
+
+    @classmethod
+    def _of(
+        cls, variants: int, variant: np.ndarray, steps: np.ndarray, batches: list[np.ndarray], n_train: int
+    ) -> Differences:
+        offsets = np.cumsum([0, *(len(batch) for batch in batches)])
+        indices = np.concatenate([*batches, np.empty(0, np.int32)])
+        return cls(variants, torch.as_tensor(variant), torch.as_tensor(steps), indices, offsets, n_train)
+
+    def as_steps(self, batch_size: int) -> Steps:
+        """Each batch as a step of one run."""
+        weights = _weighted(self.indices, self.offsets, self.n_train, batch_size)
+        updates = torch.as_tensor(np.diff(self.offsets) > 0)[:, None]
+        return Steps(weights, self.steps, updates, bool(updates.all()))
+
+    def rounds(self) -> Iterator[Tensor]:
+        """Which batches are the first of their variant, then the second, and so on."""
+        counts = torch.bincount(self.variant, minlength=self.variants)
+        starts = counts.cumsum(0) - counts
+        for number in range(int(counts.max()) if len(counts) else 0):
+            yield starts[counts > number] + number
+
+
+def _differing(base: Curriculum, other: Curriculum) -> np.ndarray:
+    """The steps at which two curricula of equal length have other places (or the same in another order)."""
+    equal = base.sizes == other.sizes
+    mine, its = (each.indices[np.repeat(equal, each.sizes)] for each in (base, other))
+    step = np.repeat(np.flatnonzero(equal), base.sizes[equal])
+    differs = ~equal
+    differs[step[mine != its]] = True
+    return np.flatnonzero(differs)
+
+
+def _blocks(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _sum(one: Any, other: Any) -> Any:

@@ -40,7 +40,7 @@ from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import mean_trajectory
-from simfluence.simulators.dynamics import Dynamics, Steps, Term, free_terms, trained_on_rollouts
+from simfluence.simulators.dynamics import Differences, Dynamics, Steps, Term, free_terms, trained_on_rollouts
 from simfluence.simulators.least_squares import Columns, Lazy, Problem
 from simfluence.simulators.solver import free_coefficients, ridge, ridge_path
 from simfluence.simulators.transitions import Transitions, check_every_step, usual_batch_size
@@ -93,23 +93,6 @@ class MarkovSimulator(Simulator):
         self._check_fitted()
         alphas, beta = self._kept().affine(Steps.of(curricula, self.batch_size_))
         return alphas.numpy().swapaxes(1, 2), beta.numpy().swapaxes(0, 1)
-
-    def leave_one_out(self, curriculum: Curriculum, initial_losses: np.ndarray) -> Float[np.ndarray, "train test"]:
-        """Change of the final losses had one training example never been shown; batches shrink.
-
-        All at once, for about the cost of a simulation with as many runs as there are training examples.
-
-        Args:
-            curriculum: the base.
-            initial_losses: before any update, ``[test]``.
-
-        Raises:
-            NotFittedError, InvalidInput: as ``simulate``.
-        """
-        self._check_fitted()
-        initial = self._check_initial([curriculum], initial_losses)[0]
-        self._warn_of_unseen([curriculum])
-        return self._kept().leave_one_out(curriculum, initial)
 
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
@@ -260,6 +243,16 @@ class MarkovSimulator(Simulator):
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         self._warn_of_unseen(curricula)
         return self._kept().simulate(curricula, initial)
+
+    def _changes(self, base: Curriculum, edited: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        if any(len(curriculum) != len(base) for curriculum in edited):
+            return super()._changes(base, edited, initial)
+        self._warn_of_unseen([base, *edited])
+        return self._kept().changes(base, Differences.between(base, edited), initial)
+
+    def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
+        self._warn_of_unseen([base])
+        return self._kept().changes(base, Differences.without(base, groups), initial)
 
     def _warn_of_unseen(self, curricula: Sequence[Curriculum]) -> None:
         shown = np.zeros(self.n_train_, bool)
