@@ -6,13 +6,27 @@ task + recipe + curricula ──record──▶ runs ──fit──▶ simulato
 from simfluence import tasks
 from simfluence._version import __version__
 from simfluence.curriculum import Curriculum, random_curricula
-from simfluence.edits import Edit, Remove, Reorder, Repeat
+from simfluence.edits import (
+    Concatenate,
+    Edit,
+    Insert,
+    Keep,
+    Move,
+    Remove,
+    Reorder,
+    Repeat,
+    Shuffle,
+    Swap,
+    Truncate,
+)
+from simfluence.effects import leave_group_out, leave_one_out, move_each, rank_suspects, show_again
 from simfluence.errors import SimfluenceError
 from simfluence.evaluation import evaluate
 from simfluence.examples import Examples
 from simfluence.learning import learning_curve
 from simfluence.recipe import Recipe
 from simfluence.recording import Checkpoint, Observe, estimate, record
+from simfluence.removal import Removal, best_removal, forecast_removal, smallest_removal
 from simfluence.runs import Run, Runs
 from simfluence.simulators import (
     AdditiveSimulator,
@@ -28,41 +42,59 @@ from simfluence.simulators import (
 from simfluence.store import RunStore
 from simfluence.task import Task
 from simfluence.tuning import tune
-from simfluence.whatif import Forecast, Verification, leave_one_out, what_if
+from simfluence.verification import Verification, Verifications
+from simfluence.whatif import Forecast, Forecasts, what_if
 
 __all__ = [
     "AdditiveSimulator",
     "BoostedSimulator",
     "Checkpoint",
+    "Concatenate",
     "ConformalSimulator",
     "Curriculum",
     "Edit",
     "Examples",
     "FeaturizedSimulator",
     "Forecast",
+    "Forecasts",
+    "Insert",
+    "Keep",
     "LinearSimulator",
     "MeanTrajectorySimulator",
+    "Move",
     "MultiplicativeSimulator",
     "Observe",
     "PersistenceSimulator",
     "Recipe",
+    "Removal",
     "Remove",
     "Reorder",
     "Repeat",
     "Run",
     "RunStore",
     "Runs",
+    "Shuffle",
     "SimfluenceError",
     "Simulator",
+    "Swap",
     "Task",
+    "Truncate",
     "Verification",
+    "Verifications",
     "__version__",
+    "best_removal",
     "estimate",
     "evaluate",
+    "forecast_removal",
     "learning_curve",
+    "leave_group_out",
     "leave_one_out",
+    "move_each",
     "random_curricula",
+    "rank_suspects",
     "record",
+    "show_again",
+    "smallest_removal",
     "tasks",
     "tune",
     "what_if",

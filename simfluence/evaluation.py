@@ -76,6 +76,32 @@ def delta_correlation(predicted: Float[np.ndarray, " test"], actual: Float[np.nd
     return float(np.corrcoef(predicted, actual)[0, 1])
 
 
+def relative_error(predicted: Float[np.ndarray, "*changes"], actual: Float[np.ndarray, "*changes"]) -> float:
+    """Mean squared error of predicted changes, as a share of that of "nothing changes"; NaN where nothing does.
+
+    >>> relative_error(np.array([1.0, 0.0]), np.array([2.0, 0.0]))
+    0.25
+    """
+    size = float(np.mean(actual**2))
+    return float(np.mean((predicted - actual) ** 2)) / size if size > 0 else float("nan")
+
+
+def hit_rate(predicted: Float[np.ndarray, " test"], actual: Float[np.ndarray, " test"], k: int = 10) -> float:
+    """Of the ``k`` test examples that change most, the share among the ``k`` that were predicted to; NaN where nothing
+    changes, or nothing was predicted to."""
+    k = min(k, len(actual))
+    if not (actual.any() and predicted.any()):
+        return float("nan")
+    named, found = (set(np.argsort(-np.abs(changes), kind="stable")[:k]) for changes in (predicted, actual))
+    return len(named & found) / k
+
+
+def seed_share(changes: Float[np.ndarray, "*queries seeds test"]) -> float:
+    """Variance of retrained changes over seeds as a share of their mean square; NaN where nothing changes."""
+    size = float(np.mean(changes**2))
+    return float(np.var(changes, axis=-2, ddof=1).mean()) / size if size > 0 else float("nan")
+
+
 def evaluate(
     simulators: Mapping[str, Simulator],
     held: Runs,

@@ -3,11 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 import simfluence as sf
-from simfluence.edits import apply_all
+from simfluence.edits import FILLS, Edit, apply_all
 from simfluence.errors import FilterError, InvalidInput
 
 EXAMPLES = sf.Examples(list("abcdefghij"), pd.DataFrame({"label": np.arange(10) % 3}))
@@ -46,14 +47,148 @@ def test_reorder(curriculum, first, then):
     assert edited.sizes.tolist() == curriculum.sizes.tolist()
 
 
-@given(curricula, targets)
-def test_the_original_stays_and_indices_stay_in_range(curriculum, target):
+fills = st.sampled_from(FILLS)
+seeds = st.integers(0, 3)
+
+
+def build(kind, *parts):
+    return st.tuples(st.just(kind), *parts)
+
+
+arguments = st.one_of(  # built in the tests: the type checker draws at random, which strategies must not
+    build(sf.Remove, targets, fills, seeds),
+    build(sf.Keep, targets, fills, seeds),
+    build(sf.Repeat, targets, st.integers(1, 4), fills, seeds),
+    build(sf.Insert, targets, st.integers(-8, 8), fills, seeds),
+    build(sf.Move, targets, st.integers(-8, 8), st.sampled_from(FILLS[:2])),
+    build(sf.Reorder, targets, st.none() | targets),
+    build(sf.Swap, targets, targets),
+    build(sf.Shuffle, seeds),
+    build(sf.Truncate, st.integers(1, 9)),
+    build(sf.Concatenate, st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), min_size=1, max_size=3)),
+)
+
+
+def applied(edit, curriculum):
+    """None where the edit is refused."""
+    try:
+        return edit.apply(curriculum)
+    except InvalidInput:
+        return None
+
+
+def without(curriculum, target):
+    return [index for index in curriculum.indices.tolist() if index not in target]
+
+
+@given(curricula, st.lists(arguments, min_size=1, max_size=3))
+def test_any_edits(curriculum, several):
+    """The original stays, indices stay in range, and an edit does the same each time."""
     before = curriculum.tolist()
-    for edit in (sf.Repeat(target), sf.Reorder(target)):
-        edited = edit.apply(curriculum)
+    several = [kind(*parts) for kind, *parts in several]
+    edited: sf.Curriculum | None = curriculum
+    for edit in several:
+        edited = applied(edit, edited)
+        if edited is None:
+            return
         assert edited.n_train == 10
-        assert len(edited) == len(curriculum)
+        assert edited.indices.min() >= 0
+        assert edited.indices.max() < 10
     assert curriculum.tolist() == before
+    assert apply_all(several, curriculum) == edited
+
+
+@given(arguments)
+def test_edits_through_yaml_and_equality(parts):
+    edit = parts[0](*parts[1:])
+    again = Edit.from_dict(yaml.safe_load(yaml.safe_dump(edit.to_dict())))
+    assert again == edit
+    assert hash(again) == hash(edit)
+    assert str(again) == str(edit)
+    assert not str(edit).endswith(" ")
+
+
+@given(curricula, st.integers(0, 9), st.integers(0, 7))
+def test_remove_then_insert_gives_back_the_same_multiset(curriculum, index, at):
+    times = int((curriculum.indices == index).sum())
+    removed = applied(sf.Remove([index]), curriculum)
+    if removed is None or times == 0 or at >= len(curriculum):
+        return
+    for fill in ("shrink", "repack"):
+        inserted = sf.Insert([index] * times, at, fill).apply(removed)
+        assert sorted(inserted.indices) == sorted(curriculum.indices)
+        assert without(inserted, [index]) == without(curriculum, [index])
+        assert sf.Move([index], at, fill).apply(curriculum).indices.tolist() == inserted.indices.tolist()
+
+
+@given(curricula, targets, targets, st.integers(1, 3))
+def test_edits_of_disjoint_targets_commute(curriculum, one, other, times):
+    other = [index for index in other if index not in one]
+    if not other:
+        return
+    pairs = [(sf.Remove(one), sf.Repeat(other, times)), (sf.Repeat(one, 2), sf.Repeat(other, times))]
+    pairs += [(sf.Remove(one, fill), sf.Remove(other, fill)) for fill in ("shrink", "repack")]
+    for pair in pairs:
+        try:
+            assert apply_all(pair, curriculum).tolist() == apply_all(pair[::-1], curriculum).tolist()
+        except InvalidInput:
+            assert not without(curriculum, [*one, *other])
+
+
+@given(curricula, targets)
+def test_repack_keeps_the_order_of_the_rest(curriculum, target):
+    rest = without(curriculum, target)
+    usual = curriculum.sizes.tolist()
+    removed = applied(sf.Remove(target, "repack"), curriculum)
+    if removed is not None:
+        assert removed.indices.tolist() == rest
+        assert removed.sizes.tolist()[:-1] == usual[: len(removed) - 1]
+        assert 0 < removed.sizes[-1] <= usual[len(removed) - 1]
+    repeated = sf.Repeat(target, 3, "repack").apply(curriculum)
+    assert without(repeated, target) == rest
+    assert repeated.sizes.tolist()[: len(curriculum) - 1] == usual[:-1]
+    assert repeated.sizes[:-1].max(initial=1) <= max(usual)
+
+
+@given(curricula, targets, seeds)
+def test_resample_keeps_every_batch_as_large(curriculum, target, seed):
+    removed = applied(sf.Remove(target, "resample", seed), curriculum)
+    rest = without(curriculum, target)
+    assert (removed is None) == (not rest)
+    if removed is not None:
+        assert removed.sizes.tolist() == curriculum.sizes.tolist()
+        stayed = ~np.isin(curriculum.indices, target)
+        assert removed.indices[stayed].tolist() == rest
+        filled = np.bincount(removed.indices[~stayed], minlength=10)[np.unique(rest)]
+        assert np.ptp(filled) <= 1  # in passes over what remains
+        assert sf.Keep([i for i in range(10) if i not in target], "resample", seed).apply(curriculum) == removed
+    repeated = applied(sf.Repeat(target, 2, "resample", seed), curriculum)
+    marked = int(np.isin(curriculum.indices, target).sum())
+    assert (repeated is None) == (marked > len(rest))
+    if repeated is not None:
+        assert repeated.sizes.tolist() == curriculum.sizes.tolist()
+        assert int(np.isin(repeated.indices, target).sum()) == 2 * marked
+
+
+def test_places_in_the_place_of_others():
+    curriculum = sf.Curriculum([[0, 1], [2, 3]], n_train=10)
+    inserted = sf.Insert([7, 8], 1, "resample").apply(curriculum).tolist()
+    assert [inserted[0], sorted(inserted[1])] == [[0, 1], [7, 8]]
+    assert sf.Keep("label == 0", "resample").apply(curriculum, EXAMPLES).counts.toarray()[:, 1:3].sum() == 0
+    seeds = {str(sf.Remove([0], "resample", seed).apply(curriculum).tolist()) for seed in range(9)}
+    assert len(seeds) == 3  # 1, 2 or 3 in its place
+
+
+def test_swap_shuffle_truncate_concatenate():
+    curriculum = sf.Curriculum([[0, 1, 2], [], [3, 0]], n_train=10)
+    assert sf.Swap([0, 1, 2], by=[8, 9]).apply(curriculum).tolist() == [[8, 9, 8], [], [3, 8]]
+    shuffled = sf.Shuffle(4).apply(curriculum)
+    assert shuffled != curriculum
+    assert sorted(shuffled.indices) == sorted(curriculum.indices)
+    assert shuffled.sizes.tolist() == curriculum.sizes.tolist()
+    assert sf.Truncate(2).apply(curriculum).tolist() == [[0, 1, 2], []]
+    assert sf.Concatenate([[5], [6, 7]]).apply(curriculum).tolist() == [[0, 1, 2], [], [3, 0], [5], [6, 7]]
+    assert sf.Concatenate(curriculum) == sf.Concatenate(curriculum.tolist())
 
 
 def test_targets_by_filter_id_and_index():
@@ -75,6 +210,16 @@ def test_sentences():
         str(sf.Reorder("label < 5", "label >= 5"))
         == "show examples where label < 5 first, then examples where label >= 5"
     )
+    assert str(sf.Remove([3], "repack")) == "remove examples 3 (1), and cut the stream anew"
+    filled = "keep only examples a (1), filling their places from the rest (seed 2)"
+    assert str(sf.Keep(["a"], "resample", 2)) == filled
+    assert (
+        str(sf.Repeat([1], 3, "resample")) == "show examples 1 (1) 3 times as often, in the places of others (seed 0)"
+    )
+    assert str(sf.Insert([1], -1)) == "show examples 1 (1) once more in the last batch"
+    assert str(sf.Move("label == 1", 4)) == "move examples where label == 1 to batch 4"
+    assert str(sf.Swap([1], [2])) == "swap examples 1 (1) for examples 2 (1)"
+    assert str(sf.Truncate(5)) == "stop after 5 steps"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +231,16 @@ def test_sentences():
         (sf.Remove("label == 7"), "matches none"),
         (sf.Remove("lable == 1"), "did you mean 'label'"),
         (sf.Remove(list(range(10))), "would leave no example"),
+        (sf.Keep([7]), "would leave no example"),
         (sf.Reorder([0], [0, 1]), "example 0 is in both targets"),
+        (sf.Swap([0, 1], [1]), "example 1 is in both targets"),
+        (sf.Insert([5], 1), "batches go from 0 to 0"),
+        (sf.Insert([5], -2), "batches go from 0 to 0"),
+        (sf.Insert([5, 6, 7, 8], 0, "resample"), "4 examples for a batch of 3"),
+        (sf.Move([0], 9), "batches go from 0 to 0"),
+        (sf.Truncate(2), "the curriculum has 1 steps"),
+        (sf.Repeat([0], 9, "resample"), "needs 8 more places, but other examples have only 2"),
+        (sf.Concatenate([[10]]), "names training example 10"),
     ],
 )
 def test_bad_edits(edit, said):
@@ -94,9 +248,28 @@ def test_bad_edits(edit, said):
         edit.apply(sf.Curriculum([[0, 1, 2]], n_train=10), EXAMPLES)
 
 
-def test_repeat_zero_times():
-    with pytest.raises(InvalidInput, match="times must be 1 or more"):
-        sf.Repeat([0], 0)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"edit": "remov", "target": [1]}, "did you mean 'remove'"),
+        ({"target": [1]}, "unknown edit"),
+        ({"edit": "remove"}, "edit 'remove' needs target"),
+        ({"edit": "remove", "target": [1], "fil": "shrink"}, "did you mean 'fill'"),
+        ({"edit": "remove", "target": [1], "fill": "squeeze"}, "unknown fill 'squeeze'"),
+        ({"edit": "remove", "target": 3}, "a target is a filter"),
+        ({"edit": "remove", "target": [1], "seed": -1}, "seed must be 0 or more"),
+        ({"edit": "repeat", "target": [1], "times": 0}, "times must be 1 or more"),
+        ({"edit": "repeat", "target": [1], "times": 1.5}, "times must be 1 or more"),
+        ({"edit": "insert", "target": [1], "at": "first"}, "at must be a whole number"),
+        ({"edit": "move", "target": [1], "to": 0, "fill": "resample"}, "fill is 'shrink' or 'repack'"),
+        ({"edit": "truncate", "steps": 0}, "steps must be 1 or more"),
+        ({"edit": "concatenate", "batches": 3}, "batches: a Curriculum"),
+        ({"edit": "concatenate", "batches": [["a"]]}, "integer training indices"),
+    ],
+)
+def test_bad_content(content, said):
+    with pytest.raises(InvalidInput, match=said):
+        Edit.from_dict(content)
 
 
 def test_metadata_must_be_there_and_fit():

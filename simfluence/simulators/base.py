@@ -51,6 +51,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         runs = usable(runs, "fit")
         self.n_train_ = runs.n_train
         self.n_test_ = runs.n_test
+        self.fingerprint_ = runs[0].fingerprint
         self._fit(runs)
         return self
 
@@ -99,7 +100,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         self._check_fitted()
         edited = list(edited)
         initial = self._check_initial([base, *edited], initial_losses)[0]
-        return self._changes(base, edited, initial)
+        return self._changes(base, edited, initial) if edited else np.empty((0, self.n_test_))
 
     def changes_without(
         self, base: Curriculum, groups: Bool[np.ndarray, "groups train"], initial_losses: Any

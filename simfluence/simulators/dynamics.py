@@ -234,7 +234,7 @@ class Differences:
     def between(cls, base: Curriculum, edited: Sequence[Curriculum]) -> Differences:
         """Of curricula with as many steps as the base."""
         steps = [_differing(base, other) for other in edited]
-        batches = [other[step] for other, some in zip(edited, steps, strict=True) for step in some]
+        batches = [other[step] for other, some in zip(edited, steps, strict=True) for step in some.tolist()]
         variant = np.repeat(np.arange(len(edited)), [len(some) for some in steps])
         return cls._of(len(edited), variant, np.concatenate(steps), batches, base.n_train)
 

@@ -82,6 +82,7 @@ class FeaturizedSimulator(Simulator):
         """
         self._check_fitted()
         other = copy.copy(self)
+        other.fingerprint_ = None  # it is of another task than the fitting runs
         if train is not None:
             other.train_h_, other.n_train_ = self._described(train, "training"), len(train)
         if test is not None:
