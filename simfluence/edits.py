@@ -431,6 +431,8 @@ def _settled(fill: str, indices: np.ndarray, sizes: np.ndarray, original: Curric
 def _recut(count: int, original: Curriculum) -> np.ndarray:
     """Batch sizes for ``count`` places: the original's while they last, then its usual one."""
     ends = original.offsets[1:]
+    if count == ends[-1]:
+        return original.sizes
     usual = int(np.bincount(original.sizes[original.sizes > 0]).argmax())
     if count > ends[-1]:
         ends = np.append(ends, np.arange(ends[-1] + usual, count + usual, usual))

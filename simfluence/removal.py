@@ -44,7 +44,7 @@ class Removal:
     """
 
     examples: Indices
-    losses: Float[np.ndarray, " k"]
+    losses: Float[np.ndarray, " forecasts"]
     reached: bool
     exact: bool
 
@@ -194,7 +194,7 @@ class _Problem:
         return Removal(np.array(removed, np.int64), np.array(losses), reached, exact=False)
 
     def _is_past(self, loss: float, past: float | None) -> bool:
-        return past is not None and loss >= past
+        return past is not None and bool(loss >= past)
 
     def _first_gains(self) -> dict[int, float]:
         """What each removal alone gains."""

@@ -120,7 +120,7 @@ class Verifications(Sequence[Verification]):
     """
 
     forecasts: Forecasts
-    losses: Sequence[Sequence[RunLosses]]
+    losses: Sequence[Sequence[np.ndarray]]
     final: Float[np.ndarray, "queries runs test"]
     seed_changes: Float[np.ndarray, "queries runs seeds test"] | None = None
 
@@ -190,7 +190,7 @@ def retrained(
     recipe: Recipe | None,
     store: str | Path | None,
     seeds: int,
-) -> tuple[list[list[RunLosses]], Float[np.ndarray, "queries runs seeds test"] | None]:
+) -> tuple[list[list[np.ndarray]], Float[np.ndarray, "queries runs seeds test"] | None]:
     """Losses of training under each edited curriculum, ``[queries][runs]``, and the changes from several seeds.
 
     Raises:

@@ -54,7 +54,7 @@ class Forecast:
     run: Run
     edits: tuple[Edit, ...]
     curriculum: Curriculum
-    base: RunLosses
+    base: Float[np.ndarray, "base_times test"]
     what_if: RunLosses
     low: RunLosses | None = None
     high: RunLosses | None = None
@@ -421,7 +421,10 @@ def said(edits: Sequence[Edit]) -> str:
 
 def described(table: pd.DataFrame, examples: Examples | None) -> pd.DataFrame:
     """A table with a row per example, with what is known of them beside it."""
-    return table if examples is None else table.join(examples.table, rsuffix="_of_example")
+    if examples is None:
+        return table
+    taken = {name: f"{name}_of_example" for name in examples.table.columns if name in table.columns}
+    return table.join(examples.table.rename(columns=taken))
 
 
 def column_of(examples: Examples | None, name: str, side: str) -> pd.Series:
