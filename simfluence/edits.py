@@ -71,12 +71,14 @@ class Edit(ABC):
         return {"edit": self.kind} | {name: _plain(v) for name, v in given.items() if v != defaults[name]}
 
     @staticmethod
-    def from_dict(content: Mapping[str, Any]) -> Edit:
+    def from_dict(content: Any) -> Edit:
         """The edit that a mapping says.
 
         Raises:
             InvalidInput: an unknown edit or argument, one that is missing, or one out of range.
         """
+        if not isinstance(content, Mapping):
+            raise InvalidInput(f"an edit is a mapping such as {{edit: remove, target: label == 3}}, got {content!r}")
         given = {str(name): value for name, value in content.items()}
         kind = str(given.pop("edit", None))
         if kind not in EDITS:

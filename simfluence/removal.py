@@ -7,6 +7,7 @@ best_removal(simulator, run, test=17, k=10)              the ten whose removal l
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,9 @@ class Removal:
     """Which training examples to remove, and what is forecast of it.
 
     Args:
-        examples: their indices; from the greedy search in the order of removal.
-        losses: forecast mean final loss of the chosen test examples after 0, 1, 2, … of them, ``[removed + 1]``; from
-            the exact search before and after all of them, ``[2]``.
+        examples: their indices; found greedily, in the order of removal.
+        losses: forecast mean final loss of the chosen test examples after 0, 1, 2, … of them, ``[removed + 1]``; or,
+            where the exact search found better ones, before and after all of them, ``[2]``.
         reached: whether the loss got where it was wanted.
         exact: whether it is proved that no other removal is smaller (or better), by this simulator.
     """
@@ -67,7 +68,7 @@ class Removal:
     def __str__(self) -> str:
         found = f"{len(self.examples)} examples: loss {self.losses[0]:.3f} → {self.losses[-1]:.3f}"
         notes = [] if self.reached else ["not as far as was asked"]
-        notes += ["proved best" if self.exact else "found greedily"]
+        notes += ["proved best" if self.exact else "not proved best"]
         return f"{found} ({', '.join(notes)})"
 
 
@@ -112,7 +113,8 @@ def smallest_removal(
     """The fewest training examples whose removal raises a test loss past a value. Batches shrink.
 
     The greedy search removes, again and again, the example that raises the loss most. For the additive simulator
-    ``exact=True`` solves the problem as a mixed-integer program instead.
+    ``exact=True`` then solves the problem as a mixed-integer program: a proof for tens of removals from small runs, of
+    few from larger ones.
 
     Args:
         simulator: fitted on runs of the same task.
@@ -131,9 +133,7 @@ def smallest_removal(
     """
     problem = _Problem.of(simulator, run, test, sign=1.0)
     limit = problem.limit(most)
-    if exact:
-        return _Program.of(simulator, problem).smallest(past, limit)
-    return problem.greedy(limit, past)
+    return _Program.of(simulator, problem, limit, past).smallest(past) if exact else problem.greedy(limit, past)
 
 
 def best_removal(simulator: Simulator, run: Run, test: int | Target, k: int, *, exact: bool = False) -> Removal:
@@ -143,7 +143,7 @@ def best_removal(simulator: Simulator, run: Run, test: int | Target, k: int, *, 
     """
     problem = _Problem.of(simulator, run, test, sign=-1.0)
     limit = problem.limit(k)
-    return _Program.of(simulator, problem).best(limit) if exact else problem.greedy(limit, None)
+    return _Program.of(simulator, problem, limit, None).best() if exact else problem.greedy(limit, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,30 +219,44 @@ class _Program:
 
     A batch t adds ``r_t = B Σ_i m_ti y_i b_i / Σ_i m_ti y_i`` to the loss, y_i being 1 while i is kept and m_ti how
     often t shows it; 0 once nothing is left. With ``z_ti = y_i r_t`` (McCormick's four inequalities, exact for
-    y_i ∈ {0, 1}) this is linear: ``Σ_i m_ti z_ti = B Σ_i m_ti y_i b_i``. Variables stand as y, r, z.
+    y_i ∈ {0, 1}) this is linear: ``Σ_i m_ti z_ti = B Σ_i m_ti y_i b_i``. Variables stand as y, r, z. The greedy removal
+    bounds how many need go, and with that each r_t.
     """
 
     problem: _Problem
+    greedy: Removal
+    limit: int
     effects: np.ndarray  # B b_i of the shown examples, [shown]
     counts: scipy.sparse.coo_array  # m, [steps, shown]
 
     @classmethod
-    def of(cls, simulator: Simulator, problem: _Problem) -> _Program:
+    def of(cls, simulator: Simulator, problem: _Problem, limit: int, past: float | None) -> _Program:
         if not isinstance(simulator, AdditiveSimulator) or simulator.around is not None:
             raise InvalidInput(f"exact=True is for AdditiveSimulator, not around the mean; got {simulator}")
         effects = simulator.batch_size_ * simulator.B_[problem.shown][:, problem.tests].mean(axis=1)
-        return cls(problem, effects, scipy.sparse.coo_array(problem.run.curriculum.counts[:, problem.shown]))
+        counts = scipy.sparse.coo_array(problem.run.curriculum.counts[:, problem.shown])
+        greedy = problem.greedy(limit, past)
+        enough = len(greedy.examples) if past is not None and greedy.reached else limit
+        return cls(problem, greedy, enough, effects, counts)
 
-    def smallest(self, past: float, limit: int) -> Removal:
+    def smallest(self, past: float) -> Removal:
         """The fewest that carry the loss past a value."""
-        shown, steps = len(self.effects), self.counts.shape[0]
         to_go = past - self._before
-        enough = scipy.optimize.LinearConstraint(self._row(r=np.ones(steps)), to_go, np.inf)
-        return self._solved(self._row(y=-np.ones(shown)), [enough], limit, past)
+        enough = scipy.optimize.LinearConstraint(self._row(r=np.ones(self.counts.shape[0])), to_go, np.inf)
+        found, removed, proved = self._solved(self._row(y=-np.ones(len(self.effects))), [enough])
+        if self.greedy.reached and (found is None or len(removed) >= len(self.greedy.examples)):
+            return dataclasses.replace(self.greedy, exact=proved)
+        if found is None:
+            return dataclasses.replace(self.greedy, exact=proved)
+        return Removal(removed, np.array([self.problem.start, found]), True, proved)
 
-    def best(self, limit: int) -> Removal:
+    def best(self) -> Removal:
         """At most so many that move the loss furthest."""
-        return self._solved(-self.problem.sign * self._row(r=np.ones(self.counts.shape[0])), [], limit, None)
+        sign = self.problem.sign
+        found, removed, proved = self._solved(-sign * self._row(r=np.ones(self.counts.shape[0])), [])
+        if found is None or sign * (self.greedy.losses[-1] - found) >= -1e-9:
+            return dataclasses.replace(self.greedy, exact=proved)
+        return Removal(removed, np.array([self.problem.start, found]), len(removed) > 0, proved)
 
     @property
     def _before(self) -> float:
@@ -253,35 +267,43 @@ class _Program:
         sizes = (len(self.effects), self.counts.shape[0], self.counts.nnz)
         return np.concatenate([np.broadcast_to(part, size) for part, size in zip((y, r, z), sizes, strict=True)])
 
-    def _solved(self, objective: np.ndarray, wanted: list[Any], limit: int, past: float | None) -> Removal:
+    def _solved(self, objective: np.ndarray, wanted: list[Any]) -> tuple[float | None, np.ndarray, bool]:
+        """The loss and the removal that the program finds (None if there is none), and whether that is proved."""
         shown, steps = len(self.effects), self.counts.shape[0]
-        few = scipy.optimize.LinearConstraint(self._row(y=np.ones(shown)), shown - limit, np.inf)
+        few = scipy.optimize.LinearConstraint(self._row(y=np.ones(shown)), shown - self.limit, np.inf)
         low, high = self._bounds()
         found = scipy.optimize.milp(
             objective,
             integrality=self._row(y=1),
             bounds=scipy.optimize.Bounds(
-                self._row(r=low, z=low[self.counts.row]), self._row(y=1.0, r=high, z=high[self.counts.row])
+                self._row(r=low, z=np.minimum(low, 0)[self.counts.row]),
+                self._row(y=1.0, r=high, z=np.maximum(high, 0)[self.counts.row]),
             ),
             constraints=[*self._means(low, high), few, *wanted],
             options={"time_limit": SECONDS},
         )
         if found.x is None:
-            return Removal(np.empty(0, np.int64), np.array([self.problem.start]), False, exact=found.status == 2)
-        kept = found.x[:shown] > 0.5
-        removed = self.problem.shown[~kept]
-        loss = self._before + found.x[shown : shown + steps].sum()
-        moved = len(removed) > 0
-        reached = moved if past is None else True
-        losses = [self.problem.start, loss] if moved else [self.problem.start]
-        return Removal(removed, np.array(losses), reached, exact=found.status == 0)
+            return None, np.empty(0, np.int64), found.status == 2  # there is provably none
+        removed = self.problem.shown[found.x[:shown] < 0.5]
+        return self._before + float(found.x[shown : shown + steps].sum()), removed, found.status == 0
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each r_t: the least and the largest effect in its batch, or 0, ``[steps]``."""
+        """Of each r_t, the least and the largest that the allowed number of removals can make it, ``[steps]``."""
         steps = self.counts.shape[0]
         low, high = np.zeros(steps), np.zeros(steps)
-        np.minimum.at(low, self.counts.row, self.effects[self.counts.col])
-        np.maximum.at(high, self.counts.row, self.effects[self.counts.col])
+        counts = self.counts.tocsr()
+        for step in range(steps):
+            part = slice(counts.indptr[step], counts.indptr[step + 1])
+            if part.stop == part.start:
+                continue
+            times = counts.data[part]
+            values = np.sort(np.repeat(self.effects[counts.indices[part]], times))
+            gone = min(self.limit * int(times.max()), len(values) - 1)
+            kept = np.arange(len(values), len(values) - gone - 1, -1)  # how many places are left after each removal
+            low[step] = (np.cumsum(values)[kept - 1] / kept).min()
+            high[step] = (np.cumsum(values[::-1])[kept - 1] / kept).max()
+            if self.limit >= len(times):  # nothing may be left
+                low[step], high[step] = min(low[step], 0.0), max(high[step], 0.0)
         return low, high
 
     def _means(self, low: np.ndarray, high: np.ndarray) -> list[Any]:
@@ -308,6 +330,8 @@ class _Program:
             linear(matrix(pairs, y=(-low[row], of_y), z=by_pair), 0, np.inf),  # z ≥ low·y
             linear(matrix(pairs, y=(-low[row], of_y), r=(-ones, of_r), z=by_pair), -np.inf, -low[row]),
             linear(matrix(pairs, y=(-high[row], of_y), r=(-ones, of_r), z=by_pair), -high[row], np.inf),
-            linear(matrix(steps, y=(-high[row], (row, col)), r=identity_r), -np.inf, 0),  # 0 once nothing is left
-            linear(matrix(steps, y=(-low[row], (row, col)), r=identity_r), 0, np.inf),
+            linear(
+                matrix(steps, y=(-np.maximum(high, 0)[row], (row, col)), r=identity_r), -np.inf, 0
+            ),  # 0 if none is left
+            linear(matrix(steps, y=(-np.minimum(low, 0)[row], (row, col)), r=identity_r), 0, np.inf),
         ]

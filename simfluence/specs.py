@@ -1,17 +1,20 @@
-"""Specifications in YAML: what to record. Data only: tags that would build objects, and aliases, are refused."""
+"""Specifications in YAML: what to record, what to ask. Data only: tags that would build objects, and aliases, are
+refused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import pydantic
 import yaml
 from pydantic import Field, field_validator
 
 from simfluence import tasks
 from simfluence._spec import InvalidSpec, Spec
 from simfluence.curriculum import Curriculum, random_curricula
+from simfluence.edits import Edit
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
@@ -126,7 +129,37 @@ CURRICULA: dict[str, type[CurriculaSpec]] = {
 }
 
 
-class RecordingSpec(Spec):
+SpecT = TypeVar("SpecT", bound="FileSpec")
+
+
+class FileSpec(Spec):
+    """A specification that stands in a file of its own."""
+
+    @classmethod
+    def read(cls: type[SpecT], path: str | Path) -> SpecT:
+        """The specification in a file.
+
+        Raises:
+            InvalidInput: there is no such file, or its content is not a specification; every bad key is named.
+        """
+        try:
+            return cls.parse(Path(path).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, InvalidInput) as error:
+            raise InvalidInput(f"{path}: {error}") from None
+
+    @classmethod
+    def parse(cls: type[SpecT], text: str) -> SpecT:
+        """The specification in a YAML text."""
+        try:
+            content = yaml.load(text, _PlainLoader)  # noqa: S506 (a subclass of SafeLoader)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise InvalidInput(f"not plain YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise InvalidInput(f"expected the keys {', '.join(cls.model_fields)}")
+        return cls(**{str(name): value for name, value in content.items()})
+
+
+class RecordingSpec(FileSpec):
     """All that ``record`` needs. A user's own task is not named here: it is given where the file is used.
 
     >>> RecordingSpec.parse("task: {name: digits}\\nrecipe: {lr: 0.1}\\n"
@@ -151,34 +184,49 @@ class RecordingSpec(Spec):
             raise InvalidSpec("curricula", problem)
         return CURRICULA[kind](**fields)
 
-    @classmethod
-    def read(cls, path: str | Path) -> RecordingSpec:
-        """The specification in a file.
-
-        Raises:
-            InvalidInput: there is no such file, or its content is not a specification; every bad key is named.
-        """
-        try:
-            return cls.parse(Path(path).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, InvalidInput) as error:
-            raise InvalidInput(f"{path}: {error}") from None
-
-    @classmethod
-    def parse(cls, text: str) -> RecordingSpec:
-        """The specification in a YAML text."""
-        try:
-            content = yaml.load(text, _PlainLoader)  # noqa: S506 (a subclass of SafeLoader)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise InvalidInput(f"not plain YAML: {error}") from None
-        if not isinstance(content, dict):
-            raise InvalidInput("expected the keys task, recipe, curricula and observe")
-        return cls(**{str(name): value for name, value in content.items()})
-
     def dump(self) -> str:
         """YAML that ``parse`` reads back."""
         curricula = {"kind": self.curricula.kind} | self.curricula.model_dump()
         rest = self.model_dump(exclude_defaults=True, exclude={"curricula"})
         return yaml.safe_dump(_lists(rest | {"curricula": curricula}))
+
+
+class WhatIfSpec(FileSpec):
+    """What-if queries by name, each one edit or several to be applied one after the other.
+
+    >>> spec = WhatIfSpec.parse("queries: {no threes: {edit: remove, target: label == 3}}")
+    >>> str(spec.queries["no threes"][0])
+    'remove examples where label == 3'
+    """
+
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+
+    queries: dict[str, tuple[Edit, ...]] = Field(min_length=1)
+
+    @field_validator("queries", mode="before")
+    @classmethod
+    def _as_edits(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        return {str(name): _query(str(name), query) for name, query in content.items()}
+
+    def dump(self) -> str:
+        """YAML that ``parse`` reads back."""
+        queries = {name: [edit.to_dict() for edit in edits] for name, edits in self.queries.items()}
+        return yaml.safe_dump({"queries": queries}, sort_keys=False, allow_unicode=True)
+
+
+def _query(name: str, content: Any) -> tuple[Edit, ...]:
+    listed = content if isinstance(content, list | tuple) else [content]
+    if not listed:
+        raise InvalidSpec("queries", {name: "no edit"})
+    edits = []
+    for number, part in enumerate(listed):
+        try:
+            edits.append(part if isinstance(part, Edit) else Edit.from_dict(part))
+        except InvalidInput as error:
+            raise InvalidSpec("queries", {f"{name}.{number}": str(error)}) from None
+    return tuple(edits)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -24,6 +24,15 @@ curricula: {runs: 8, steps: 12, batch_size: 4, subset: 0.5, seed: 0}
 """
 
 
+QUERIES = """
+queries:
+  no threes: {edit: remove, target: label == 3}
+  short:
+    - {edit: truncate, steps: 6}
+    - {edit: shuffle, seed: 2}
+"""
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command line as its entry point does: exit code, standard output, standard error."""
@@ -215,9 +224,90 @@ def test_what_if(run, folder, tmp_path):
     assert "Delta correlation" in out
 
 
+def test_queries_of_a_file(run, folder, tmp_path):
+    (tmp_path / "queries.yaml").write_text(QUERIES)
+    asked = ["what-if", folder / "runs", "--spec", tmp_path / "queries.yaml", "--held-out", 3, "--bases", 2]
+    picture, frame = tmp_path / "queries.png", tmp_path / "frame.parquet"
+    code, out, _ = run(*asked, "--verify", "--seeds", 2, "--by", "label", "--plot", picture, "--out", frame, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert {row["query"] for row in answer["queries"]} == {"no threes", "short"}
+    assert [row["query"] for row in answer["verification"]] == ["no threes", "short", "all"]
+    assert all(row["seed_share"] > 0 for row in answer["verification"])
+    assert len(pd.read_parquet(frame)) == 2 * 2 * 12
+    assert picture.stat().st_size > 5_000
+    code, out, _ = run(*asked, "--intervals", "--set", "l2=10", "--verify")
+    assert code == 0
+    assert "coverage" in out
+    assert run(*asked)[0] == 0
+
+
+def test_what_if_pictures_and_groups(run, folder, tmp_path):
+    picture = tmp_path / "one.png"
+    asked = ["what-if", folder / "runs", "--keep", "label < 5", "--fill", "resample", "--held-out", 3]
+    code, out, _ = run(*asked, "--by", "label", "--plot", picture)
+    assert code == 0
+    assert "keep only examples where label < 5, filling their places from the rest (seed 0)" in out
+    assert "By label" in out
+    assert picture.stat().st_size > 5_000
+
+
+def test_verifying_twice_trains_nothing(run, folder, monkeypatch):
+    asked = ["what-if", folder / "runs", "--remove", "label == 5", "--held-out", 3, "--verify", "--json"]
+    first = run(*asked)
+
+    def trained(*_):
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr("simfluence.recording.session._Session._record", trained)
+    assert run(*asked) == first
+    assert sf.RunStore(folder / "runs").load().n_train == 40  # verification runs are left out
+
+
+def test_leave_one_out(run, folder, tmp_path):
+    asked = ["leave-one-out", folder / "runs", "--held-out", 3, "--set", "l2=10"]
+    part, held = sf.RunStore(folder / "runs").load().split(3, 0)
+    changes = sf.leave_one_out(sf.LinearSimulator(l2=10).fit(part), held[0])
+    code, out, _ = run(*asked, "--json", "--test", 4, "--out", tmp_path / "f.parquet", "--plot", tmp_path / "f.png")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["ranking"][0]["gain"] == pytest.approx(-changes[4].min())
+    frame = pd.read_parquet(tmp_path / "f.parquet")
+    assert list(frame.columns) == ["test", "train", "change"]
+    assert np.allclose(frame.pivot_table(index="test", columns="train", values="change"), changes)
+    assert (tmp_path / "f.png").stat().st_size > 5_000
+    code, out, _ = run(*asked, "--top", 3)
+    assert (code, "The most useful" in out) == (0, True)
+    code, out, _ = run(*asked, "--by", "label", "--test", "label == 3")
+    assert (code, "together" in out) == (0, True)
+
+
+def test_removal(run, folder, tmp_path):
+    asked = ["removal", folder / "runs", "--held-out", 3]
+    part, held = sf.RunStore(folder / "runs").load().split(3, 0)
+    additive = sf.AdditiveSimulator().fit(part)
+    code, out, _ = run(*asked, "--simulator", "additive", "--test", 2, "--best", 2, "--exact", "--json")
+    answer = json.loads(out)
+    best = sf.best_removal(additive, held[0], 2, 2, exact=True)
+    assert (code, answer["exact"], answer["reached"]) == (0, True, True)
+    assert {row["train"] for row in answer["removed"]} == set(best.examples.tolist())
+    past = float(best.losses[0]) + 0.01
+    files = ["--out", tmp_path / "f.parquet", "--plot", tmp_path / "f.png"]
+    code, out, _ = run(*asked, "--simulator", "additive", "--test", 2, "--past", past, *files)
+    assert code == 0
+    assert "In the order of removal" in out
+    assert list(pd.read_parquet(tmp_path / "f.parquet").columns) == ["train", "id", "loss"]
+    assert (tmp_path / "f.png").stat().st_size > 5_000
+    code, out, _ = run(*asked, "--by", "label", "--json", "--set", "l2=10", "--out", tmp_path / "g.parquet")
+    assert code == 0
+    assert "label 3" in {row["query"] for row in json.loads(out)["queries"]}
+    code, out, _ = run(*asked, "--where", "label == 3", "--intervals", "--set", "l2=10", "--plot", tmp_path / "g.png")
+    assert (code, "low" in out) == (0, True)
+
+
 def test_runs(run, folder):
     code, out, _ = run("runs", "ls", folder / "runs", "--json")
-    listed = json.loads(out)
+    listed = [row for row in json.loads(out) if not row["verification"]]
     assert (code, len(listed)) == (0, 8)
     code, out, _ = run("runs", "show", folder / "runs", listed[0]["run"], "--json")
     shown = json.loads(out)
@@ -261,6 +351,16 @@ def test_demo(run, tmp_path, monkeypatch):
         (["what-if", "{runs}", "--then", "label == 1", "--held-out", "3"], "say what to change"),
         (["what-if", "{runs}", "--remove", "label == 77", "--held-out", "3"], "matches none"),
         (["what-if", "{runs}", "--remove", "label.max()", "--held-out", "3"], "position 5"),
+        (["what-if", "{runs}", "--remove", "label == 3", "--spec", "x.yaml"], "say what to change"),
+        (["what-if", "{runs}", "--spec", "x.yaml", "--held-out", "3"], "x.yaml"),
+        (["what-if", "{runs}", "--remove", "label == 3", "--fill", "squeeze"], "unknown fill 'squeeze'"),
+        (["what-if", "{runs}", "--remove", "label == 3", "--bases", "4", "--held-out", "3"], "4 base runs"),
+        (["what-if", "{runs}", "--remove", "label == 3", "--by", "lable", "--held-out", "3"], "did you mean 'label'"),
+        (["leave-one-out", "{runs}", "--by", "lable", "--held-out", "3"], "did you mean 'label'"),
+        (["leave-one-out", "{runs}", "--test", "99", "--held-out", "3"], "no example 99"),
+        (["removal", "{runs}", "--held-out", "3"], "say what to find out"),
+        (["removal", "{runs}", "--past", "1", "--best", "2"], "say what to find out"),
+        (["removal", "{runs}", "--best", "2", "--exact", "--held-out", "3"], "exact=True is for AdditiveSimulator"),
         (["record", "nowhere.yaml", "--store", "s"], "nowhere.yaml"),
         (["record", "{spec}", "--store", "s", "--checkpoints", "a"], "write step numbers"),
     ],

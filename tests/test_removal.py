@@ -54,7 +54,7 @@ def test_the_smallest_removal_is_proved(additive, runs, test, run):
         assert len(found.examples) == size
         truth = loss_without(additive, base, found.examples, tests)
         assert truth >= past - 1e-6
-        assert found.losses == pytest.approx([losses[0][()], truth], abs=1e-6)
+        assert found.losses[[0, -1]] == pytest.approx([losses[0][()], truth], abs=1e-6)
         greedy = sf.smallest_removal(additive, base, test, past)
         assert not greedy.exact
         assert len(greedy.examples) >= size
@@ -85,7 +85,7 @@ def test_greedy_takes_the_best_step_each_time(name, request, runs):
         removed.append(index)
     assert found.change == pytest.approx(found.losses[-1] - found.losses[0])
     assert found.edit == sf.Remove(found.examples)
-    assert "found greedily" in str(found)
+    assert "not proved best" in str(found)
 
 
 def test_where_it_does_not_get_there(additive, runs):

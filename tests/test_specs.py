@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
-from simfluence.specs import CURRICULA, ExplicitCurricula, RecordingSpec
+from simfluence.specs import CURRICULA, ExplicitCurricula, RecordingSpec, WhatIfSpec
 
 GOOD = """
 task: {name: digits, arguments: {n_train: 30, n_test: 10}}
@@ -181,3 +181,37 @@ def test_the_shipped_specifications_can_be_recorded(path, tmp_path):
     curricula = spec.curricula.build(task.train)[:2]
     found = sf.record(task, spec.recipe, curricula, tmp_path, observe=spec.observe)
     assert np.isfinite(found[0].losses[found[0].times]).all()
+
+
+def test_queries():
+    text = """
+queries:
+  no threes: {edit: remove, target: label == 3, fill: resample, seed: 4}
+  two:
+    - {edit: keep, target: [1, 2]}
+    - {edit: truncate, steps: 5}
+"""
+    spec = WhatIfSpec.parse(text)
+    assert spec.queries == {
+        "no threes": (sf.Remove("label == 3", "resample", 4),),
+        "two": (sf.Keep([1, 2]), sf.Truncate(5)),
+    }
+    assert WhatIfSpec.parse(spec.dump()) == spec
+    assert WhatIfSpec(queries={"a": sf.Remove([1])}).queries["a"] == (sf.Remove([1]),)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("queries: {}", "queries"),
+        ("queries: [1]", "queries"),
+        ("quries: {a: {edit: shuffle}}", "did you mean 'queries'"),
+        ("queries: {a: []}", r"queries\.a: no edit"),
+        ("queries: {a: 3}", r"queries\.a\.0: an edit is a mapping"),
+        ("queries: {a: [{edit: shuffle}, {edit: remov}]}", r"queries\.a\.1: unknown edit 'remov', did you mean"),
+        ("queries: {a: {edit: !!python/name:os.system }}", "not plain YAML"),
+    ],
+)
+def test_bad_queries(text, said):
+    with pytest.raises(InvalidInput, match=said):
+        WhatIfSpec.parse(text)

@@ -1,0 +1,44 @@
+"""The command line: arguments in, tables, pictures or JSON out."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from simfluence.cli import asking, recording, simulating
+from simfluence.errors import SimfluenceError
+
+app = typer.Typer(
+    help="Simulate training runs: what would the losses have been under another curriculum?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+runs_app = typer.Typer(help="Look into a run store.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+
+for _command in (
+    simulating.demo,
+    recording.record,
+    simulating.fit,
+    simulating.evaluate,
+    simulating.tune,
+    simulating.learning_curve,
+    asking.what_if,
+    asking.leave_one_out,
+    asking.removal,
+):
+    app.command(_command.__name__.replace("_", "-"))(_command)
+runs_app.command("ls")(recording.runs_ls)
+runs_app.command("show")(recording.runs_show)
+
+
+def main() -> None:
+    """Entry point: errors raised on purpose become one line and exit code 1."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app()
+    except SimfluenceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
