@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench table wheel runs clean
+.PHONY: demo test test-slow lint format bench table what-if-table wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ bench: $(READY)  ## every claim of speed, measured here
 
 table: $(READY)  ## how good each simulator is on the recorded runs; goes on where it stopped
 	$(BIN)/python benchmarks/table.py
+
+what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by retraining, five minutes
+	$(BIN)/python benchmarks/what_if.py --markdown docs/what_if.md
 
 runs: $(READY)  ## the recorded runs that the repository ships
 	for name in digits digits_cnn digits_adamw breast_cancer breast_cancer_mlp diabetes; do \

@@ -172,9 +172,17 @@ def test_the_shipped_specification_made_the_shipped_runs():
     assert set(runs.curricula) == set(wanted)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "curricula").glob("*.yaml")), ids=lambda p: p.stem
-)
+SHIPPED = sorted((Path(__file__).parent.parent / "curricula").glob("*.yaml"))
+
+
+def test_the_shipped_queries_can_be_asked():
+    queries = WhatIfSpec.read(Path(__file__).parent.parent / "curricula" / "what_if.yaml").queries
+    base = sf.RunStore("runs/digits").load()[0]
+    for edits in queries.values():
+        assert sf.edits.apply_all(edits, base.curriculum, base.train) != base.curriculum
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem != "what_if"], ids=lambda p: p.stem)
 def test_the_shipped_specifications_can_be_recorded(path, tmp_path):
     spec = RecordingSpec.read(path)
     task = spec.task.build()
