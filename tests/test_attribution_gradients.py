@@ -197,7 +197,7 @@ def test_labels_out_of_range_are_named_with_their_examples():
     gradients = per_example(case.model, case.loss, case.train)
     labels = case.train[1].clone()
     labels[6] = 3
-    with pytest.raises(InvalidInput, match="fails on training examples 4 to 7: .*3.* labels are in the model's range"):
+    with pytest.raises(InvalidInput, match=r"fails on training examples 4 to 7: .*3.* labels are in the model's range"):
         formed(gradients, (case.train[0], labels))
 
 

@@ -161,7 +161,7 @@ def mapped(gradients: Gradients, names: list[str], inputs: Any, targets: Tensor)
         found: dict[str, Tensor] = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0, 0))(
             parameters, inputs, targets
         )
-    return found
+    return {name: gradient.detach() for name, gradient in found.items()}
 
 
 def called(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
@@ -289,7 +289,7 @@ def check_losses(losses: Any, batch: int, side: str, first: int) -> None:
     if not losses.isfinite().all():
         bad = int((~losses.isfinite()).nonzero()[0])
         raise InvalidInput(
-            f"the loss of {side} example {first + bad} is {float(losses[bad])}: correct it or leave it out"
+            f"the loss of {side} example {first + bad} is {losses[bad].item()}: correct it or leave it out"
         )
     if not losses.requires_grad:
         raise InvalidInput("the loss does not depend on the model's parameters: compute it with torch, and with grad")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -225,12 +226,10 @@ def _linear_bias(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[
 
 def _convolution(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(module, nn.Conv1d | nn.Conv2d)  # noqa: S101 (for the type checker)
-    sizes = (module.kernel_size, module.dilation, module.padding, module.stride)
-    if isinstance(module, nn.Conv1d):  # one row of an image
-        inputs, sizes = (
-            inputs.unsqueeze(2),
-            tuple((zero, *size) for zero, size in zip((1, 1, 0, 1), sizes, strict=True)),
-        )
+    sizes: list[Any] = [module.kernel_size, module.dilation, module.padding, module.stride]
+    if isinstance(module, nn.Conv1d):  # an image of one row
+        inputs = inputs.unsqueeze(2)
+        sizes = [(across, *along) for across, along in zip((1, 1, 0, 1), sizes, strict=True)]
     patches = functional.unfold(inputs, *sizes)  # [batch, in · kernel, positions]
     return patches.mT, gradients.flatten(2).mT
 
