@@ -8,6 +8,7 @@ thousand parameters. The tests compare everything else with what stands here.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,11 +55,14 @@ class _Problem:
     def losses(self, theta: Tensor, data: Data) -> Tensor:
         return self.loss(self.outputs(theta, data[0]), data[1])
 
+    def total(self, theta: Tensor, data: Data) -> Tensor:
+        return self.losses(theta, data).sum()
+
 
 def gradients(model: nn.Module, data: Data, loss: Loss) -> Float[Tensor, "examples parameters"]:
     """The gradient of each example's loss, one pass each."""
-    problem, theta = _Problem.of(model, loss), _Problem.of(model, loss).theta
-    return torch.stack([torch.func.grad(lambda t, d=one: problem.losses(t, d).sum())(theta) for one in _each(data)])
+    problem = _Problem.of(model, loss)
+    return torch.stack([torch.func.grad(problem.total)(problem.theta, one) for one in _each(data)])
 
 
 def hessian(model: nn.Module, data: Data, loss: Loss) -> Matrix:
@@ -70,13 +74,15 @@ def hessian(model: nn.Module, data: Data, loss: Loss) -> Matrix:
 def gauss_newton(model: nn.Module, data: Data, loss: Loss) -> Matrix:
     """``(1/N) Σ Jᵀ H J``: J the outputs' Jacobian, H the loss's Hessian by the outputs (Martens 2020, equation 6)."""
     problem = _Problem.of(model, loss)
-    total = torch.zeros(len(problem.theta), len(problem.theta), dtype=torch.float64)
-    for inputs, target in _each(data):
-        outputs = problem.outputs(problem.theta, inputs).detach()
-        J = torch.func.jacrev(lambda theta, x=inputs: problem.outputs(theta, x).flatten())(problem.theta)
-        H = _second(lambda flat, o=outputs, y=target: loss(flat.reshape(o.shape), y).sum(), outputs.flatten())
-        total += J.T @ H @ J
-    return (total / len(data[1])).detach()
+    return torch.stack([_gauss_newton_of_one(problem, one) for one in _each(data)]).mean(0)
+
+
+def _gauss_newton_of_one(problem: _Problem, one: Data) -> Tensor:
+    inputs, target = one
+    outputs = problem.outputs(problem.theta, inputs).detach()
+    J = torch.func.jacrev(lambda theta: problem.outputs(theta, inputs).flatten())(problem.theta).detach()
+    H = _second(lambda flat: problem.loss(flat.reshape(outputs.shape), target).sum(), outputs.flatten())
+    return J.T @ H @ J
 
 
 def true_fisher(model: nn.Module, data: Data, loss: Loss) -> Matrix:
@@ -93,13 +99,13 @@ def true_fisher(model: nn.Module, data: Data, loss: Loss) -> Matrix:
     for inputs, target in _each(data):
         outputs = problem.outputs(problem.theta, inputs).detach()
         for weight, label in _labels(loss, outputs, target):
-            g = torch.func.grad(lambda t, d=(inputs, label): problem.losses(t, d).sum())(problem.theta)
+            g = torch.func.grad(problem.total)(problem.theta, (inputs, label))
             total += weight * torch.outer(g, g)
     return total / len(data[1])
 
 
 def sampled_fisher(model: nn.Module, data: Data, loss: Loss, seed: int = 0, draws: int = 1) -> Matrix:
-    """The same from ``draws`` labels per example, as the fitted factors draw them (draw d has the seed ``seed + d``)."""
+    """The same from ``draws`` labels per example, drawn as for fitted factors; draw d has the seed ``seed + d``."""
     problem, (inputs, targets) = _Problem.of(model, loss), _double(data)
     found = []
     for draw in range(draws):
@@ -149,9 +155,8 @@ def retrain(
         ConvergenceWarning: the tolerance was not reached.
     """
     problem, data = _Problem.of(model, loss), _double(data)
-    weights = (
-        torch.full((len(data[1]),), 1 / len(data[1]), dtype=torch.float64) if weights is None else weights.double()
-    )
+    count = len(data[1])
+    weights = torch.full((count,), 1 / count, dtype=torch.float64) if weights is None else weights.double()
 
     def objective(theta: Tensor) -> Tensor:
         return weights @ problem.losses(theta, data) + l2 / 2 * theta @ theta
@@ -224,7 +229,7 @@ def pbrf(
     before = problem.losses(start, test)
     columns = []
     for index in range(count) if removed is None else removed:
-        theta = _minimum(lambda theta, i=index: objective(theta, i), start, tolerance)
+        theta = _minimum(functools.partial(objective, index=index), start, tolerance)
         columns.append((problem.losses(theta, test) - before).detach())
     return torch.stack(columns, 1)
 

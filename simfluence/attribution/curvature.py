@@ -1,0 +1,205 @@
+"""Kronecker-factored curvature: one block per layer, estimated in passes over the training data.
+
+With ``s`` and ``a`` of ``layers``, a layer's block of the Fisher matrix ``G = E[g gᵀ]``, g = ``Σ_p s_p a_pᵀ``, is
+approximated by ``S ⊗ A`` (K-FAC: Martens & Grosse 2015), ``A = E[a aᵀ]`` over the positions that are no padding and
+``S = E[Σ_p s_p s_pᵀ]``. EK-FAC (George et al. 2018) keeps the eigenvectors, ``Q_S`` and ``Q_A``, and takes the second
+moments of whole gradients in that basis as eigenvalues: ``Λ = E[(Q_Sᵀ g Q_A)²]``. The diagonal of G is the same with
+no rotation. A vector (a bias alone, a normalisation's weight) has ``a = 1``, so its block is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from simfluence.attribution.gradients import Gradients
+from simfluence.attribution.labels import Relabel
+from simfluence.attribution.layers import Factors
+from simfluence.errors import InvalidInput
+from simfluence.task import Data
+
+#: Numbers that formed gradients may take at a time: bounds memory, does not change results.
+FORMED = 2**24
+#: The longest side of a layer whose square matrix is still made.
+LONGEST_SIDE = 20_000
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A damping of ``share`` times the mean eigenvalue: of each block, or of the whole matrix where there is one.
+
+    >>> Relative(0.1)
+    Relative(share=0.1)
+    """
+
+    share: float
+
+
+Damping = float | Relative
+
+
+def check_damping(damping: Any) -> None:
+    """Refuse what is no damping.
+
+    Raises:
+        InvalidInput: it is neither a number from 0 up nor ``Relative`` of one.
+    """
+    number = damping.share if isinstance(damping, Relative) else damping
+    if isinstance(number, bool) or not isinstance(number, int | float) or not (math.isfinite(number) and number >= 0):
+        raise InvalidInput(f"damping must be a number from 0 up, or Relative(number), got {damping!r}")
+
+
+def damped(eigenvalues: Tensor, damping: Damping, l2: float, name: str) -> Tensor:
+    """``eigenvalues + λ + l2``, checked to be invertible.
+
+    Raises:
+        InvalidInput: one of them is zero, up to rounding, or below.
+    """
+    added = l2 + (damping.share * float(eigenvalues.mean()) if isinstance(damping, Relative) else damping)
+    found = eigenvalues + added
+    floor = torch.finfo(eigenvalues.dtype).eps * len(eigenvalues) * float(eigenvalues.abs().max())
+    if not float(found.min()) > floor:
+        raise InvalidInput(
+            f"the curvature of {name} is singular: its smallest eigenvalue is {float(eigenvalues.min()):.3g}, and the "
+            f"damping adds {added:.3g}. Give a larger damping, such as damping=1e-3 or Relative(0.1)"
+        )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """The factors of one layer's block.
+
+    Args:
+        inputs: A, gradients: S.
+    """
+
+    inputs: Float[Tensor, "columns columns"]
+    gradients: Float[Tensor, "rows rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One layer's curvature: its eigenvalues in a basis of Kronecker products.
+
+    Args:
+        eigenvalues: Λ.
+        inputs: Q_A, gradients: Q_S, eigenvectors in columns; None for no rotation.
+    """
+
+    eigenvalues: Float[Tensor, "rows columns"]
+    inputs: Float[Tensor, "columns columns"] | None = None
+    gradients: Float[Tensor, "rows rows"] | None = None
+
+    def rotated(self, factors: Factors) -> Factors:
+        """The factors in the basis: ``Q_Aᵀ a`` and ``Q_Sᵀ s``."""
+        if self.inputs is None or self.gradients is None:
+            return factors
+        return Factors(factors.inputs @ self.inputs, factors.gradients @ self.gradients, factors.valid)
+
+    def solve(
+        self, factors: Factors, damping: Damping, l2: float = 0.0, name: str = "a layer"
+    ) -> Float[Tensor, "batch rows columns"]:
+        """``(G + (λ + l2) I)⁻¹ g`` for the gradient g of each example.
+
+        Raises:
+            InvalidInput: the block is singular and the damping does not help.
+        """
+        inner = self.rotated(factors).matrices() / damped(self.eigenvalues, damping, l2, name)
+        if self.inputs is None or self.gradients is None:
+            return inner
+        return self.gradients @ inner @ self.inputs.T
+
+
+def kronecker_factors(
+    gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None
+) -> dict[str, Kronecker]:
+    """A and S of every layer, in one pass over ``data``.
+
+    Raises:
+        InvalidInput: a layer has too many inputs or outputs for a square matrix.
+    """
+    _check_sides(gradients)
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for _, factors in gradients.batches(data, batch_size, relabel):
+        for name, each in factors.items():
+            parts = _moments(each)
+            sums[name] = parts if name not in sums else tuple(old.add_(new) for old, new in zip(sums[name], parts))  # type: ignore[assignment]  # noqa: B905
+    count = len(data[1])
+    return {name: Kronecker(A / positions, S / count) for name, (A, S, positions) in sums.items()}
+
+
+def kfac(factors: Mapping[str, Kronecker]) -> dict[str, Block]:
+    """K-FAC's blocks: the eigenvalues of ``S ⊗ A`` are products of those of S and A."""
+    return {name: _decomposed(each) for name, each in factors.items()}
+
+
+def with_eigenvalues(
+    blocks: Mapping[str, Block], gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None
+) -> dict[str, Block]:
+    """The blocks with second moments of gradients as eigenvalues, in one pass over ``data``: EK-FAC's, from K-FAC's."""
+    sums = {name: torch.zeros_like(block.eigenvalues) for name, block in blocks.items()}
+    for _, factors in gradients.batches(data, batch_size, relabel):
+        for name, each in factors.items():
+            sums[name] += squares(blocks[name].rotated(each))
+    count = len(data[1])
+    return {name: Block(sums[name] / count, block.inputs, block.gradients) for name, block in blocks.items()}
+
+
+def diagonal(gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None) -> dict[str, Block]:
+    """The diagonal of the Fisher matrix: second moments of gradients as they are."""
+    empty = {
+        name: Block(torch.zeros(layer.rows, layer.columns, dtype=p.dtype, device=p.device))
+        for name, layer in gradients.layers.items()
+        for p in [gradients.parameters[layer.weight]]
+    }
+    return with_eigenvalues(empty, gradients, data, batch_size, relabel)
+
+
+def squares(factors: Factors) -> Float[Tensor, "rows columns"]:
+    """``Σ_i g_i²``, entry by entry. With one position, ``(s²)ᵀ(a²)``: no gradient is formed."""
+    if factors.positions == 1:
+        return factors.gradients[:, 0].square().T @ factors.inputs[:, 0].square()
+    total = torch.zeros(factors.gradients.shape[-1], factors.inputs.shape[-1]).to(factors.inputs)
+    for part in formed(factors):
+        total += part.square_().sum(0)
+    return total
+
+
+def formed(factors: Factors) -> Iterator[Float[Tensor, "chunk rows columns"]]:
+    """The gradients of a few examples at a time."""
+    each = factors.gradients.shape[-1] * factors.inputs.shape[-1]
+    step = max(1, FORMED // each)
+    for start in range(0, len(factors), step):
+        yield factors.part(slice(start, start + step)).matrices()
+
+
+def _moments(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over a batch: of ``a aᵀ`` and ``s sᵀ``, and the number of positions that count."""
+    a = factors.inputs.flatten(0, 1) if factors.valid is None else factors.inputs[factors.valid]
+    s = factors.gradients.flatten(0, 1)
+    return a.T @ a, s.T @ s, torch.tensor(len(a), dtype=a.dtype, device=a.device)
+
+
+def _decomposed(factors: Kronecker) -> Block:
+    like = factors.inputs
+    along, Q_A = torch.linalg.eigh(factors.inputs.double())  # in double precision: small eigenvalues matter
+    across, Q_S = torch.linalg.eigh(factors.gradients.double())
+    eigenvalues = torch.outer(across.clamp(min=0), along.clamp(min=0))
+    return Block(eigenvalues.to(like), Q_A.to(like), Q_S.to(like))
+
+
+def _check_sides(gradients: Gradients) -> None:
+    for name, layer in gradients.layers.items():
+        side = max(layer.rows, layer.columns)
+        if side > LONGEST_SIDE:
+            raise InvalidInput(
+                f"layer {name!r} is {layer.rows} × {layer.columns}: a factor of {side}² numbers is too large. Leave the "
+                "layer out by layers=[…], or take Diagonal"
+            )
