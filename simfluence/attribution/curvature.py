@@ -63,11 +63,13 @@ def damped(eigenvalues: Tensor, damping: Damping, l2: float, name: str) -> Tenso
     """
     added = l2 + (damping.share * float(eigenvalues.mean()) if isinstance(damping, Relative) else damping)
     found = eigenvalues + added
-    floor = torch.finfo(eigenvalues.dtype).eps * len(eigenvalues) * float(eigenvalues.abs().max())
+    rounding = torch.finfo(eigenvalues.dtype).eps * len(eigenvalues) * float(eigenvalues.abs().max())
+    floor = 0.0 if added > 0 else rounding
     if not float(found.min()) > floor:
         raise InvalidInput(
-            f"the curvature of {name} is singular: its smallest eigenvalue is {float(eigenvalues.min()):.3g}, and the "
-            f"damping adds {added:.3g}. Give a larger damping, such as damping=1e-3 or Relative(0.1)"
+            f"the curvature of {name} is singular or not positive: its smallest eigenvalue is "
+            f"{float(eigenvalues.min()):.3g}, and the damping adds {added:.3g}. Give a larger damping, such as "
+            f"damping={max(1e-3, -2 * float(eigenvalues.min())):.2g}"
         )
     return found
 
@@ -126,13 +128,18 @@ def kronecker_factors(
         InvalidInput: a layer has too many inputs or outputs for a square matrix.
     """
     _check_sides(gradients)
-    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    layers = gradients.layers.items()
+    A = {name: torch.zeros(layer.columns, layer.columns).to(gradients.own(layer)) for name, layer in layers}
+    S = {name: torch.zeros(layer.rows, layer.rows).to(gradients.own(layer)) for name, layer in layers}
+    positions = dict.fromkeys(gradients.layers, 0)
     for _, factors in gradients.batches(data, batch_size, relabel):
         for name, each in factors.items():
-            parts = _moments(each)
-            sums[name] = parts if name not in sums else tuple(old.add_(new) for old, new in zip(sums[name], parts))  # type: ignore[assignment]  # noqa: B905
+            a, s = each.kept, each.gradients.flatten(0, 1)
+            A[name].addmm_(a.T, a)
+            S[name].addmm_(s.T, s)
+            positions[name] += len(a)
     count = len(data[1])
-    return {name: Kronecker(A / positions, S / count) for name, (A, S, positions) in sums.items()}
+    return {name: Kronecker(A[name] / max(1, positions[name]), S[name] / count) for name in gradients.layers}
 
 
 def kfac(factors: Mapping[str, Kronecker]) -> dict[str, Block]:
@@ -155,9 +162,8 @@ def with_eigenvalues(
 def diagonal(gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None) -> dict[str, Block]:
     """The diagonal of the Fisher matrix: second moments of gradients as they are."""
     empty = {
-        name: Block(torch.zeros(layer.rows, layer.columns, dtype=p.dtype, device=p.device))
+        name: Block(torch.zeros(layer.rows, layer.columns).to(gradients.own(layer)))
         for name, layer in gradients.layers.items()
-        for p in [gradients.parameters[layer.weight]]
     }
     return with_eigenvalues(empty, gradients, data, batch_size, relabel)
 
@@ -180,13 +186,6 @@ def formed(factors: Factors) -> Iterator[Float[Tensor, "chunk rows columns"]]:
         yield factors.part(slice(start, start + step)).matrices()
 
 
-def _moments(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over a batch: of ``a aᵀ`` and ``s sᵀ``, and the number of positions that count."""
-    a = factors.inputs.flatten(0, 1) if factors.valid is None else factors.inputs[factors.valid]
-    s = factors.gradients.flatten(0, 1)
-    return a.T @ a, s.T @ s, torch.tensor(len(a), dtype=a.dtype, device=a.device)
-
-
 def _decomposed(factors: Kronecker) -> Block:
     like = factors.inputs
     along, Q_A = torch.linalg.eigh(factors.inputs.double())  # in double precision: small eigenvalues matter
@@ -200,6 +199,6 @@ def _check_sides(gradients: Gradients) -> None:
         side = max(layer.rows, layer.columns)
         if side > LONGEST_SIDE:
             raise InvalidInput(
-                f"layer {name!r} is {layer.rows} × {layer.columns}: a factor of {side}² numbers is too large. Leave the "
-                "layer out by layers=[…], or take Diagonal"
+                f"layer {name!r} is {layer.rows} × {layer.columns}: a factor of {side}² numbers is too large. Leave "
+                "the layer out by layers=[…], or take Diagonal"
             )

@@ -64,6 +64,10 @@ class Gradients:
         """A tensor of the device and dtype of the model."""
         return next(iter(self.parameters.values()))
 
+    def own(self, layer: Layer) -> Tensor:
+        """The weight of a layer."""
+        return self.parameters[layer.weight].detach()
+
     @property
     def size(self) -> int:
         """How many parameters the layers have."""

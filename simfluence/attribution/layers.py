@@ -40,6 +40,11 @@ class Factors:
         """The gradient of each example: the sum over its positions."""
         return self.gradients.mT @ self.inputs
 
+    @property
+    def kept(self) -> Float[Tensor, "kept columns"]:
+        """The inputs at the positions that are no padding."""
+        return self.inputs.flatten(0, 1) if self.valid is None else self.inputs[self.valid]
+
     def part(self, rows: slice) -> Factors:
         """The factors of some of the examples."""
         return Factors(self.inputs[rows], self.gradients[rows], None if self.valid is None else self.valid[rows])
