@@ -191,6 +191,23 @@ def language() -> Case:
     return Case(model, token_losses, (ids[:9, :-1], targets[:9]), (ids[9:, :-1], targets[9:]))
 
 
+def kronecker_case() -> Case:
+    """One layer whose inputs and output gradients are independent: every input with every gradient."""
+    rng = torch.Generator().manual_seed(0)
+    X = torch.randn(6, 3, generator=rng, dtype=torch.float64)
+    slopes = torch.randn(5, 4, generator=rng, dtype=torch.float64)
+    slopes[:, 1] *= 3
+    pairs = X.repeat_interleave(5, 0), slopes.repeat(6, 1)
+    model = nn.Linear(3, 4).double()
+
+    def along(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs * targets).sum(1)  # the derivative by the outputs is the target
+
+    order = torch.randperm(30, generator=rng)
+    train = pairs[0][order], pairs[1][order]
+    return Case(model, along, train, (train[0][:4] + 1, train[1][4:8]))
+
+
 CASES = {case.__name__: case for case in (mlp, regression, images, texts, tied, language)}
 
 

@@ -49,9 +49,9 @@ def test_the_true_fisher_is_the_gauss_newton_matrix(case):
 @pytest.mark.parametrize("case", [mlp(), regression()], ids=["mlp", "regression"])
 def test_the_sampled_fisher_goes_to_the_true_one(case):
     exact = reference.true_fisher(case.model, case.train, case.loss)
-    few = reference.sampled_fisher(case.model, case.train, case.loss, seed=0, draws=4)
-    many = reference.sampled_fisher(case.model, case.train, case.loss, seed=0, draws=400)
-    assert (many - exact).norm() < 0.12 * exact.norm() < (few - exact).norm()
+    few = reference.sampled_fisher(case.model, case.train, case.loss, seed=0, draws=2)
+    many = reference.sampled_fisher(case.model, case.train, case.loss, seed=0, draws=200)
+    assert (many - exact).norm() < 0.2 * exact.norm() < (few - exact).norm()
 
 
 def test_the_exact_fisher_of_other_losses_is_refused():

@@ -114,9 +114,18 @@ class Block:
             InvalidInput: the block is singular and the damping does not help.
         """
         inner = self.rotated(factors).matrices() / damped(self.eigenvalues, damping, l2, name)
+        return self._back(inner)
+
+    def divided(self, matrices: Float[Tensor, "n rows columns"], damping: Damping) -> Float[Tensor, "n rows columns"]:
+        """``(G + λI)⁻¹ v`` for matrices v."""
+        if self.inputs is not None and self.gradients is not None:
+            matrices = self.gradients.T @ matrices @ self.inputs
+        return self._back(matrices / damped(self.eigenvalues, damping, 0.0, "a layer"))
+
+    def _back(self, matrices: Tensor) -> Tensor:
         if self.inputs is None or self.gradients is None:
-            return inner
-        return self.gradients @ inner @ self.inputs.T
+            return matrices
+        return self.gradients @ matrices @ self.inputs.T
 
 
 def kronecker_factors(
@@ -134,7 +143,7 @@ def kronecker_factors(
     positions = dict.fromkeys(gradients.layers, 0)
     for _, factors in gradients.batches(data, batch_size, relabel):
         for name, each in factors.items():
-            a, s = each.kept, each.gradients.flatten(0, 1)
+            a, s = each.kept()
             A[name].addmm_(a.T, a)
             S[name].addmm_(s.T, s)
             positions[name] += len(a)

@@ -28,8 +28,8 @@ class Factors:
     Args:
         inputs: ``a``, with 1 appended where the layer has a bias.
         gradients: ``s``, the derivatives of each example's loss.
-        valid: which positions are no padding; all of them where None. Padding has a part in no statistic of the
-            inputs; gradients are what they are.
+        valid: which positions are no padding; all of them where None. Padding has no part in Kronecker
+            factors; gradients are what they are.
     """
 
     inputs: Float[Tensor, "batch positions columns"]
@@ -40,10 +40,11 @@ class Factors:
         """The gradient of each example: the sum over its positions."""
         return self.gradients.mT @ self.inputs
 
-    @property
-    def kept(self) -> Float[Tensor, "kept columns"]:
-        """The inputs at the positions that are no padding."""
-        return self.inputs.flatten(0, 1) if self.valid is None else self.inputs[self.valid]
+    def kept(self) -> tuple[Float[Tensor, "kept columns"], Float[Tensor, "kept rows"]]:
+        """Inputs and gradients at the positions that are no padding."""
+        if self.valid is None:
+            return self.inputs.flatten(0, 1), self.gradients.flatten(0, 1)
+        return self.inputs[self.valid], self.gradients[self.valid]
 
     def part(self, rows: slice) -> Factors:
         """The factors of some of the examples."""

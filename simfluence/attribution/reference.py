@@ -271,8 +271,9 @@ def _lbfgs(objective: Callable[[Tensor], Tensor], start: Tensor, tolerance: floa
 
 
 def _second(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """The Hessian ``[n, n]``, backwards twice: forward mode of torch 2.13 warns of torch's own ways."""
-    found: Tensor = torch.func.jacrev(torch.func.jacrev(function))(at)
+    """The Hessian ``[n, n]``, backwards twice, row by row: ``torch.func`` gets a LayerNorm's wrong (torch 2.13)."""
+    found = torch.autograd.functional.hessian(function, at)
+    assert isinstance(found, Tensor)  # noqa: S101 (for the type checker)
     return found.detach()
 
 
