@@ -99,7 +99,7 @@ def test_adams_step_is_taken_on_the_training_side():
 
 def test_the_checkpoints_of_a_recorded_run(task, curricula, tmp_path):
     recipe = sf.Recipe(lr=0.3, dtype="float64", schedule="linear", horizon=10)
-    runs = sf.record(task, recipe, curricula[:1], tmp_path / "store", observe=sf.Observe(checkpoints=5))
+    runs = sf.record(task, recipe, curricula[:1], tmp_path / "store", observe=sf.Observe(checkpoints=(0, 5, 10)))
     run = runs[0]
     assert sorted(run.checkpoints) == [0, 5, 10]
     model = task.build_model(0).double()

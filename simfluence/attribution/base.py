@@ -193,6 +193,11 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
             raise InvalidInput(f"no unit {unit!r}: {known}; a unit of its own has no meaning in losses")
         return 1 / len(self.train_data_[1]) if unit == "loss" else 1.0
 
+    def _check_training(self) -> None:
+        """One pass over the training side, which names what is wrong with an example."""
+        for _ in self._batches(self.gradients_, self.train_data_, "training"):
+            pass
+
     def _check_ready(self) -> None:
         if not hasattr(self, "versions_"):
             raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit(model, data, loss=…) first")

@@ -182,6 +182,7 @@ class Exact(Attributor):
                 f"a matrix of {size}² numbers is too large to invert: name some layers=[…], or take ConjugateGradients "
                 "or EKFAC"
             )
+        self._check_training()
         product = curvature_product(self.curvature, self.gradients_, self.train_data_, self.batch_size)
         rows = torch.eye(size).to(self.gradients_.like)
         matrix = torch.cat([product(part) for part in rows.split(self.batch_size)])

@@ -41,6 +41,7 @@ class _Iterative(Attributor):
             raise InvalidInput(f"{type(self).__name__} does not know the eigenvalues: damping must be a number")
 
     def _fit(self) -> None:
+        self._check_training()
         product = curvature_product(self.curvature, self.gradients_, self.train_data_, self.batch_size)
         added = self._added
         self.product_: Product = lambda vectors: product(vectors) + added * vectors

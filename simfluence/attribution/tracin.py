@@ -175,14 +175,16 @@ class TracInCP(Attributor):
     def _through(self, state: State, rate: float) -> Callable[[LayerFactors], Queries]:
         """What is applied on the test side at one checkpoint."""
         if self.adam is None:
-            return lambda factors: {n: _scaled(each, torch.tensor(rate).to(each.inputs)) for n, each in factors.items()}
+            return lambda factors: {name: _scaled(each, rate) for name, each in factors.items()}
         steps = _adam_steps(state, self.gradients_, self.adam)
         return lambda factors: {name: rate * steps[name] * matrices(each) for name, each in factors.items()}
 
 
-def _scaled(factors: Factors, shares: Tensor) -> Factors:
+def _scaled(factors: Factors, shares: float | Tensor) -> Factors:
     """Gradients times a number, or one number each."""
-    return Factors(factors.inputs, factors.gradients * shares.to(factors.gradients).reshape(-1, 1, 1), factors.valid)
+    if isinstance(shares, Tensor):
+        shares = shares.to(factors.gradients)[:, None, None]
+    return Factors(factors.inputs, factors.gradients * shares, factors.valid)
 
 
 def _parameters(state: State) -> Mapping[str, Tensor]:
