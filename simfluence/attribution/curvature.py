@@ -10,7 +10,7 @@ no rotation. A vector (a bias alone, a normalisation's weight) has ``a = 1``, so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simfluence.attribution.gradients import Gradients
+from simfluence.attribution.kept import Kept
 from simfluence.attribution.labels import Relabel
-from simfluence.attribution.layers import Factors
+from simfluence.attribution.layers import Factors, Layer
 from simfluence.errors import InvalidInput
 from simfluence.task import Data
 
@@ -129,26 +130,35 @@ class Block:
 
 
 def kronecker_factors(
-    gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None
+    gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None, kept: Kept | None = None
 ) -> dict[str, Kronecker]:
     """A and S of every layer, in one pass over ``data``.
+
+    Args:
+        kept: a file for the sums, from which the pass goes on where it stopped.
 
     Raises:
         InvalidInput: a layer has too many inputs or outputs for a square matrix.
     """
     _check_sides(gradients)
-    layers = gradients.layers.items()
-    A = {name: torch.zeros(layer.columns, layer.columns).to(gradients.own(layer)) for name, layer in layers}
-    S = {name: torch.zeros(layer.rows, layer.rows).to(gradients.own(layer)) for name, layer in layers}
-    positions = dict.fromkeys(gradients.layers, 0)
-    for _, factors in gradients.batches(data, batch_size, relabel):
-        for name, each in factors.items():
-            a, s = each.kept()
-            A[name].addmm_(a.T, a)
-            S[name].addmm_(s.T, s)
-            positions[name] += len(a)
-    count = len(data[1])
-    return {name: Kronecker(A[name] / max(1, positions[name]), S[name] / count) for name in gradients.layers}
+    sums = {f"positions/{name}": torch.zeros(1, dtype=torch.float64) for name in gradients.layers}
+    for name, layer in gradients.layers.items():
+        sums[f"A/{name}"] = torch.zeros(layer.columns, layer.columns).to(gradients.own(layer))
+        sums[f"S/{name}"] = torch.zeros(layer.rows, layer.rows).to(gradients.own(layer))
+
+    def add(name: str, factors: Factors) -> None:
+        a, s = factors.kept()
+        sums[f"A/{name}"].addmm_(a.T, a)
+        sums[f"S/{name}"].addmm_(s.T, s)
+        sums[f"positions/{name}"] += len(a)
+
+    _stream("factors", sums, add, gradients, data, batch_size, relabel, kept)
+    return {
+        name: Kronecker(
+            sums[f"A/{name}"] / max(1.0, sums[f"positions/{name}"].item()), sums[f"S/{name}"] / len(data[1])
+        )
+        for name in gradients.layers
+    }
 
 
 def kfac(factors: Mapping[str, Kronecker]) -> dict[str, Block]:
@@ -157,15 +167,70 @@ def kfac(factors: Mapping[str, Kronecker]) -> dict[str, Block]:
 
 
 def with_eigenvalues(
-    blocks: Mapping[str, Block], gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None
+    blocks: Mapping[str, Block],
+    gradients: Gradients,
+    data: Data,
+    batch_size: int,
+    relabel: Relabel | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Block]:
-    """The blocks with second moments of gradients as eigenvalues, in one pass over ``data``: EK-FAC's, from K-FAC's."""
-    sums = {name: torch.zeros_like(block.eigenvalues) for name, block in blocks.items()}
-    for _, factors in gradients.batches(data, batch_size, relabel):
+    """The blocks with second moments of gradients as eigenvalues, in one pass over ``data``: EK-FAC's, from K-FAC's.
+
+    Args:
+        kept: a file for the sums and the basis, from which the pass goes on where it stopped.
+    """
+    sums = {f"eigenvalues/{name}": torch.zeros_like(block.eigenvalues) for name, block in blocks.items()}
+
+    def add(name: str, factors: Factors) -> None:
+        sums[f"eigenvalues/{name}"] += squares(blocks[name].rotated(factors))
+
+    _stream("eigenvalues", sums, add, gradients, data, batch_size, relabel, kept, _bases(blocks))
+    return {
+        name: Block(sums[f"eigenvalues/{name}"] / len(data[1]), block.inputs, block.gradients)
+        for name, block in blocks.items()
+    }
+
+
+def ekfac(
+    gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None, kept: Kept | None = None
+) -> dict[str, Block]:
+    """EK-FAC's blocks, in two passes over ``data``."""
+    if kept is not None and kept.stage == "eigenvalues":
+        blocks = {name: _kept_basis(kept, layer, gradients.own(layer)) for name, layer in gradients.layers.items()}
+    else:
+        blocks = kfac(kronecker_factors(gradients, data, batch_size, relabel, kept))
+    return with_eigenvalues(blocks, gradients, data, batch_size, relabel, kept)
+
+
+def _stream(
+    stage: str,
+    sums: dict[str, Tensor],
+    add: Callable[[str, Factors], None],
+    gradients: Gradients,
+    data: Data,
+    batch_size: int,
+    relabel: Relabel | None,
+    kept: Kept | None,
+    beside: Mapping[str, Tensor] | None = None,
+) -> None:
+    """``add`` the factors of every layer, batch after batch, to ``sums``, kept in the file together with ``beside``."""
+    first = 0 if kept is None else kept.restored(stage, sums)
+    for rows, factors in gradients.batches(data, batch_size, relabel, first=first):
         for name, each in factors.items():
-            sums[name] += squares(blocks[name].rotated(each))
-    count = len(data[1])
-    return {name: Block(sums[name] / count, block.inputs, block.gradients) for name, block in blocks.items()}
+            add(name, each)
+        if kept is not None:
+            kept.save(stage, {**sums, **(beside or {})}, rows.stop, last=rows.stop == len(data[1]))
+
+
+def _bases(blocks: Mapping[str, Block]) -> dict[str, Tensor]:
+    found = {f"Q_A/{name}": block.inputs for name, block in blocks.items()}
+    found |= {f"Q_S/{name}": block.gradients for name, block in blocks.items()}
+    return {name: basis for name, basis in found.items() if basis is not None}
+
+
+def _kept_basis(kept: Kept, layer: Layer, like: Tensor) -> Block:
+    shapes = {"eigenvalues": (layer.rows, layer.columns), "Q_A": (layer.columns,) * 2, "Q_S": (layer.rows,) * 2}
+    return Block(*(kept.sum(f"{part}/{layer.name}", like.new_empty(shape)) for part, shape in shapes.items()))
 
 
 def diagonal(gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None) -> dict[str, Block]:

@@ -74,19 +74,20 @@ class Gradients:
         return sum(layer.size for layer in self.layers.values())
 
     def batches(
-        self, data: Data, batch_size: int, relabel: Relabel | None = None, side: str = "training"
+        self, data: Data, batch_size: int, relabel: Relabel | None = None, side: str = "training", first: int = 0
     ) -> Iterator[tuple[slice, dict[str, Factors]]]:
         """The factors of all layers, batch after batch of ``data``, with the rows that they are of.
 
         Args:
             relabel: puts other labels in place of the real ones.
             side: what to call the examples in messages.
+            first: where to start.
 
         Raises:
             InvalidInput: the model or the loss fails, the loss is not one number per example, or something is not
                 finite.
         """
-        for start in range(0, len(data[1]), batch_size):
+        for start in range(first, len(data[1]), batch_size):
             rows = slice(start, min(start + batch_size, len(data[1])))
             yield rows, self.factors(rows_of(data, rows), start, relabel, side)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,11 +16,12 @@ from simfluence.attribution.curvature import (
     check_damping,
     damped,
     diagonal,
+    ekfac,
     kfac,
     kronecker_factors,
-    with_eigenvalues,
 )
 from simfluence.attribution.flat import CURVATURES, curvature_product, join, split
+from simfluence.attribution.kept import Kept, fingerprint
 from simfluence.attribution.labels import Draw, Relabel, relabelling
 from simfluence.errors import InvalidInput
 
@@ -32,6 +34,7 @@ class _Blocks(Attributor):
     labels: str | Draw
     damping: Damping
     seed: int
+    store: str | Path | None = None
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -49,6 +52,13 @@ class _Blocks(Attributor):
             for name, each in factors.items()
         }
 
+    def _kept(self) -> Kept | None:
+        if self.store is None:
+            return None
+        labels = getattr(self.labels, "__qualname__", self.labels)
+        settings = type(self).__name__, labels, self.seed
+        return Kept(Path(self.store), fingerprint(self.gradients_, self.train_data_, *settings))
+
     @abstractmethod
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]: ...
 
@@ -63,8 +73,10 @@ class EKFAC(_Blocks):
         layers: names or patterns of the layers to attribute to; all by default.
         batch_size: examples per pass: memory, not results.
         seed: of the sampled labels.
+        store: a safetensors file for the factors: fitting again reads it, and goes on where it was stopped.
 
     Raises:
+        StoreError: by ``fit``, the file is damaged, or of another model, data or settings.
         InvalidInput: by ``fit``, a singular block without damping, labels that cannot be drawn, a layer too wide.
 
     >>> from torch import nn
@@ -85,23 +97,24 @@ class EKFAC(_Blocks):
         layers: Sequence[str] | None = None,
         batch_size: int = 64,
         seed: int = 0,
+        store: str | Path | None = None,
     ) -> None:
         self.damping = damping
         self.labels = labels
         self.layers = layers
         self.batch_size = batch_size
         self.seed = seed
+        self.store = store
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        factors = kronecker_factors(self.gradients_, self.train_data_, self.batch_size, relabel)
-        return with_eigenvalues(kfac(factors), self.gradients_, self.train_data_, self.batch_size, relabel)
+        return ekfac(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept())
 
 
 class KFAC(_Blocks):
     """Influence functions with Kronecker factors (Martens & Grosse 2015), the damping added to their products.
 
     Args:
-        damping, labels, layers, batch_size, seed: as of ``EKFAC``.
+        damping, labels, layers, batch_size, seed, store: as of ``EKFAC``.
     """
 
     def __init__(
@@ -111,15 +124,17 @@ class KFAC(_Blocks):
         layers: Sequence[str] | None = None,
         batch_size: int = 64,
         seed: int = 0,
+        store: str | Path | None = None,
     ) -> None:
         self.damping = damping
         self.labels = labels
         self.layers = layers
         self.batch_size = batch_size
         self.seed = seed
+        self.store = store
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        return kfac(kronecker_factors(self.gradients_, self.train_data_, self.batch_size, relabel))
+        return kfac(kronecker_factors(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept()))
 
 
 class Diagonal(_Blocks):

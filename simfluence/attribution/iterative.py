@@ -17,9 +17,7 @@ from simfluence.attribution.curvature import (
     Relative,
     check_damping,
     damped,
-    kfac,
-    kronecker_factors,
-    with_eigenvalues,
+    ekfac,
 )
 from simfluence.attribution.flat import Product, curvature_product, join, split
 from simfluence.errors import ConvergenceWarning, InvalidInput
@@ -104,7 +102,7 @@ class ConjugateGradients(_Iterative):
         self.blocks_: dict[str, Block] = {}
         if self.preconditioned:
             sides = self.gradients_, self.train_data_, self.batch_size
-            self.blocks_ = with_eigenvalues(kfac(kronecker_factors(*sides)), *sides)
+            self.blocks_ = ekfac(*sides)
 
     def _solve_flat(self, vectors: Vectors) -> Vectors:
         return conjugate_gradients(self.product_, vectors, self._precondition, self.tolerance, self.iterations)
