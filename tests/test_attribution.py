@@ -105,6 +105,26 @@ def test_layers_add_up(attributor):
     assert (np.abs(scores.values).max((1, 2)) > 0).all()
 
 
+def test_tokens_add_up(attributor):
+    case = texts()
+    found = fitted(attributor, case, batch_size=4)
+    tokens = found.token_scores(case.test)
+    assert tokens.shape == (4, 10, 6)
+    by_layer = np.asarray(found.scores(case.test, by_layer=True))
+    assert relative(tokens.sum(2), by_layer[:2].sum(0)) < 1e-8  # words and mix
+    padding = ~case.train[0]["attention_mask"].bool().numpy()
+    assert (tokens[:, padding] == 0).all()
+    assert (np.abs(tokens[:, ~padding]).max(0) > 0).all()
+    with pytest.raises(InvalidInput, match="applied to the same positions, found none"):
+        fitted(attributor, mlp()).token_scores(mlp().test)
+    called_twice = language()
+    found = fitted(attributor, called_twice)
+    by_layer = np.asarray(found.scores(called_twice.test, by_layer=True))
+    tokens = found.token_scores(called_twice.test)
+    assert tokens.shape == (3, 9, 5)
+    assert relative(tokens.sum(2), by_layer[:2].sum(0)) < 1e-8
+
+
 def test_top_k(attributor):
     case = mlp()
     found = fitted(attributor, case, batch_size=4)

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from simfluence.attribution.finding import per_example
-from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask
+from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask, rows_of
 from simfluence.attribution.layers import Factors
-from simfluence.attribution.pairs import Query, own_products, products
+from simfluence.attribution.pairs import Query, own_products, position_products, products
 from simfluence.attribution.scores import Scores, TopScores
 from simfluence.errors import InvalidInput, NotFittedError
 from simfluence.task import Data, Task, tensors
@@ -137,6 +137,40 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
             indices[rows] = torch.cat([indices[rows], new], 1).gather(1, order)
         return TopScores(indices.numpy(), scale * values.numpy(), unit or self.units[0], type(self).__name__)
 
+    def token_scores(
+        self, test_data: Data | None = None, unit: str | None = None
+    ) -> Float[np.ndarray, "test train positions"]:
+        """The scores' shares of each position (token) of the training examples.
+
+        Layers that are applied to whole examples (behind a pooling, or whose gradient is summed over positions, as of
+        a bias alone) have no part; over the others the shares add up to the scores.
+
+        Raises:
+            NotFittedError, InvalidInput: as of ``scores``; or no layer is applied to positions, or layers to
+                different numbers of them.
+        """
+        test, scale = self._checked_test(test_data), self._scale(unit)
+        names, positions = self._positions()
+        shape = (len(test[1]), len(self.train_data_[1]), positions)
+        values = np.zeros(shape, _numpy_dtype(self.gradients_.like))
+        for gradients, solve in self._states():
+            for rows, columns, queries, factors in self._pairs(gradients, solve, test):
+                found = [position_products(queries[name], factors[name]).cpu() for name in names]
+                values[rows, columns] += scale * torch.stack(found).sum(0).numpy()
+        return values
+
+    def _positions(self) -> tuple[list[str], int]:
+        """The layers that are applied to positions, and how many those are."""
+        factors = self.gradients_.factors(rows_of(self.train_data_, slice(0, 1)))
+        counts = {name: each.positions // each.calls for name, each in factors.items()}
+        found = {name: count for name, count in counts.items() if count > 1}
+        if len(set(found.values())) != 1:
+            raise InvalidInput(
+                f"scores by token need layers that are applied to the same positions, found {found or 'none'}: "
+                "name such layers by layers=[…]"
+            )
+        return list(found), next(iter(found.values()))
+
     @abstractmethod
     def _fit(self) -> None: ...
 
@@ -160,11 +194,18 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
     def _blocks(self, test: Data) -> Iterator[tuple[slice, slice, Tensor]]:
         """Test rows, training rows, and their products ``[layer, test, train]``."""
         for gradients, solve in self._states():
-            for group in self._groups(gradients, solve, test):
-                for columns, factors in self._batches(gradients, self.train_data_, "training"):
-                    for rows, queries in group:
-                        parts = [products(queries[name], each).cpu() for name, each in factors.items()]
-                        yield rows, columns, torch.stack(parts)
+            for rows, columns, queries, factors in self._pairs(gradients, solve, test):
+                parts = [products(queries[name], each).cpu() for name, each in factors.items()]
+                yield rows, columns, torch.stack(parts)
+
+    def _pairs(
+        self, gradients: Gradients, solve: Callable[[LayerFactors], Queries], test: Data
+    ) -> Iterator[tuple[slice, slice, Queries, LayerFactors]]:
+        """Batches of both sides, each with each."""
+        for group in self._groups(gradients, solve, test):
+            for columns, factors in self._batches(gradients, self.train_data_, "training"):
+                for rows, queries in group:
+                    yield rows, columns, queries, factors
 
     def _groups(
         self, gradients: Gradients, solve: Callable[[LayerFactors], Queries], test: Data

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ class Block:
         """The factors in the basis: ``Q_Aᵀ a`` and ``Q_Sᵀ s``."""
         if self.inputs is None or self.gradients is None:
             return factors
-        return Factors(factors.inputs @ self.inputs, factors.gradients @ self.gradients, factors.valid)
+        return replace(factors, inputs=factors.inputs @ self.inputs, gradients=factors.gradients @ self.gradients)
 
     def solve(
         self, factors: Factors, damping: Damping, l2: float = 0.0, name: str = "a layer"

@@ -196,8 +196,8 @@ def gathered(layer: Layer, calls: Calls, mask: Tensor | None, batch: int) -> Fac
     if layer.vector:
         return Factors(a[:, :1], s.sum(1, keepdim=True))
     if mask is None or any(inputs.shape[1] != mask.shape[1] for inputs, _ in parts):
-        return Factors(a, s)
-    return Factors(a, s, mask.to(a.device).repeat(1, len(parts)))
+        return Factors(a, s, None, len(parts))
+    return Factors(a, s, mask.to(a.device).repeat(1, len(parts)), len(parts))
 
 
 def rows_of(data: Data, rows: slice) -> Data:

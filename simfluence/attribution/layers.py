@@ -30,11 +30,13 @@ class Factors:
         gradients: ``s``, the derivatives of each example's loss.
         valid: which positions are no padding; all of them where None. Padding has no part in Kronecker
             factors; gradients are what they are.
+        calls: how often the layer was applied; the positions of the calls stand one after the other.
     """
 
     inputs: Float[Tensor, "batch positions columns"]
     gradients: Float[Tensor, "batch positions rows"]
     valid: Bool[Tensor, "batch positions"] | None = None
+    calls: int = 1
 
     def matrices(self) -> Float[Tensor, "batch rows columns"]:
         """The gradient of each example: the sum over its positions."""
@@ -48,7 +50,8 @@ class Factors:
 
     def part(self, rows: slice) -> Factors:
         """The factors of some of the examples."""
-        return Factors(self.inputs[rows], self.gradients[rows], None if self.valid is None else self.valid[rows])
+        valid = None if self.valid is None else self.valid[rows]
+        return Factors(self.inputs[rows], self.gradients[rows], valid, self.calls)
 
     @property
     def positions(self) -> int:

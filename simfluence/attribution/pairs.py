@@ -37,6 +37,18 @@ def own_products(query: Query, factors: Factors) -> Float[Tensor, " batch"]:
     return torch.einsum("npo,noi,npi->n", factors.gradients, query, factors.inputs)
 
 
+def position_products(query: Query, factors: Factors) -> Float[Tensor, "test train positions"]:
+    """``⟨q_z, s_p a_pᵀ⟩`` for all pairs and each position p of the training example, summed over calls."""
+    V, found = matrices(query), []
+    step = max(1, FORMED // (len(V) * factors.positions * V.shape[1]))
+    for start in range(0, len(factors), step):
+        part = factors.part(slice(start, start + step))
+        along = torch.einsum("toi,npi->tnpo", V, part.inputs)
+        found.append((along * part.gradients).sum(-1))
+    each = torch.cat(found, 1)  # [test, train, calls · positions]
+    return each.unflatten(2, (factors.calls, -1)).sum(2)
+
+
 def combined(weights: Float[Tensor, "test train"], factors: Factors) -> Float[Tensor, "test rows columns"]:
     """``Σ_i w_zi g_i`` for each row of weights."""
     found = torch.zeros(len(weights), factors.gradients.shape[-1] * factors.inputs.shape[-1]).to(factors.inputs)
@@ -45,11 +57,6 @@ def combined(weights: Float[Tensor, "test train"], factors: Factors) -> Float[Te
         found += weights[:, start : start + len(part)] @ part.flatten(1)
         start += len(part)
     return found.reshape(len(weights), factors.gradients.shape[-1], -1)
-
-
-def joined(queries: list[Query]) -> Query:
-    """Queries of several batches as one; of different numbers of positions they cannot be."""
-    return queries[0] if len(queries) == 1 else torch.cat([matrices(query) for query in queries])
 
 
 def matrices(query: Query) -> Float[Tensor, "test rows columns"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -184,7 +184,7 @@ def _scaled(factors: Factors, shares: float | Tensor) -> Factors:
     """Gradients times a number, or one number each."""
     if isinstance(shares, Tensor):
         shares = shares.to(factors.gradients)[:, None, None]
-    return Factors(factors.inputs, factors.gradients * shares, factors.valid)
+    return replace(factors, gradients=factors.gradients * shares)
 
 
 def _parameters(state: State) -> Mapping[str, Tensor]:
