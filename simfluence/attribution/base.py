@@ -28,6 +28,7 @@ QUERIES = 2**27
 
 LayerFactors = dict[str, Factors]
 Queries = Mapping[str, Query]
+Solve = Callable[[LayerFactors], Queries]
 
 
 class Attributor(sklearn.base.BaseEstimator, ABC):
@@ -112,10 +113,8 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         scale = self._scale(unit)
         values = np.zeros(len(self.train_data_[1]), _numpy_dtype(self.gradients_.like))
         for gradients, solve in self._states():
-            for rows, factors in self._batches(gradients, self.train_data_, "training"):
-                queries = solve(factors)
-                found = [own_products(queries[name], each).cpu() for name, each in factors.items()]
-                values[rows] += scale * torch.stack(found).sum(0).numpy()
+            for rows, factors in self._batches(gradients, self.train_data_, "training", self._few(gradients)):
+                values[rows] += scale * self._own(solve, factors).cpu().numpy()
         return values
 
     def top_k(self, k: int, test_data: Data | None = None, unit: str | None = None) -> TopScores:
@@ -182,9 +181,18 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         """The gradients of either side as they enter the products."""
         return factors
 
-    def _states(self) -> Iterator[tuple[Gradients, Callable[[LayerFactors], Queries]]]:
+    def _states(self) -> Iterator[tuple[Gradients, Solve]]:
         """The states of the model whose products are added up, with what to apply on the test side."""
         yield self.gradients_, self._solve
+
+    def _own(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
+        """The products of each example with itself, over all layers."""
+        queries = solve(factors)
+        return torch.stack([own_products(queries[name], each).cpu() for name, each in factors.items()]).sum(0)
+
+    def _few(self, gradients: Gradients) -> int:
+        """How many examples may have their products with P formed at a time."""
+        return max(1, min(self.batch_size, QUERIES // gradients.size))
 
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""
@@ -199,7 +207,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
                 yield rows, columns, torch.stack(parts)
 
     def _pairs(
-        self, gradients: Gradients, solve: Callable[[LayerFactors], Queries], test: Data
+        self, gradients: Gradients, solve: Solve, test: Data
     ) -> Iterator[tuple[slice, slice, Queries, LayerFactors]]:
         """Batches of both sides, each with each."""
         for group in self._groups(gradients, solve, test):
@@ -207,11 +215,9 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
                 for rows, queries in group:
                     yield rows, columns, queries, factors
 
-    def _groups(
-        self, gradients: Gradients, solve: Callable[[LayerFactors], Queries], test: Data
-    ) -> Iterator[list[tuple[slice, Queries]]]:
+    def _groups(self, gradients: Gradients, solve: Solve, test: Data) -> Iterator[list[tuple[slice, Queries]]]:
         """Batches of test examples, as many at a time as may be kept."""
-        size = max(1, min(self.batch_size, QUERIES // gradients.size))
+        size = self._few(gradients)
         group: list[tuple[slice, Queries]] = []
         for rows, factors in self._batches(gradients, test, "test", size):
             group.append((rows, solve(factors)))

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from simfluence.attribution.base import Attributor, LayerFactors, Queries
+from simfluence.attribution.base import Attributor, LayerFactors, Queries, Solve
 from simfluence.attribution.curvature import (
     Block,
     Damping,
@@ -21,8 +23,11 @@ from simfluence.attribution.curvature import (
     kronecker_factors,
 )
 from simfluence.attribution.flat import CURVATURES, curvature_product, join, split
+from simfluence.attribution.gradients import rows_of
 from simfluence.attribution.kept import Kept, fingerprint
 from simfluence.attribution.labels import Draw, Relabel, relabelling
+from simfluence.attribution.layers import Factors
+from simfluence.attribution.pairs import own_products
 from simfluence.errors import InvalidInput
 
 DEFAULT_DAMPING = Relative(0.1)
@@ -43,14 +48,34 @@ class _Blocks(Attributor):
     def _fit(self) -> None:
         relabel = relabelling(self.labels, self.gradients_.loss, self.seed)
         self.blocks_ = self._estimated(relabel)
-        for name, block in self.blocks_.items():
-            damped(block.eigenvalues, self.damping, self.l2_, f"layer {name!r}")  # refuse a singular one at once
+        for name in self.blocks_:
+            self._divisor(name)  # refuse a singular one at once
+        one = self.gradients_.factors(rows_of(self.train_data_, slice(0, 1)))
+        self.rotated_ = {name for name, each in one.items() if each.positions == 1}
+
+    def _prepared(self, factors: LayerFactors) -> LayerFactors:
+        """Layers with one position are rotated on both sides: then P is a division, entry by entry."""
+        return {n: self.blocks_[n].rotated(each) if n in self.rotated_ else each for n, each in factors.items()}
 
     def _solve(self, factors: LayerFactors) -> Queries:
-        return {
-            name: self.blocks_[name].solve(each, self.damping, self.l2_, f"layer {name!r}")
-            for name, each in factors.items()
-        }
+        return {name: self._solved(name, each) for name, each in factors.items()}
+
+    def _solved(self, name: str, factors: Factors) -> Tensor:
+        if name in self.rotated_:
+            return factors.matrices() / self._divisor(name)
+        return self.blocks_[name].solve(factors, self.damping, self.l2_, f"layer {name!r}")
+
+    def _own(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
+        return torch.stack([self._own_of_layer(name, each).cpu() for name, each in factors.items()]).sum(0)
+
+    def _own_of_layer(self, name: str, factors: Factors) -> Tensor:
+        if name not in self.rotated_:
+            return own_products(self._solved(name, factors), factors)
+        along = factors.inputs[:, 0].square() @ (1 / self._divisor(name)).T  # (s²)ᵀ W a²: no gradient is formed
+        return (along * factors.gradients[:, 0].square()).sum(1)
+
+    def _divisor(self, name: str) -> Tensor:
+        return damped(self.blocks_[name].eigenvalues, self.damping, self.l2_, f"layer {name!r}")
 
     def _kept(self) -> Kept | None:
         if self.store is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries
+from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve
 from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask
 from simfluence.attribution.layers import Factors
 from simfluence.attribution.pairs import matrices, own_products
@@ -166,13 +166,13 @@ class TracInCP(Attributor):
             self.versions_ = tuple(p._version for p in self.gradients_.model.parameters())
         super()._check_ready()
 
-    def _states(self) -> Iterator[tuple[Gradients, Callable[[LayerFactors], Queries]]]:
+    def _states(self) -> Iterator[tuple[Gradients, Solve]]:
         for state, rate in self.checkpoints:
             read = Checkpoint.load(Path(state)) if isinstance(state, str | Path) else state
             self.gradients_.model.load_state_dict(dict(_parameters(read)))
             yield self.gradients_, self._through(read, rate)
 
-    def _through(self, state: State, rate: float) -> Callable[[LayerFactors], Queries]:
+    def _through(self, state: State, rate: float) -> Solve:
         """What is applied on the test side at one checkpoint."""
         if self.adam is None:
             return lambda factors: {name: _scaled(each, rate) for name, each in factors.items()}
