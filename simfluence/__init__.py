@@ -3,7 +3,7 @@
 task + recipe + curricula ──record──▶ runs ──fit──▶ simulator ──what_if──▶ forecast ──verify──▶ truth
 """
 
-from simfluence import tasks
+from simfluence import attribution, tasks
 from simfluence._version import __version__
 from simfluence.curriculum import Curriculum, random_curricula
 from simfluence.edits import (
@@ -82,6 +82,7 @@ __all__ = [
     "Verification",
     "Verifications",
     "__version__",
+    "attribution",
     "best_removal",
     "estimate",
     "evaluate",

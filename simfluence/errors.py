@@ -40,6 +40,14 @@ class EngineWarning(UserWarning):
     """An engine that was asked for cannot train these runs; another does."""
 
 
+class PlainGradientsWarning(UserWarning):
+    """Some parameters have no rule for per-example gradients; they are taken by slower means."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solver stopped before it reached its tolerance."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the nearest option, or all of them.
 

@@ -27,7 +27,7 @@ FLOORS = [
         "recipe",
     ],
     ["task", "runs", "run_file", "store"],
-    ["tasks", "recording"],
+    ["tasks", "recording", "attribution"],
     ["simulators"],
     ["evaluation", "tuning", "learning", "verification", "whatif", "effects", "removal", "specs"],
     ["plots", "printing", "demo", "cli", "__main__", "__init__"],

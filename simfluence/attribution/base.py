@@ -1,0 +1,284 @@
+"""What every attributor shares: checked input, the passes over test and training examples, scikit-learn's habits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import sklearn.base
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from simfluence.attribution.finding import per_example
+from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask, rows_of
+from simfluence.attribution.layers import Factors
+from simfluence.attribution.pairs import Query, own_products, position_products, products
+from simfluence.attribution.scores import Scores, TopScores
+from simfluence.errors import InvalidInput, NotFittedError
+from simfluence.task import Data, Task, tensors
+
+# Not typing.Self: the tests' runtime type checker wraps functions, not classes.
+AttributorT = TypeVar("AttributorT", bound="Attributor")
+
+#: Numbers that the test examples' share of a product may take: as many as fit are scored in one pass over training.
+QUERIES = 2**27
+
+LayerFactors = dict[str, Factors]
+Queries = Mapping[str, Query]
+Solve = Callable[[LayerFactors], Queries]
+
+
+class Attributor(sklearn.base.BaseEstimator, ABC):
+    """Says which training examples raise or lower the loss of a test example: ``fit``, then ``scores``.
+
+    The common form is ``score(z, i) = Σ_k w_k ⟨P_k ∇ℓ_z(θ_k), ∇ℓ_i(θ_k)⟩`` over one or several states θ_k of the model;
+    members choose P, often the inverse of a curvature matrix. Subclasses implement ``_fit()`` and ``_solve(factors)``,
+    which applies P. Results do not depend on the batch size. Classes are abstract or final: to vary one, wrap it.
+    """
+
+    #: Units that the scores can have, the default first.
+    units: ClassVar[tuple[str, ...]] = ("loss", "raw")
+    layers: Sequence[str] | None
+    batch_size: int
+
+    def fit(
+        self: AttributorT,
+        model: nn.Module,
+        data: Data | Task,
+        loss: Loss | None = None,
+        l2: float | None = None,
+        mask: Mask = attention_mask,
+    ) -> AttributorT:
+        """Learn what is needed of the training side. The model is kept, not copied, and not changed.
+
+        Args:
+            model: as trained.
+            data: training examples ``(inputs, targets)``, or a task, which brings its loss, l2, ids and test side.
+            loss: ``loss(outputs, targets)`` → ``[batch]``, not reduced.
+            l2: the objective's own penalty, ``l2/2 ‖θ‖²`` beside the mean loss; it adds to the damping.
+            mask: inputs → which positions are no padding, ``[batch, positions]``; by default their "attention_mask".
+
+        Raises:
+            InvalidInput: no layers to attribute to, a reduced loss, labels out of range, gradients that are not
+                finite, a random forward pass, or parameters out of range.
+        """
+        self._check_parameters()
+        task = data if isinstance(data, Task) else None
+        train = _checked(task.train_data if task is not None else data)
+        loss = loss if loss is not None or task is None else task.loss
+        if loss is None:
+            raise InvalidInput("a loss is needed: loss=… with loss(outputs, targets) → [batch]")
+        self.task_, self.train_data_ = task, train
+        self.l2_ = l2 if l2 is not None else (0.0 if task is None else task.l2)
+        if not self.l2_ >= 0:
+            raise InvalidInput(f"l2 must be a number from 0 up, got {self.l2_!r}")
+        self.gradients_ = per_example(model, loss, train, self.layers, mask)
+        self._fit()
+        self.versions_ = _versions(model)
+        return self
+
+    def scores(self, test_data: Data | None = None, unit: str | None = None, by_layer: bool = False) -> Scores:
+        """The scores of all pairs, ``[test, train]``: positive where training on i lowers the loss of z.
+
+        Args:
+            test_data: ``(inputs, targets)``; by default the test side of the task that it was fitted on.
+            unit: "loss" or "raw", see ``Scores``; by default the first of ``units``.
+            by_layer: give ``[layer, test, train]``, which adds up to the scores over layers.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            InvalidInput: the model's weights changed since, or what ``fit`` refuses too.
+        """
+        test, scale = self._checked_test(test_data), self._scale(unit)
+        n_test, n_train = len(test[1]), len(self.train_data_[1])
+        names = list(self.gradients_.layers)
+        shape = (len(names), n_test, n_train) if by_layer else (n_test, n_train)
+        values = np.zeros(shape, _numpy_dtype(self.gradients_.like))
+        for rows, columns, block in self._blocks(test):
+            values[..., rows, columns] += scale * (block if by_layer else block.sum(0)).cpu().numpy()
+        train_ids, test_ids = self._ids(test_data)
+        layers = tuple(names) if by_layer else None
+        return Scores(values, unit or self.units[0], type(self).__name__, layers, train_ids, test_ids)
+
+    def self_influence(self, unit: str | None = None) -> Float[np.ndarray, " train"]:
+        """The score of each training example for itself: large where the model has learned it by heart.
+
+        Raises:
+            NotFittedError, InvalidInput: as of ``scores``.
+        """
+        self._check_ready()
+        scale = self._scale(unit)
+        values = np.zeros(len(self.train_data_[1]), _numpy_dtype(self.gradients_.like))
+        for gradients, solve in self._states():
+            for rows, factors in self._batches(gradients, self.train_data_, "training", self._few(gradients)):
+                values[rows] += scale * self._own(solve, factors).cpu().numpy()
+        return values
+
+    def top_k(self, k: int, test_data: Data | None = None, unit: str | None = None) -> TopScores:
+        """The k training examples with the largest scores for each test example; the matrix is never whole.
+
+        Raises:
+            NotFittedError, InvalidInput: as of ``scores``; or k is not from 1 to the number of training examples.
+        """
+        test, scale = self._checked_test(test_data), self._scale(unit)
+        n_test, n_train = len(test[1]), len(self.train_data_[1])
+        if not 1 <= k <= n_train:
+            raise InvalidInput(f"k must be from 1 to the number of training examples, {n_train}; got {k}")
+        values = torch.full((n_test, k), -torch.inf, dtype=self.gradients_.like.dtype)
+        indices = torch.zeros(n_test, k, dtype=torch.int64)
+        for rows, columns, block in self._blocks(test):
+            new = torch.arange(columns.start, columns.stop).expand(rows.stop - rows.start, -1)
+            every = torch.cat([values[rows], block.sum(0).cpu()], 1)
+            values[rows], order = (part[:, :k] for part in every.sort(dim=1, descending=True, stable=True))
+            indices[rows] = torch.cat([indices[rows], new], 1).gather(1, order)
+        return TopScores(indices.numpy(), scale * values.numpy(), unit or self.units[0], type(self).__name__)
+
+    def token_scores(
+        self, test_data: Data | None = None, unit: str | None = None
+    ) -> Float[np.ndarray, "test train positions"]:
+        """The scores' shares of each position (token) of the training examples.
+
+        Layers that are applied to whole examples (behind a pooling, or whose gradient is summed over positions, as of
+        a bias alone) have no part; over the others the shares add up to the scores.
+
+        Raises:
+            NotFittedError, InvalidInput: as of ``scores``; or no layer is applied to positions, or layers to
+                different numbers of them.
+        """
+        test, scale = self._checked_test(test_data), self._scale(unit)
+        names, positions = self._positions()
+        shape = (len(test[1]), len(self.train_data_[1]), positions)
+        values = np.zeros(shape, _numpy_dtype(self.gradients_.like))
+        for gradients, solve in self._states():
+            for rows, columns, queries, factors in self._pairs(gradients, solve, test):
+                found = [position_products(queries[name], factors[name]).cpu() for name in names]
+                values[rows, columns] += scale * torch.stack(found).sum(0).numpy()
+        return values
+
+    def _positions(self) -> tuple[list[str], int]:
+        """The layers that are applied to positions, and how many those are."""
+        factors = self.gradients_.factors(rows_of(self.train_data_, slice(0, 1)))
+        counts = {name: each.positions // each.calls for name, each in factors.items()}
+        found = {name: count for name, count in counts.items() if count > 1}
+        if len(set(found.values())) != 1:
+            raise InvalidInput(
+                f"scores by token need layers that are applied to the same positions, found {found or 'none'}: "
+                "name such layers by layers=[…]"
+            )
+        return list(found), next(iter(found.values()))
+
+    @abstractmethod
+    def _fit(self) -> None: ...
+
+    @abstractmethod
+    def _solve(self, factors: LayerFactors) -> Queries:
+        """P applied to the gradients of a batch."""
+
+    def _prepared(self, factors: LayerFactors) -> LayerFactors:
+        """The gradients of either side as they enter the products."""
+        return factors
+
+    def _states(self) -> Iterator[tuple[Gradients, Solve]]:
+        """The states of the model whose products are added up, with what to apply on the test side."""
+        yield self.gradients_, self._solve
+
+    def _own(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
+        """The products of each example with itself, over all layers."""
+        queries = solve(factors)
+        return torch.stack([own_products(queries[name], each).cpu() for name, each in factors.items()]).sum(0)
+
+    def _few(self, gradients: Gradients) -> int:
+        """How many examples may have their products with P formed at a time."""
+        return max(1, min(self.batch_size, QUERIES // gradients.size))
+
+    def _check_parameters(self) -> None:
+        """Raise ``InvalidInput`` for parameters out of range."""
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise InvalidInput(f"batch_size must be an integer from 1 up, got {self.batch_size!r}")
+
+    def _blocks(self, test: Data) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Test rows, training rows, and their products ``[layer, test, train]``."""
+        for gradients, solve in self._states():
+            for rows, columns, queries, factors in self._pairs(gradients, solve, test):
+                parts = [products(queries[name], each).cpu() for name, each in factors.items()]
+                yield rows, columns, torch.stack(parts)
+
+    def _pairs(
+        self, gradients: Gradients, solve: Solve, test: Data
+    ) -> Iterator[tuple[slice, slice, Queries, LayerFactors]]:
+        """Batches of both sides, each with each."""
+        for group in self._groups(gradients, solve, test):
+            for columns, factors in self._batches(gradients, self.train_data_, "training"):
+                for rows, queries in group:
+                    yield rows, columns, queries, factors
+
+    def _groups(self, gradients: Gradients, solve: Solve, test: Data) -> Iterator[list[tuple[slice, Queries]]]:
+        """Batches of test examples, as many at a time as may be kept."""
+        size = self._few(gradients)
+        group: list[tuple[slice, Queries]] = []
+        for rows, factors in self._batches(gradients, test, "test", size):
+            group.append((rows, solve(factors)))
+            if (rows.stop - group[0][0].start + size) * gradients.size > QUERIES:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _batches(
+        self, gradients: Gradients, data: Data, side: str, size: int | None = None
+    ) -> Iterator[tuple[slice, LayerFactors]]:
+        for rows, factors in gradients.batches(data, size or self.batch_size, side=side):
+            yield rows, self._prepared(factors)
+
+    def _scale(self, unit: str | None) -> float:
+        unit = self.units[0] if unit is None else unit
+        if unit not in self.units:
+            known = f"{type(self).__name__} gives {' or '.join(map(repr, self.units))}"
+            raise InvalidInput(f"no unit {unit!r}: {known}; a unit of its own has no meaning in losses")
+        return 1 / len(self.train_data_[1]) if unit == "loss" else 1.0
+
+    def _check_training(self) -> None:
+        """One pass over the training side, which names what is wrong with an example."""
+        for _ in self._batches(self.gradients_, self.train_data_, "training"):
+            pass
+
+    def _check_ready(self) -> None:
+        if not hasattr(self, "versions_"):
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit(model, data, loss=…) first")
+        if _versions(self.gradients_.model) != self.versions_:
+            raise InvalidInput("the model's weights changed since fit: fit again, or fit on a copy of the model")
+
+    def _checked_test(self, test_data: Data | None) -> Data:
+        self._check_ready()
+        if test_data is None and self.task_ is None:
+            raise InvalidInput("give test_data=(inputs, targets): there is no task whose test side could be taken")
+        return _checked(test_data if test_data is not None or self.task_ is None else self.task_.test_data)
+
+    def _ids(self, test_data: Data | None) -> tuple[Sequence[Any] | None, Sequence[Any] | None]:
+        if self.task_ is None:
+            return None, None
+        return self.task_.train.ids, self.task_.test.ids if test_data is None else None
+
+
+def _checked(data: Any) -> Data:
+    """``(inputs, targets)`` with as many of both, and some."""
+    if not (isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)):
+        raise InvalidInput(
+            "data must be a pair (inputs, targets), the targets a tensor whose first axis counts examples"
+        )
+    counts = {len(tensor) for tensor in tensors(tuple(data))}
+    if len(counts) > 1 or 0 in counts:
+        raise InvalidInput(f"inputs and targets must be equally many, and some; found {sorted(counts)}")
+    return data[0], data[1]
+
+
+def _versions(model: nn.Module) -> tuple[int, ...]:
+    """Counts of in-place changes: an optimizer's step or ``load_state_dict`` raises them."""
+    return tuple(parameter._version for parameter in model.parameters())
+
+
+def _numpy_dtype(like: Tensor) -> type[np.floating[Any]]:
+    return np.float64 if like.dtype == torch.float64 else np.float32

@@ -1,0 +1,240 @@
+"""Influence functions by one curvature block per layer: EK-FAC, K-FAC, the diagonal; and by the whole matrix."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from simfluence.attribution.base import Attributor, LayerFactors, Queries, Solve
+from simfluence.attribution.curvature import (
+    Block,
+    Damping,
+    Relative,
+    check_damping,
+    damped,
+    diagonal,
+    ekfac,
+    kfac,
+    kronecker_factors,
+)
+from simfluence.attribution.flat import CURVATURES, curvature_product, join, split
+from simfluence.attribution.gradients import rows_of
+from simfluence.attribution.kept import Kept, fingerprint
+from simfluence.attribution.labels import Draw, Relabel, relabelling
+from simfluence.attribution.layers import Factors
+from simfluence.attribution.pairs import own_products
+from simfluence.errors import InvalidInput
+
+DEFAULT_DAMPING = Relative(0.1)
+
+
+class _Blocks(Attributor):
+    """``∇ℓ_zᵀ (G + λI)⁻¹ ∇ℓ_i / N`` with G block-diagonal over layers (Grosse et al. 2023, sections 2 and 3)."""
+
+    labels: str | Draw
+    damping: Damping
+    seed: int
+    store: str | Path | None = None
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        check_damping(self.damping)
+
+    def _fit(self) -> None:
+        relabel = relabelling(self.labels, self.gradients_.loss, self.seed)
+        self.blocks_ = self._estimated(relabel)
+        for name in self.blocks_:
+            self._divisor(name)  # refuse a singular one at once
+        one = self.gradients_.factors(rows_of(self.train_data_, slice(0, 1)))
+        self.rotated_ = {name for name, each in one.items() if each.positions == 1}
+
+    def _prepared(self, factors: LayerFactors) -> LayerFactors:
+        """Layers with one position are rotated on both sides: then P is a division, entry by entry."""
+        return {n: self.blocks_[n].rotated(each) if n in self.rotated_ else each for n, each in factors.items()}
+
+    def _solve(self, factors: LayerFactors) -> Queries:
+        return {name: self._solved(name, each) for name, each in factors.items()}
+
+    def _solved(self, name: str, factors: Factors) -> Tensor:
+        if name in self.rotated_:
+            return factors.matrices() / self._divisor(name)
+        return self.blocks_[name].solve(factors, self.damping, self.l2_, f"layer {name!r}")
+
+    def _own(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
+        return torch.stack([self._own_of_layer(name, each).cpu() for name, each in factors.items()]).sum(0)
+
+    def _own_of_layer(self, name: str, factors: Factors) -> Tensor:
+        if name not in self.rotated_:
+            return own_products(self._solved(name, factors), factors)
+        along = factors.inputs[:, 0].square() @ (1 / self._divisor(name)).T  # (s²)ᵀ W a²: no gradient is formed
+        return (along * factors.gradients[:, 0].square()).sum(1)
+
+    def _divisor(self, name: str) -> Tensor:
+        return damped(self.blocks_[name].eigenvalues, self.damping, self.l2_, f"layer {name!r}")
+
+    def _kept(self) -> Kept | None:
+        if self.store is None:
+            return None
+        labels = getattr(self.labels, "__qualname__", self.labels)
+        settings = type(self).__name__, labels, self.seed
+        return Kept(Path(self.store), fingerprint(self.gradients_, self.train_data_, *settings))
+
+    @abstractmethod
+    def _estimated(self, relabel: Relabel | None) -> dict[str, Block]: ...
+
+
+class EKFAC(_Blocks):
+    """Influence functions with eigenvalue-corrected Kronecker factors (George et al. 2018; Grosse et al. 2023).
+
+    Args:
+        damping: a number is λ itself; ``Relative(0.1)``, the default, is 0.1 times each block's mean eigenvalue.
+        labels: "sampled" from the model, for the true Fisher matrix, or "empirical", the real ones; or a function
+            ``(outputs, targets, uniforms) → targets`` that draws them, for losses that are not the library's own.
+        layers: names or patterns of the layers to attribute to; all by default.
+        batch_size: examples per pass: memory, not results.
+        seed: of the sampled labels.
+        store: a safetensors file for the factors: fitting again reads it, and goes on where it was stopped.
+
+    Raises:
+        StoreError: by ``fit``, the file is damaged, or of another model, data or settings.
+        InvalidInput: by ``fit``, a singular block without damping, labels that cannot be drawn, a layer too wide.
+
+    >>> from torch import nn
+    >>> from simfluence.tasks.losses import cross_entropy
+    >>> X, y = torch.eye(3).repeat(4, 1), torch.tensor([0, 1, 0] * 4)
+    >>> model = nn.Linear(3, 2)
+    >>> scores = EKFAC(damping=1e-2, labels="empirical").fit(model, (X, y), loss=cross_entropy).scores((X[:2], y[:2]))
+    >>> scores
+    Scores(EKFAC, 2 × 12 (test × train), unit='loss')
+    >>> bool(scores.values[0, 0] > 0)  # an example helps its own copy
+    True
+    """
+
+    def __init__(
+        self,
+        damping: Damping = DEFAULT_DAMPING,
+        labels: str | Draw = "sampled",
+        layers: Sequence[str] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        store: str | Path | None = None,
+    ) -> None:
+        self.damping = damping
+        self.labels = labels
+        self.layers = layers
+        self.batch_size = batch_size
+        self.seed = seed
+        self.store = store
+
+    def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
+        return ekfac(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept())
+
+
+class KFAC(_Blocks):
+    """Influence functions with Kronecker factors (Martens & Grosse 2015), the damping added to their products.
+
+    Args:
+        damping, labels, layers, batch_size, seed, store: as of ``EKFAC``.
+    """
+
+    def __init__(
+        self,
+        damping: Damping = DEFAULT_DAMPING,
+        labels: str | Draw = "sampled",
+        layers: Sequence[str] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        store: str | Path | None = None,
+    ) -> None:
+        self.damping = damping
+        self.labels = labels
+        self.layers = layers
+        self.batch_size = batch_size
+        self.seed = seed
+        self.store = store
+
+    def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
+        return kfac(kronecker_factors(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept()))
+
+
+class Diagonal(_Blocks):
+    """Influence functions with the diagonal of the Fisher matrix.
+
+    Args:
+        damping, labels, layers, batch_size, seed: as of ``EKFAC``.
+    """
+
+    def __init__(
+        self,
+        damping: Damping = DEFAULT_DAMPING,
+        labels: str | Draw = "sampled",
+        layers: Sequence[str] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.damping = damping
+        self.labels = labels
+        self.layers = layers
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
+        return diagonal(self.gradients_, self.train_data_, self.batch_size, relabel)
+
+
+class Exact(Attributor):
+    """Influence functions with the whole curvature matrix, dense: for models of up to a few thousand parameters.
+
+    Args:
+        damping: a number is λ itself, 0 by default; ``Relative(0.1)`` is 0.1 times the mean eigenvalue.
+        curvature: "gauss_newton", "hessian" or "empirical_fisher", of the mean training loss.
+        layers, batch_size: as of ``EKFAC``.
+
+    Raises:
+        InvalidInput: by ``fit``, the matrix with its damping is not positive definite, or an unknown curvature.
+    """
+
+    def __init__(
+        self,
+        damping: Damping = 0.0,
+        curvature: str = "gauss_newton",
+        layers: Sequence[str] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.damping = damping
+        self.curvature = curvature
+        self.layers = layers
+        self.batch_size = batch_size
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        check_damping(self.damping)
+
+    def _fit(self) -> None:
+        size = self.gradients_.size
+        if size > LARGEST:
+            raise InvalidInput(
+                f"a matrix of {size}² numbers is too large to invert: name some layers=[…], or take ConjugateGradients "
+                "or EKFAC"
+            )
+        self._check_training()
+        product = curvature_product(self.curvature, self.gradients_, self.train_data_, self.batch_size)
+        rows = torch.eye(size).to(self.gradients_.like)
+        matrix = torch.cat([product(part) for part in rows.split(self.batch_size)])
+        eigenvalues, self.basis_ = torch.linalg.eigh((matrix + matrix.T) / 2)
+        self.eigenvalues_ = damped(eigenvalues, self.damping, self.l2_, f"the model ({self.curvature})")
+
+    def _solve(self, factors: LayerFactors) -> Queries:
+        flat = join(self.gradients_, factors)
+        return split(self.gradients_, (flat @ self.basis_ / self.eigenvalues_) @ self.basis_.T)
+
+
+#: Parameters of the largest model whose matrix is inverted.
+LARGEST = 20_000
+
+__all__ = ["CURVATURES", "EKFAC", "KFAC", "Diagonal", "Exact"]

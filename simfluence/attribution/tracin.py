@@ -1,0 +1,221 @@
+"""Inner products of gradients: at the end of training, or summed over checkpoints (TracIn: Pruthi et al. 2020)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve
+from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask
+from simfluence.attribution.layers import Factors
+from simfluence.attribution.pairs import matrices, own_products
+from simfluence.attribution.scores import TopScores
+from simfluence.errors import InvalidInput
+from simfluence.recording.checkpoints import Checkpoint
+from simfluence.runs import Run
+from simfluence.task import Data, Task
+
+#: A model's state: by parameter name, a recording's checkpoint, or the file of one.
+State = Mapping[str, Tensor] | Checkpoint | str | Path
+
+
+class GradientDot(Attributor):
+    """``⟨∇ℓ_z, ∇ℓ_i⟩``: what a small step on i does to the loss of z, by its learning rate. Influence with G = I.
+
+    Args:
+        layers: names or patterns of the layers to attribute to; all by default.
+        batch_size: examples per pass: memory, not results.
+
+    >>> X, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = nn.init.ones_(model.weight)
+    >>> GradientDot().fit(model, (X, y), loss=lambda f, y: ((f - y) ** 2)[:, 0]).scores((X, y)).values.tolist()
+    [[4.0, 0.0], [0.0, 64.0]]
+    """
+
+    units: ClassVar[tuple[str, ...]] = ("raw",)
+
+    def __init__(self, layers: Sequence[str] | None = None, batch_size: int = 64) -> None:
+        self.layers = layers
+        self.batch_size = batch_size
+
+    def _fit(self) -> None:
+        pass
+
+    def _solve(self, factors: LayerFactors) -> Queries:
+        return factors
+
+
+class GradientCosine(Attributor):
+    """``⟨∇ℓ_z, ∇ℓ_i⟩ / (‖∇ℓ_z‖ ‖∇ℓ_i‖)``, over all layers together; 0 where a gradient is zero.
+
+    Args:
+        layers, batch_size: as of ``GradientDot``.
+    """
+
+    units: ClassVar[tuple[str, ...]] = ("raw",)
+
+    def __init__(self, layers: Sequence[str] | None = None, batch_size: int = 64) -> None:
+        self.layers = layers
+        self.batch_size = batch_size
+
+    def _fit(self) -> None:
+        pass
+
+    def _solve(self, factors: LayerFactors) -> Queries:
+        return factors
+
+    def _prepared(self, factors: LayerFactors) -> LayerFactors:
+        like = self.gradients_.like
+        squares = torch.stack([own_products(each, each).to(like) for each in factors.values()]).sum(0)
+        shares = torch.where(squares > 0, squares.clamp(min=torch.finfo(like.dtype).tiny).rsqrt(), 0.0)
+        return {name: _scaled(each, shares) for name, each in factors.items()}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """What turns Adam's second moments, in a checkpoint's optimizer state, into its step.
+
+    Args:
+        beta2: their decay, for the correction of their first steps.
+        eps: added to their root.
+    """
+
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+class TracInCP(Attributor):
+    """``Σ_k η_k ⟨∇ℓ_z(θ_k), ∇ℓ_i(θ_k)⟩`` over checkpoints θ_k with their learning rates η_k (Pruthi et al. 2020, 3.3).
+
+    Args:
+        checkpoints: pairs of a state and a learning rate. A state is a mapping of parameters as from
+            ``state_dict()``, a recording's ``Checkpoint``, or the file of one; files are read one at a time.
+        adam: for training by Adam or AdamW: gradients are taken through its preconditioner,
+            ``⟨∇ℓ_z, ∇ℓ_i / (√v̂_k + ε)⟩``, v̂_k from the checkpoint's optimizer state.
+        layers, batch_size: as of ``GradientDot``.
+
+    Raises:
+        InvalidInput: by ``fit``, no checkpoints, one of another architecture, or without Adam's moments.
+    """
+
+    units: ClassVar[tuple[str, ...]] = ("raw",)
+
+    def __init__(
+        self,
+        checkpoints: Sequence[tuple[State, float]] = (),
+        adam: Adam | None = None,
+        layers: Sequence[str] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.adam = adam
+        self.layers = layers
+        self.batch_size = batch_size
+
+    @classmethod
+    def of_run(cls, run: Run, **parameters: Any) -> TracInCP:
+        """Over the checkpoints that a run recorded, each with the learning rate of the step that follows it.
+
+        Raises:
+            InvalidInput: the run has none, or does not know its learning rates.
+        """
+        if not run.checkpoints or run.learning_rates is None:
+            raise InvalidInput(f"run {run.id} has no checkpoints with learning rates: record it with some")
+        last = len(run.learning_rates) - 1
+        pairs = [(path, float(run.learning_rates[min(step, last)])) for step, path in sorted(run.checkpoints.items())]
+        return cls(pairs, **parameters)
+
+    def fit(
+        self: AttributorT,
+        model: nn.Module,
+        data: Data | Task,
+        loss: Loss | None = None,
+        l2: float | None = None,
+        mask: Mask = attention_mask,
+    ) -> AttributorT:
+        """As of ``Attributor``; the model gives the architecture, and a copy of it takes the checkpoints' weights."""
+        return super().fit(copy.deepcopy(model), data, loss, l2, mask)
+
+    def top_k(self, k: int, test_data: Data | None = None, unit: str | None = None) -> TopScores:
+        """As of ``Attributor``, but by way of all scores: they are added up over checkpoints first."""
+        scores = self.scores(test_data, unit)
+        if not 1 <= k <= scores.shape[1]:
+            raise InvalidInput(f"k must be from 1 to the number of training examples, {scores.shape[1]}; got {k}")
+        indices = np.argsort(-scores.values, axis=1, kind="stable")[:, :k]
+        return TopScores(indices, np.take_along_axis(scores.values, indices, 1), scores.unit, scores.method)
+
+    def _fit(self) -> None:
+        if not self.checkpoints:
+            raise InvalidInput("no checkpoints to trace: give pairs (state, learning rate)")
+        for number, (state, _) in enumerate(self.checkpoints):
+            _check_fits(_parameters(state), self.gradients_.model, number)
+
+    def _solve(self, factors: LayerFactors) -> Queries:
+        return factors
+
+    def _check_ready(self) -> None:
+        if hasattr(self, "versions_"):  # the copy changes with every checkpoint
+            self.versions_ = tuple(p._version for p in self.gradients_.model.parameters())
+        super()._check_ready()
+
+    def _states(self) -> Iterator[tuple[Gradients, Solve]]:
+        for state, rate in self.checkpoints:
+            read = Checkpoint.load(Path(state)) if isinstance(state, str | Path) else state
+            self.gradients_.model.load_state_dict(dict(_parameters(read)))
+            yield self.gradients_, self._through(read, rate)
+
+    def _through(self, state: State, rate: float) -> Solve:
+        """What is applied on the test side at one checkpoint."""
+        if self.adam is None:
+            return lambda factors: {name: _scaled(each, rate) for name, each in factors.items()}
+        steps = _adam_steps(state, self.gradients_, self.adam)
+        return lambda factors: {name: rate * steps[name] * matrices(each) for name, each in factors.items()}
+
+
+def _scaled(factors: Factors, shares: float | Tensor) -> Factors:
+    """Gradients times a number, or one number each."""
+    if isinstance(shares, Tensor):
+        shares = shares.to(factors.gradients)[:, None, None]
+    return replace(factors, gradients=factors.gradients * shares)
+
+
+def _parameters(state: State) -> Mapping[str, Tensor]:
+    if isinstance(state, str | Path):
+        return Checkpoint.load(Path(state)).model
+    return state.model if isinstance(state, Checkpoint) else state
+
+
+def _check_fits(state: Mapping[str, Tensor], model: nn.Module, number: int) -> None:
+    own = model.state_dict()
+    wrong = [f"{name!r} is missing" for name in own.keys() - state.keys()]
+    wrong += [f"{name!r} is not in the model" for name in state.keys() - own.keys()]
+    wrong += [
+        f"{name!r} has shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if state[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise InvalidInput(f"checkpoint {number} is of another architecture: {'; '.join(sorted(wrong)[:3])}")
+
+
+def _adam_steps(state: State, gradients: Gradients, adam: Adam) -> dict[str, Tensor]:
+    """``1 / (√v̂ + ε)`` of each layer, ``[rows, columns]``."""
+    moments = state.optimizer if isinstance(state, Checkpoint) else {}
+    steps: dict[str, Tensor] = {}
+    trained = [(name, p) for name, p in gradients.model.named_parameters() if p.requires_grad]
+    for index, (name, parameter) in enumerate(trained):
+        if "exp_avg_sq" not in moments.get(index, {}):
+            if name in gradients.parameters:
+                raise InvalidInput(f"a checkpoint has no second moments of {name!r}: give adam=None, or Adam's state")
+            continue
+        corrected = moments[index]["exp_avg_sq"] / (1 - adam.beta2 ** float(moments[index]["step"]))
+        steps[name] = 1 / (corrected.sqrt() + adam.eps).to(parameter)
+    return {name: layer.from_parameters(steps) for name, layer in gradients.layers.items()}
