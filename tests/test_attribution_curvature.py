@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from simfluence import attribution
 from simfluence.attribution import EKFAC, KFAC, Diagonal, Relative, curvature, per_example, reference
 from simfluence.attribution.curvature import kfac, kronecker_factors
+from simfluence.attribution.labels import relabelling
 from simfluence.errors import InvalidInput
+from simfluence.tasks.losses import squared_error
 
 
 def matrices(gradients, row: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -202,6 +204,14 @@ def test_drawn_classes_follow_the_softmax_and_leave_ignored_targets():
     shares = torch.bincount(drawn[:, 0]) / 4000
     assert (shares - torch.tensor([0.1, 0.6, 0.3])).abs().max() < 0.02
     assert torch.equal(attribution.draw_classes(logits.mT, targets, uniforms), drawn)  # torch's own order of axes
+
+
+def test_every_example_has_draws_of_its_own():
+    relabel = relabelling("sampled", squared_error, seed=2)
+    outputs, targets = torch.zeros(40, 2), torch.zeros(40, 2)
+    drawn = relabel(outputs, targets, range(40))
+    assert len(drawn.unique()) == 80
+    assert torch.equal(relabel(outputs[:10], targets[:10], range(30, 40)), drawn[30:])
 
 
 def test_padding_does_not_count():

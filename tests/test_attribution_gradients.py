@@ -89,6 +89,16 @@ def test_padding_is_marked():
         assert relative(more[name].matrices(), factors[name].matrices()) < 1e-12
 
 
+def test_the_padding_word_of_an_embedding_is_not_trained():
+    case = texts()
+    inputs = dict(case.train[0])
+    inputs["input_ids"] = inputs["input_ids"] - 1  # with word 0, which is the padding word
+    assert (inputs["input_ids"] == 0).any()
+    gradients = per_example(case.model, case.loss, (inputs, case.train[1]))
+    assert_equal_to_autograd(gradients, case, (inputs, case.train[1]))
+    assert gradients.layers["words"].sources
+
+
 class Scaled(nn.Module):
     """A parameter of its own, a weight used outside of its module, and attention, which goes around its modules."""
 

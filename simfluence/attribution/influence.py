@@ -22,7 +22,7 @@ from simfluence.attribution.curvature import (
     kfac,
     kronecker_factors,
 )
-from simfluence.attribution.flat import CURVATURES, curvature_product, join, split
+from simfluence.attribution.flat import curvature_product, join, split
 from simfluence.attribution.gradients import rows_of
 from simfluence.attribution.kept import Kept, fingerprint
 from simfluence.attribution.labels import Draw, Relabel, relabelling
@@ -31,6 +31,8 @@ from simfluence.attribution.pairs import own_products
 from simfluence.errors import InvalidInput
 
 DEFAULT_DAMPING = Relative(0.1)
+#: Parameters of the largest model whose whole matrix is inverted.
+LARGEST = 20_000
 
 
 class _Blocks(Attributor):
@@ -232,9 +234,3 @@ class Exact(Attributor):
     def _solve(self, factors: LayerFactors) -> Queries:
         flat = join(self.gradients_, factors)
         return split(self.gradients_, (flat @ self.basis_ / self.eigenvalues_) @ self.basis_.T)
-
-
-#: Parameters of the largest model whose matrix is inverted.
-LARGEST = 20_000
-
-__all__ = ["CURVATURES", "EKFAC", "KFAC", "Diagonal", "Exact"]

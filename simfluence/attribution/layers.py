@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -152,25 +152,20 @@ def _layer(
     names: Mapping[int, str],
     modules: Mapping[nn.Module, str],
 ) -> Layer:
-    kinds = [_kind(module) for module, _ in owners[name]]
-    locals_ = {local for _, local in owners[name]}
+    owning = [module for module, _ in owners[name]]
+    kinds = [_kind(module) for module in owning]
     known = [kind for kind in kinds if kind is not None]
     if len(known) < len(kinds) or len({(kind.transposed, kind.vector) for kind in known}) > 1:
         return alone(name, parameter)
-    owning = [module for module, _ in owners[name]]
-    if locals_ == {"bias"} and all(kind.bias for kind in known):
-        rules = [kind.bias for kind in known if kind.bias]
-        return Layer(
-            name, parameter.numel(), 1, name, None, parameter.shape,
-            sources=tuple(zip(owning, rules, strict=True)), vector=True,
-        )  # fmt: skip
-    if locals_ != {"weight"}:
+    called = {local for _, local in owners[name]}
+    biases = [kind.bias for kind in known if kind.bias is not None]
+    if called == {"bias"} and len(biases) == len(known):
+        return replace(alone(name, parameter), sources=tuple(zip(owning, biases, strict=True)))
+    if called != {"weight"}:
         return alone(name, parameter)
     if known[0].vector:
-        return Layer(
-            name, parameter.numel(), 1, name, None, parameter.shape,
-            sources=tuple((module, kind.weight) for module, kind in zip(owning, known, strict=True)), vector=True,
-        )  # fmt: skip
+        sources = tuple((module, kind.weight) for module, kind in zip(owning, known, strict=True))
+        return replace(alone(name, parameter), sources=sources)
     bias = _joined_bias(owning, known, owners, names)
     columns, rows = parameter.shape if known[0].transposed else (parameter[0].numel(), len(parameter))
     rules = [with_one(kind.weight) if bias else kind.weight for kind in known]
@@ -251,7 +246,7 @@ def _embedding(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Te
     """The weight ``[words, dimensions]`` has a row per word: here the words are on the side of the rows."""
     assert isinstance(module, nn.Embedding)  # noqa: S101 (for the type checker)
     words = inputs.reshape(len(inputs), -1)
-    hot = functional.one_hot(words, module.num_embeddings).to(gradients.dtype)
+    hot = gradients.new_zeros(*words.shape, module.num_embeddings).scatter_(2, words[..., None], 1.0)
     if module.padding_idx is not None:
         hot[..., module.padding_idx] = 0  # which torch never trains
     return gradients.reshape(len(inputs), -1, module.embedding_dim), hot

@@ -52,7 +52,10 @@ class Scores:
         """A row per score: (layer,) test, train, score."""
         count, n_train = self.values.shape[-2:]
         names: dict[str, Sequence[Any]] = {} if self.layers is None else {"layer": self.layers}
-        names |= {"test": self.test or range(count), "train": self.train or range(n_train)}
+        names |= {
+            "test": range(count) if self.test is None else self.test,
+            "train": range(n_train) if self.train is None else self.train,
+        }
         index = pd.MultiIndex.from_product(list(names.values()), names=list(names))
         return pd.DataFrame({"score": self.values.reshape(-1)}, index=index).reset_index()
 
