@@ -23,13 +23,15 @@ from simfluence.effects import leave_group_out, leave_one_out, move_each, rank_s
 from simfluence.errors import SimfluenceError
 from simfluence.evaluation import evaluate
 from simfluence.examples import Examples
+from simfluence.judging import LDS, agreement, brittleness, lds
 from simfluence.learning import learning_curve
 from simfluence.recipe import Recipe
-from simfluence.recording import Checkpoint, Observe, estimate, record
+from simfluence.recording import Checkpoint, Observe, estimate, record, replay, trained_model
 from simfluence.removal import Removal, best_removal, forecast_removal, smallest_removal
 from simfluence.runs import Run, Runs
 from simfluence.simulators import (
     AdditiveSimulator,
+    AttributedSimulator,
     BoostedSimulator,
     ConformalSimulator,
     FeaturizedSimulator,
@@ -46,7 +48,9 @@ from simfluence.verification import Verification, Verifications
 from simfluence.whatif import Forecast, Forecasts, what_if
 
 __all__ = [
+    "LDS",
     "AdditiveSimulator",
+    "AttributedSimulator",
     "BoostedSimulator",
     "Checkpoint",
     "Concatenate",
@@ -82,11 +86,14 @@ __all__ = [
     "Verification",
     "Verifications",
     "__version__",
+    "agreement",
     "attribution",
     "best_removal",
+    "brittleness",
     "estimate",
     "evaluate",
     "forecast_removal",
+    "lds",
     "learning_curve",
     "leave_group_out",
     "leave_one_out",
@@ -94,9 +101,11 @@ __all__ = [
     "random_curricula",
     "rank_suspects",
     "record",
+    "replay",
     "show_again",
     "smallest_removal",
     "tasks",
+    "trained_model",
     "tune",
     "what_if",
 ]

@@ -63,6 +63,20 @@ def run_correlation(simulated: Losses, true: Losses) -> float:
     return _mean_or_nan(_row_spearman(final(simulated, true).T, final(true, true).T))
 
 
+def correlation_over_runs(
+    predicted: Float[np.ndarray, "runs test"],
+    actual: Float[np.ndarray, "runs test"],
+    *,
+    bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """``run_correlation`` of predicted and actual final losses, with its bootstrap interval over runs."""
+    resamples = np.random.default_rng(seed).integers(len(actual), size=(bootstrap, len(actual)))
+    draws = _resampled_correlations(predicted, actual, resamples)
+    return _mean_or_nan(_row_spearman(predicted.T, actual.T)), *_interval(draws, confidence)
+
+
 def coverage(low: Losses, high: Losses, true: Losses) -> float:
     """The share of final losses that lie within their intervals."""
     last = final(true, true)

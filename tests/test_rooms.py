@@ -29,7 +29,7 @@ FLOORS = [
     ["task", "runs", "run_file", "store"],
     ["tasks", "recording", "attribution"],
     ["simulators"],
-    ["evaluation", "tuning", "learning", "verification", "whatif", "effects", "removal", "specs"],
+    ["evaluation", "tuning", "learning", "verification", "whatif", "effects", "removal", "judging", "specs"],
     ["plots", "printing", "demo", "cli", "__main__", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

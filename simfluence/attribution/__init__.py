@@ -8,6 +8,7 @@ from simfluence.attribution.base import Attributor
 from simfluence.attribution.curvature import Relative
 from simfluence.attribution.finding import per_example
 from simfluence.attribution.gradients import Gradients, attention_mask
+from simfluence.attribution.ideal import TracInIdeal
 from simfluence.attribution.influence import EKFAC, KFAC, Diagonal, Exact
 from simfluence.attribution.iterative import Arnoldi, ConjugateGradients, LiSSA
 from simfluence.attribution.labels import draw_classes, draw_normal
@@ -34,6 +35,7 @@ __all__ = [
     "Scores",
     "TopScores",
     "TracInCP",
+    "TracInIdeal",
     "attention_mask",
     "draw_classes",
     "draw_normal",

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve
@@ -143,6 +144,25 @@ class TracInCP(Attributor):
     ) -> AttributorT:
         """As of ``Attributor``; the model gives the architecture, and a copy of it takes the checkpoints' weights."""
         return super().fit(copy.deepcopy(model), data, loss, l2, mask)
+
+    def by_checkpoint(
+        self, test_data: Data | None = None
+    ) -> tuple[Int[np.ndarray, " checkpoints"], Float[np.ndarray, "checkpoints test train"]]:
+        """The products at each checkpoint without its learning rate, and the steps of the checkpoints.
+
+        Raises:
+            NotFittedError, InvalidInput: as of ``scores``; a state that does not know its step.
+        """
+        steps, products = [], []
+        for state, _ in self.checkpoints:
+            read = Checkpoint.load(Path(state)) if isinstance(state, str | Path) else state
+            if not isinstance(read, Checkpoint):
+                raise InvalidInput("a state_dict does not know its step: give a recording's Checkpoint, or its file")
+            one = copy.copy(self)
+            one.checkpoints = [(read, 1.0)]
+            steps.append(read.step)
+            products.append(one.scores(test_data).values)
+        return np.array(steps), np.stack(products)
 
     def top_k(self, k: int, test_data: Data | None = None, unit: str | None = None) -> TopScores:
         """As of ``Attributor``, but by way of all scores: they are added up over checkpoints first."""

@@ -3,6 +3,7 @@
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.estimate import Estimate, estimate
 from simfluence.recording.observe import Observe
+from simfluence.recording.replay import replay, trained_model
 from simfluence.recording.session import record, run_id
 
-__all__ = ["Checkpoint", "Estimate", "Observe", "estimate", "record", "run_id"]
+__all__ = ["Checkpoint", "Estimate", "Observe", "estimate", "record", "replay", "run_id", "trained_model"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.simulators.attributed import AttributedSimulator
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import MeanTrajectorySimulator, PersistenceSimulator
 from simfluence.simulators.boosted import BoostedSimulator
@@ -12,7 +13,8 @@ from simfluence.simulators.conformal import ConformalSimulator
 from simfluence.simulators.featurized import FeaturizedSimulator
 from simfluence.simulators.markov import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
 
-#: Every simulator by its name on the command line; ``ConformalSimulator`` wraps any of them.
+#: Every simulator by its name on the command line; ``ConformalSimulator`` wraps any of them,
+#: ``AttributedSimulator`` plays an attributor.
 SIMULATORS: Mapping[str, type[Simulator]] = {
     kind.name: kind
     for kind in (
@@ -41,6 +43,7 @@ def build(name: str, **parameters: object) -> Simulator:
 __all__ = [
     "SIMULATORS",
     "AdditiveSimulator",
+    "AttributedSimulator",
     "BoostedSimulator",
     "ConformalSimulator",
     "FeaturizedSimulator",
