@@ -93,7 +93,7 @@ class AttributedSimulator(Simulator):
     def _take_products(self, attributor: TracInCP, runs: Runs) -> None:
         steps, products = attributor.by_checkpoint()
         self.times_ = steps
-        self.effects_ = -products.swapaxes(1, 2).astype(np.float64)
+        self.effects_ = -np.ascontiguousarray(products.swapaxes(1, 2), np.float64)
         self.rates_ = _rates(max(runs, key=lambda run: run.steps))
 
     def _take_scores(self, attributor: Any, runs: Runs) -> None:
@@ -110,7 +110,7 @@ class AttributedSimulator(Simulator):
         self.times_, self.rates_ = np.zeros(1, np.int64), np.full(1, float(usual_batch_size(runs.curricula)))
         if len(times) == values.shape[1]:
             values = values / times
-        self.effects_ = -values.T[None]
+        self.effects_ = -np.ascontiguousarray(values.T[None])
 
     def _best_scale(self, runs: Runs) -> float:
         """The s with the smallest squared error of rollouts, in closed form: they are linear in it."""
