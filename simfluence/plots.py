@@ -65,8 +65,10 @@ def changes(
     return ax
 
 
-def heat_map(values: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
-    """Changes by test example (rows) and training example or group (columns); orange: the loss rises, blue: it falls.
+def heat_map(
+    values: pd.DataFrame, ax: Axes | None = None, title: str = "", label: str = "change of the final loss"
+) -> Axes:
+    """Values by test example (rows) and training example or group (columns); orange: above 0, purple: below.
 
     Colours end at the 99th percentile of sizes, so that a few large ones do not hide the rest.
     """
@@ -77,7 +79,7 @@ def heat_map(values: pd.DataFrame, ax: Axes | None = None, title: str = "") -> A
     if values.shape[1] <= 30:
         ax.set_xticks(range(values.shape[1]), [str(name) for name in values.columns])
     ax.set(xlabel=str(values.columns.name), ylabel="test example", title=title)
-    ax.figure.colorbar(image, ax=ax, label="change of the final loss", extend="both")
+    ax.figure.colorbar(image, ax=ax, label=label, extend="both")
     return ax
 
 

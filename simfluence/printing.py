@@ -1,14 +1,20 @@
-"""Tables on a terminal and JSON for programs: how the command line shows what it found."""
+"""Tables on a terminal, JSON for programs, pictures in files: how the command line shows what it found."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
+from simfluence.errors import InvalidInput
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -56,6 +62,20 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def print_json(content: Any) -> None:
     """``content`` as JSON; NaN and infinities become null."""
     print(json.dumps(_plain(content), indent=2))
+
+
+def draw(path: Path, drawing: Callable[[Axes], object]) -> None:
+    """A picture in a file: ``drawing`` puts it on the axes that it is given.
+
+    Raises:
+        InvalidInput: the file's ending is of no known picture format, or it cannot be written.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    drawing(figure.subplots())
+    try:
+        figure.savefig(path, dpi=150)
+    except (ValueError, OSError) as error:
+        raise InvalidInput(f"{path}: {error}") from None
 
 
 def _plain(content: Any) -> Any:

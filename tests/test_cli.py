@@ -305,6 +305,29 @@ def test_removal(run, folder, tmp_path):
     assert (code, "low" in out) == (0, True)
 
 
+def test_attribute_and_lds(run, folder, tmp_path):
+    store = sf.RunStore(folder / "runs")
+    first = store.load()[0]
+    files = ["--out", tmp_path / "scores.parquet", "--plot", tmp_path / "scores.png"]
+    code, out, _ = run("attribute", folder / "runs", "--test", 3, "--set", "damping=0.1", *files, "--json")
+    answer = json.loads(out)
+    assert (code, answer["run"], answer["unit"]) == (0, first.id, "loss")
+    task = sf.tasks.rebuild(store.info)
+    ekfac = sf.attribution.EKFAC(damping=0.1).fit(sf.trained_model(task, first), task).scores()
+    assert answer["ranking"][0]["train"] == int(np.argmax(ekfac.values[3]))
+    assert answer["ranking"][0]["score"] == pytest.approx(ekfac.values[3].max(), rel=1e-4)
+    assert len(pd.read_parquet(tmp_path / "scores.parquet")) == 12 * 40
+    assert (tmp_path / "scores.png").stat().st_size > 5_000
+    code, out, _ = run("attribute", folder / "runs", "--method", "tracin", "--checkpoints", 3, "--test", "label == 3")
+    assert (code, "The most helpful" in out, "The most harmful" in out) == (0, True, True)
+    assert list(store.read(first.id).checkpoints) == [0, 4, 8, 12]  # of both: kept with the run
+    code, out, _ = run("lds", folder / "runs", "--method", "dot", "--method", "tracin-ideal", "--json")
+    found = json.loads(out)["methods"]
+    assert [row["method"] for row in found] == ["dot", "tracin-ideal"]
+    assert found[0]["runs"] == 7  # without the run that it is of
+    assert run("lds", folder / "runs", "--method", "tracin", "--checkpoints", 3)[0] == 0
+
+
 def test_runs(run, folder):
     code, out, _ = run("runs", "ls", folder / "runs", "--json")
     listed = [row for row in json.loads(out) if not row["verification"]]
@@ -361,6 +384,12 @@ def test_demo(run, tmp_path, monkeypatch):
         (["removal", "{runs}", "--held-out", "3"], "say what to find out"),
         (["removal", "{runs}", "--past", "1", "--best", "2"], "say what to find out"),
         (["removal", "{runs}", "--best", "2", "--exact", "--held-out", "3"], "exact=True is for AdditiveSimulator"),
+        (["attribute", "{runs}", "--method", "ekfca"], "did you mean 'ekfac'"),
+        (["attribute", "{runs}", "--set", "dampnig=1"], "did you mean 'damping'"),
+        (["attribute", "{runs}", "--method", "tracin", "--checkpoints", "99"], "got 99"),
+        (["attribute", "{runs}", "--test", "99"], "no example 99"),
+        (["attribute", "{runs}", "--plot", "x.xyz"], "not supported"),
+        (["lds", "{runs}", "--run", "abc"], "no run 'abc'"),
         (["record", "nowhere.yaml", "--store", "s"], "nowhere.yaml"),
         (["record", "{spec}", "--store", "s", "--checkpoints", "a"], "write step numbers"),
     ],

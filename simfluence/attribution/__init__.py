@@ -13,12 +13,14 @@ from simfluence.attribution.influence import EKFAC, KFAC, Diagonal, Exact
 from simfluence.attribution.iterative import Arnoldi, ConjugateGradients, LiSSA
 from simfluence.attribution.labels import draw_classes, draw_normal
 from simfluence.attribution.layers import Factors, Layer
+from simfluence.attribution.of_run import METHODS, of_run
 from simfluence.attribution.scores import Scores, TopScores
 from simfluence.attribution.tracin import Adam, GradientCosine, GradientDot, TracInCP
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "METHODS",
     "Adam",
     "Arnoldi",
     "Attributor",
@@ -39,6 +41,7 @@ __all__ = [
     "attention_mask",
     "draw_classes",
     "draw_normal",
+    "of_run",
     "per_example",
     "reference",
 ]

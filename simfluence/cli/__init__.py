@@ -7,7 +7,7 @@ import warnings
 
 import typer
 
-from simfluence.cli import asking, recording, simulating
+from simfluence.cli import asking, attributing, recording, simulating
 from simfluence.errors import SimfluenceError
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ for _command in (
     asking.what_if,
     asking.leave_one_out,
     asking.removal,
+    attributing.attribute,
+    attributing.lds,
 ):
     app.command(_command.__name__.replace("_", "-"))(_command)
 runs_app.command("ls")(recording.runs_ls)

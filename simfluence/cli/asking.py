@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from simfluence import plots, tasks
 from simfluence.cli.options import (
@@ -32,7 +30,7 @@ from simfluence.edits import Edit, Keep, Remove, Reorder, Repeat
 from simfluence.effects import leave_group_out, rank_suspects
 from simfluence.effects import leave_one_out as leave_each_out
 from simfluence.errors import InvalidInput
-from simfluence.printing import print_json, print_table, records
+from simfluence.printing import draw, print_json, print_table, records
 from simfluence.removal import best_removal, forecast_removal, smallest_removal
 from simfluence.runs import Run
 from simfluence.simulators import ConformalSimulator
@@ -125,7 +123,7 @@ def leave_one_out(
     if out:
         changes.rename_axis("test").melt(ignore_index=False, value_name="change").reset_index().to_parquet(out)
     if plot:
-        _drawn(plot, lambda ax: plots.heat_map(changes, ax, f"Change of the final loss without each, {fitted.name}"))
+        draw(plot, lambda ax: plots.heat_map(changes, ax, f"Change of the final loss without each, {fitted.name}"))
     if as_json:
         print_json({"run": base.id, "simulator": str(fitted), "ranking": records(table)})
         return
@@ -185,7 +183,7 @@ def removal(
     if out:
         table.to_parquet(out, index=False)
     if plot:
-        _drawn(plot, lambda ax: plots.removal_curve(found.losses, past, ax, f"{fitted.name}: {found}"))
+        draw(plot, lambda ax: plots.removal_curve(found.losses, past, ax, f"{fitted.name}: {found}"))
     if as_json:
         content = {"run": base.id, "simulator": str(fitted), "removed": records(table)}
         print_json(content | {"losses": found.losses.tolist(), "reached": found.reached, "exact": found.exact})
@@ -247,11 +245,11 @@ class _Answer:
                 {"edited, retrained": verified.actual} if verified else {}
             )
             means = {name: each.mean(1) for name, each in losses.items()}
-            _drawn(path, lambda ax: plots.fan(means, ax, str(forecast).partition("?")[0] + "?"))
+            draw(path, lambda ax: plots.fan(means, ax, str(forecast).partition("?")[0] + "?"))
             return
         predicted = forecast.change.mean((1, 2))
         actual = verified.actual_change.mean((1, 2)) if verified else None
-        _drawn(path, lambda ax: plots.changes(list(forecast.queries), predicted, actual, ax, str(forecast)))
+        draw(path, lambda ax: plots.changes(list(forecast.queries), predicted, actual, ax, str(forecast)))
 
 
 def _edits(
@@ -282,10 +280,3 @@ def _groups(base: Run, column: str) -> Mapping[str, np.ndarray]:
         raise InvalidInput(f"nothing is known of the training examples of run {base.id}: --by has no column {column!r}")
     values = np.array(base.train.column(column), dtype=object)
     return {f"{column} {value}": np.flatnonzero(values == value) for value in sorted(set(values.tolist()))}
-
-
-def _drawn(path: Path, draw: Any) -> None:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes: Axes = figure.subplots()
-    draw(axes)
-    figure.savefig(path, dpi=150)
