@@ -40,6 +40,7 @@ from simfluence.simulators import (
     MultiplicativeSimulator,
     PersistenceSimulator,
     Simulator,
+    TangentKernelSimulator,
 )
 from simfluence.store import RunStore
 from simfluence.task import Task
@@ -81,6 +82,7 @@ __all__ = [
     "SimfluenceError",
     "Simulator",
     "Swap",
+    "TangentKernelSimulator",
     "Task",
     "Truncate",
     "Verification",

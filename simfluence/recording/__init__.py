@@ -3,7 +3,7 @@
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.estimate import Estimate, estimate
 from simfluence.recording.observe import Observe
-from simfluence.recording.replay import replay, trained_model
+from simfluence.recording.replay import follow, replay, trained_model
 from simfluence.recording.session import record, run_id
 
-__all__ = ["Checkpoint", "Estimate", "Observe", "estimate", "record", "replay", "run_id", "trained_model"]
+__all__ = ["Checkpoint", "Estimate", "Observe", "estimate", "follow", "record", "replay", "run_id", "trained_model"]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import nn
 
 from simfluence.errors import InvalidInput
 from simfluence.recording.checkpoints import Checkpoint
+from simfluence.recording.loop import LoopTraining
 from simfluence.recording.observe import Observe
 from simfluence.recording.session import record
+from simfluence.recording.training import Job
 from simfluence.runs import Run
 from simfluence.store import RunStore
 from simfluence.task import Task
@@ -53,6 +57,27 @@ def replay(
             task, run.recipe, [run.curriculum], store or folder, observe=observe, verification=run.verification
         )[0]
         return {step: Checkpoint.load(again.checkpoints[step]) for step in steps}
+
+
+def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator[LoopTraining]:
+    """Train a run again, and stop after each update for whoever follows: ``step`` 0 (before any), 1, … steps.
+
+    What is yielded is the training itself, with its ``model`` and ``optimizer``; both go on changing.
+
+    Raises:
+        InvalidInput: the run is of another task, or does not know its recipe.
+    """
+    if run.fingerprint not in (None, task.fingerprint):
+        raise InvalidInput(f"run {run.id} is of another task than {task.name!r}")
+    if run.recipe is None:
+        raise InvalidInput(f"run {run.id} does not know its recipe, so it cannot be trained again")
+    never = np.zeros(run.steps + 1, bool)
+    with torch.random.fork_rng(devices=[]):
+        training = LoopTraining(Job.of(task, run.recipe, device, ()), run.curriculum, never)
+        yield training
+        while not training.finished:
+            training.advance()
+            yield training
 
 
 def trained_model(task: Task, run: Run, store: str | Path | RunStore | None = None) -> nn.Module:

@@ -12,6 +12,7 @@ from simfluence.simulators.boosted import BoostedSimulator
 from simfluence.simulators.conformal import ConformalSimulator
 from simfluence.simulators.featurized import FeaturizedSimulator
 from simfluence.simulators.markov import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
+from simfluence.simulators.tangent import TangentKernelSimulator
 
 #: Every simulator by its name on the command line; ``ConformalSimulator`` wraps any of them,
 #: ``AttributedSimulator`` plays an attributor.
@@ -52,5 +53,6 @@ __all__ = [
     "MultiplicativeSimulator",
     "PersistenceSimulator",
     "Simulator",
+    "TangentKernelSimulator",
     "build",
 ]

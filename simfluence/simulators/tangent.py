@@ -1,0 +1,477 @@
+"""Training in function space: all outputs move under the empirical tangent kernel of a few recorded runs.
+
+With ``f(x)`` the outputs on every training and test example, ``r_i = ∂ℓ/∂f`` at ``f(i)``, K the tangent kernel at a
+reference run's parameters, and SGD,
+
+    f_{t+1} = f_t − η_t K_t R(c_t; f_t),    R(c; f) = Σ_{i∈c} r_i / |c|
+
+K is computed at a few checkpoints of the reference and interpolated in between. *Anchored*, the reference's true path
+carries what both have in common, and the kernel only the difference:
+
+    f_{t+1} = f_t + (f^ref_{t+1} − f^ref_t) − η_t K_t [R(c_t; f_t) − R(c^ref_t; f^ref_t)]
+
+so that the reference's own curriculum gives the reference's own losses. Momentum, weight decay and clipping have their
+counterparts in function space; a model that is linear in its parameters is simulated exactly. Under Adam the kernel is
+``J P Jᵀ`` with P from the reference's second moments.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simfluence.attribution.gradients import called
+from simfluence.attribution.kernel import kernel_bytes, tangent_kernel
+from simfluence.curriculum import Curriculum
+from simfluence.errors import InvalidInput
+from simfluence.recipe import Recipe
+from simfluence.recording import follow
+from simfluence.recording.training import Job
+from simfluence.runs import Run, Runs
+from simfluence.simulators.base import Simulator
+from simfluence.simulators.dynamics import batch_weights
+from simfluence.task import Task, convert, forward, tensors
+from simfluence.tasks.losses import BY_NAME
+
+#: Optimizers whose update has a counterpart in function space.
+COVERED = ("sgd", "adam", "adamw")
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+_AT_ONCE = 100  # curricula simulated together
+_GIB = 2**30
+
+
+class TangentKernelSimulator(Simulator):
+    """Simulates any curriculum from one recorded run, or a few: see the module's equations.
+
+    Args:
+        task, recipe: what the runs trained, and how; by default the recipe that the runs know.
+        checkpoints: how many kernels per reference, evenly spread over its steps.
+        references: how many of the fitting runs the kernels are of; the others correct what the kernels get wrong.
+        anchored: follow the references' true paths.
+        memory: most GiB that the kernels may take.
+
+    Attributes:
+        kernels_: ``[references, checkpoints, train, outputs, train + test, outputs]``.
+        times_: steps of the checkpoints.
+        paths_: outputs on all examples along the references, ``[references, steps + 1, train + test, outputs]``.
+        decays_: ``J θ − f`` at the checkpoints, ``[references, checkpoints, train + test, outputs]``, for weight decay.
+        correction_: what is added to forecasts, ``[steps + 1, test]``; learned from the runs that are no references.
+
+    Raises:
+        InvalidInput: by ``fit``, a recipe that the update does not cover, a model whose outputs depend on the batch or
+            on chance, kernels larger than ``memory``.
+    """
+
+    name = "tangent"
+
+    def __init__(
+        self,
+        task: Task | None = None,
+        recipe: Recipe | None = None,
+        checkpoints: int = 11,
+        references: int = 4,
+        anchored: bool = True,
+        memory: float = 8.0,
+    ) -> None:
+        self.task = task
+        self.recipe = recipe
+        self.checkpoints = checkpoints
+        self.references = references
+        self.anchored = anchored
+        self.memory = memory
+
+    def __sklearn_clone__(self) -> TangentKernelSimulator:
+        """A clone shares the task."""
+        return type(self)(**self.get_params(deep=False))
+
+    def _check_parameters(self) -> None:
+        for name, least in (("checkpoints", 1), ("references", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
+        if isinstance(self.memory, bool) or not isinstance(self.memory, int | float) or not self.memory > 0:
+            raise InvalidInput(f"memory must be a number of GiB above 0, got {self.memory!r}")
+
+    def _fit(self, runs: Runs) -> None:
+        if self.task is None:
+            raise InvalidInput("the tangent kernel is of the task's model: give task=")
+        recipe = self.recipe or runs[0].recipe
+        if recipe is None:
+            raise InvalidInput("how were these runs trained? Give recipe=")
+        check_covered(self.task, recipe)
+        self.recipe_ = recipe.model_dump(mode="json")
+        job = Job.of(self.task, recipe)
+        self.targets_ = torch.cat([job.train_data[1], job.test_data[1]]).numpy()
+        self.loss_ = _loss_name(self.task)
+        chosen = list(runs[: self.references])
+        self._take_references(chosen, job)
+        rest = Runs(run for run in runs if run.id not in {each.id for each in chosen})
+        self.correction_ = np.zeros((1, runs.n_test))
+        if len(rest) > 1:
+            self.correction_ = self._learned_correction(rest)
+
+    def _take_references(self, runs: list[Run], job: Job) -> None:
+        """Train each reference again, and take its outputs and kernels on the way."""
+        steps = max(run.steps for run in runs)
+        self.times_ = np.unique(np.linspace(0, steps, self.checkpoints, endpoint=False).astype(int))
+        data = _both_sides(job)
+        most = self.memory * _GIB / len(runs)
+        found = [_reference(job.task, run, data, self.times_, most) for run in runs]
+        self.kernels_ = np.stack([each.kernels for each in found])
+        self.decays_ = np.stack([each.decays for each in found])
+        self.paths_ = np.stack([_lengthened(each.path, steps + 1) for each in found])
+        self.reference_indices_ = np.concatenate([run.curriculum.indices for run in runs])
+        self.reference_sizes_ = np.stack([_lengthened(run.curriculum.sizes, steps) for run in runs])
+        self.reference_steps_ = np.array([run.steps for run in runs])
+
+    def _learned_correction(self, rest: Runs) -> np.ndarray:
+        """The mean error on runs that are no references, as strong as leaving each of them out says is best."""
+        simulated = self._simulate(rest.curricula, rest.initial_losses.astype(np.float64))
+        errors = rest.losses.astype(np.float64) - simulated[:, : rest.losses.shape[1]]  # [runs, times, test]
+        errors[~np.isfinite(errors)] = np.nan
+        mean = np.nanmean(errors, axis=0)
+        others = (len(rest) * mean - errors) / (len(rest) - 1)
+        left = [np.nansum((errors - strength * others) ** 2) for strength in STRENGTHS]
+        found: np.ndarray = STRENGTHS[int(np.argmin(left))] * np.nan_to_num(mean)
+        return found
+
+    def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        longest = max(len(curriculum) for curriculum in curricula)
+        losses = np.zeros((len(curricula), longest + 1, self.n_test_))
+        for start in range(0, len(curricula), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            losses[some] = self._rolled(curricula[some], longest)
+        times = np.minimum(np.arange(longest + 1), len(self.correction_) - 1)
+        return losses + self.correction_[times]
+
+    def _rolled(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
+        """Mean over references, nearer ones counting more, ``[runs, steps + 1, test]``."""
+        references = self._reference_curricula()
+        shares = nearness(curricula, references)  # [runs, references, times]
+        total = np.zeros((len(curricula), longest + 1, self.n_test_))
+        for number, reference in enumerate(references):
+            space = self._space(number, reference)
+            total += shares[:, number, :, None] * space.roll(curricula, longest)
+        return total
+
+    def _reference_curricula(self) -> list[Curriculum]:
+        sizes = self.reference_sizes_
+        ends = np.concatenate([[0], np.cumsum(sizes.sum(1))])
+        return [
+            Curriculum.from_flat(self.reference_indices_[ends[k] : ends[k + 1]], sizes[k, :count], self.n_train_)
+            for k, count in enumerate(self.reference_steps_)
+        ]
+
+    def _space(self, number: int, reference: Curriculum) -> FunctionSpace:
+        return FunctionSpace(
+            loss=self._loss(),
+            targets=torch.from_numpy(self.targets_),
+            recipe=Recipe(**self.recipe_),
+            kernels=torch.from_numpy(self.kernels_[number]),
+            times=self.times_,
+            path=torch.from_numpy(self.paths_[number]),
+            decays=torch.from_numpy(self.decays_[number]),
+            reference=reference,
+            anchored=self.anchored,
+            l2=0.0 if self.task is None else self.task.l2,
+        )
+
+    def _loss(self) -> Any:
+        if self.task is not None:
+            return self.task.loss
+        if self.loss_ is None:
+            raise InvalidInput(
+                "its task's loss is a function of its own, which no file holds: set simulator.task = task"
+            )
+        return BY_NAME[self.loss_]
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Task and recipe are not kept as parameters: what is needed of them is learned."""
+        about, arrays = super()._state()
+        about["parameters"] |= {"task": None, "recipe": None}
+        return about, arrays
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionSpace:
+    """One reference run, and how outputs move under its kernels.
+
+    Args:
+        loss: ``(outputs, targets)`` → ``[batch]``.
+        targets: of the training examples, then of the test examples.
+        recipe: how is trained.
+        kernels: ``[checkpoints, train, outputs, examples, outputs]``.
+        times: of the kernels.
+        path: true outputs of the reference, ``[steps + 1, examples, outputs]``.
+        decays: ``J θ − f`` at the checkpoints, ``[checkpoints, examples, outputs]``; 0 for a model linear in θ.
+        reference: its curriculum.
+        anchored: whether the path is followed.
+        l2: the objective's own penalty.
+    """
+
+    loss: Any
+    targets: Tensor
+    recipe: Recipe
+    kernels: Tensor
+    times: np.ndarray
+    path: Tensor
+    decays: Tensor
+    reference: Curriculum
+    anchored: bool
+    l2: float
+
+    def roll(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
+        """Test losses ``[runs, longest + 1, test]``. The reference goes along as one more row, on its true path."""
+        every = [*curricula, self.reference]
+        weights, updates = batch_weights(every, max(longest, len(self.reference)), 1)
+        weights = weights.tocsr()
+        steps = len(updates) // len(every)
+        updates = updates.reshape(len(every), steps)
+        rates = self.recipe.learning_rates(steps)
+        f = self.path[0].repeat(len(every), 1, 1)
+        moments, made = torch.zeros_like(f), torch.zeros(len(every), 1, 1, dtype=f.dtype)
+        losses = np.empty((len(curricula), longest + 1, len(self.targets) - len(self.kernels[0])))
+        losses[:, 0] = self._test_losses(f[:-1])
+        rows = np.arange(len(every)) * steps
+        for step in range(longest):
+            if step < len(self.path):
+                f[-1] = self.path[step]
+            active = torch.from_numpy(updates[:, step])[:, None, None]
+            gradient = self._gradient(f, weights[rows + step], step)
+            made += active
+            moments, moved = self._moved(moments, gradient, made, active)
+            moved = moved * float(rates[step]) + self._decoupled(f, step) * float(rates[step])
+            following = f - moved
+            if self.anchored and updates[-1, step]:
+                following = following + (self.path[step + 1] - (f[-1] - moved[-1]))
+            f = torch.where(active, following, f)
+            losses[:, step + 1] = self._test_losses(f[:-1])
+        return losses
+
+    def _gradient(self, f: Tensor, weights: Any, step: int) -> Tensor:
+        """What the batches' mean gradients do to the outputs, ``[rows, examples, outputs]``."""
+        shown = np.unique(weights.indices)
+        chosen = torch.from_numpy(shown.astype(np.int64))
+        shares = torch.from_numpy(weights[:, shown].toarray()).to(f)
+        residuals = self._residuals(f[:, chosen], self.targets[chosen]) * shares[..., None]  # [rows, shown, outputs]
+        kernel, flat = self._kernel(chosen, step), residuals.flatten(1)
+        moved = (flat @ kernel.flatten(0, 1).flatten(1)).reshape(f.shape)
+        if self.recipe.clip_norm is not None:
+            own = kernel[:, :, chosen].flatten(0, 1).flatten(1)  # [shown · outputs, shown · outputs]
+            norms = ((flat @ own) * flat).sum(1).clamp(min=0).sqrt()
+            moved = moved * (self.recipe.clip_norm / (norms + 1e-6)).clamp(max=1.0)[:, None, None]
+        return moved + (self._coupled_decay * self._decay(f, step) if self._coupled_decay else 0.0)
+
+    def _residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``∂ℓ/∂f`` of each row's examples."""
+        outputs = outputs.detach().requires_grad_()
+        repeated = targets.repeat(len(outputs), *[1] * (targets.ndim - 1))
+        with torch.enable_grad():
+            total = self.loss(outputs.flatten(0, 1), repeated).sum()
+        return torch.autograd.grad(total, outputs)[0]
+
+    def _test_losses(self, f: Tensor) -> np.ndarray:
+        n_train = self.kernels.shape[1]
+        targets = self.targets[n_train:]
+        with torch.no_grad():
+            found = self.loss(f[:, n_train:].flatten(0, 1), targets.repeat(len(f), *[1] * (targets.ndim - 1)))
+        values: np.ndarray = found.reshape(len(f), -1).double().numpy()
+        return values
+
+    def _between(self, step: int) -> tuple[int, int, float]:
+        """The checkpoints around a step, and how far it is from the first to the second."""
+        after = int(np.searchsorted(self.times, step, side="right"))
+        if after == len(self.times):
+            return after - 1, after - 1, 0.0
+        first, second = self.times[after - 1], self.times[after]
+        return after - 1, after, float((step - first) / (second - first))
+
+    def _kernel(self, chosen: Tensor, step: int) -> Tensor:
+        """K_t of some training examples, ``[chosen, outputs, examples, outputs]``."""
+        before, after, share = self._between(step)
+        if share == 0.0:
+            return self.kernels[before, chosen]
+        return torch.lerp(self.kernels[before, chosen], self.kernels[after, chosen], share)
+
+    def _decay(self, f: Tensor, step: int) -> Tensor:
+        """``J θ`` of each row: the outputs themselves where they are linear in θ, and what the checkpoints say else."""
+        before, after, share = self._between(step)
+        return f + torch.lerp(self.decays[before], self.decays[after], share)
+
+    @property
+    def _coupled_decay(self) -> float:
+        """Weight decay that goes through the optimizer."""
+        return self.l2 + (self.recipe.weight_decay if self.recipe.optimizer == "sgd" else 0.0)
+
+    def _decoupled(self, f: Tensor, step: int) -> Tensor | float:
+        """Weight decay beside the optimizer's step."""
+        decays = self.recipe.optimizer == "adamw" and self.recipe.weight_decay
+        return self.recipe.weight_decay * self._decay(f, step) if decays else 0.0
+
+    def _moved(self, moments: Tensor, gradient: Tensor, made: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """New moments, and what is subtracted from the outputs per unit of the learning rate."""
+        arguments = self.recipe.optimizer_args
+        if self.recipe.optimizer != "sgd":
+            beta: Any = arguments.get("betas", (0.9, 0.999))
+            moments = torch.where(active, beta[0] * moments + (1 - beta[0]) * gradient, moments)
+            return moments, moments / (1 - beta[0] ** made.clamp(min=1))
+        if not self.recipe.momentum:
+            return moments, gradient
+        damped = torch.where(made == 1, 1.0, 1.0 - float(arguments.get("dampening", 0.0)))  # type: ignore[arg-type]
+        moments = torch.where(active, self.recipe.momentum * moments + damped * gradient, moments)
+        return moments, gradient + self.recipe.momentum * moments if arguments.get("nesterov") else moments
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """What is taken of one reference run; arrays as of ``FunctionSpace``."""
+
+    kernels: np.ndarray
+    decays: np.ndarray
+    path: np.ndarray
+
+
+def _reference(task: Task, run: Run, data: Any, times: np.ndarray, memory: float) -> _Reference:
+    n_train = len(task.train)
+    kernels, decays, path = [], [], []
+    decaying = task.l2 or (run.recipe is not None and run.recipe.weight_decay)
+    pending: nn.Module | None = None
+    for training in follow(task, run):
+        model = training.model
+        if pending is not None:
+            kernels.append(_kernel_of(pending, training.optimizer, data, n_train))
+            pending = None
+        with torch.no_grad():
+            path.append(_outputs_of(model, data[0]))
+        if training.step == 0:
+            _check_memory(path[0], n_train, len(times), memory)
+        if training.step in times and not training.finished:
+            decays.append(_decay_of(model, data[0]) - path[-1] if decaying else torch.zeros_like(path[0]))
+            pending = copy.deepcopy(model)  # its kernel waits for the second moments of the step that follows
+    return _Reference(*(torch.stack(found).numpy() for found in (kernels, decays, path)))
+
+
+def _kernel_of(model: nn.Module, optimizer: torch.optim.Optimizer, data: Any, n_train: int) -> Tensor:
+    return tangent_kernel(model, data, n_train, _preconditioner(model, optimizer))
+
+
+def _preconditioner(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
+    """``1 / (√v̂ + ε)`` by parameter name, of Adam's kind; None of others."""
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        return None
+    group = optimizer.param_groups[0]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    steps = {}
+    for name, parameter in zip(names, group["params"], strict=True):
+        state = optimizer.state[parameter]
+        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        steps[name] = 1 / (corrected.sqrt() + group["eps"])
+    return steps
+
+
+def _outputs_of(model: nn.Module, inputs: Any) -> Tensor:
+    """``[examples, outputs]``, in evaluation mode."""
+    training = model.training
+    model.eval()
+    outputs = forward(model, inputs)
+    model.train(training)
+    return outputs.reshape(len(outputs), -1).detach().clone()
+
+
+def _decay_of(model: nn.Module, inputs: Any) -> Tensor:
+    """``J θ``: the derivative of the outputs along the parameters themselves."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    present = tuple(dict(model.named_parameters())[name].detach() for name in names)
+
+    def outputs(*parameters: Tensor) -> Tensor:
+        found: Tensor = called(model, dict(zip(names, parameters, strict=True)), inputs)
+        return found.reshape(len(found), -1)
+
+    found: Tensor = torch.autograd.functional.jvp(outputs, present, present)[1]
+    return found.detach()
+
+
+def _both_sides(job: Job) -> Any:
+    """Training and test data, one after the other."""
+    rest = iter(tensors(job.test_data[0]))
+    inputs = convert(lambda tensor: torch.cat([tensor, next(rest)]), job.train_data[0])
+    return inputs, torch.cat([job.train_data[1], job.test_data[1]])
+
+
+def _check_memory(outputs: Tensor, n_train: int, kernels: int, most: float) -> None:
+    size = kernels * kernel_bytes(n_train, len(outputs) - n_train, outputs.shape[1], outputs.element_size())
+    if size > most:
+        raise InvalidInput(
+            f"{kernels} kernels of {n_train} training examples with {len(outputs)}, {outputs.shape[1]} outputs each, "
+            f"take {size / _GIB:.2g} GiB of a reference's {most / _GIB:.2g}: fewer checkpoints or references, or "
+            "more memory="
+        )
+
+
+def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
+    """With zeros after its end."""
+    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
+
+
+def _loss_name(task: Task) -> str | None:
+    """The name of a loss of the library's own."""
+    return next((name for name, loss in BY_NAME.items() if loss is task.loss), None)
+
+
+def nearness(curricula: Sequence[Curriculum], references: Sequence[Curriculum]) -> np.ndarray:
+    """How much each reference counts for each curriculum at each time, ``[runs, references, times]``; they add up to 1.
+
+    In inverse proportion to the mean, over the steps so far, of the squared distance of what has been shown.
+    """
+    longest = max(len(curriculum) for curriculum in curricula)
+    shown = [_shown(reference, longest) for reference in references]
+    inverse = np.empty((len(curricula), len(references), longest + 1))
+    for row, curriculum in enumerate(curricula):
+        mine = _shown(curriculum, longest)
+        for column, other in enumerate(shown):
+            distances = np.square(mine - other).sum(1)
+            inverse[row, column, 1:] = 1 / (np.cumsum(distances) / np.arange(1, longest + 1) + 1e-9)
+    inverse[:, :, 0] = 1.0
+    return inverse / inverse.sum(axis=1, keepdims=True)
+
+
+def _shown(curriculum: Curriculum, longest: int) -> np.ndarray:
+    """What has been shown by each step, in batches' shares, ``[longest, train]``."""
+    weights, _ = batch_weights([curriculum], max(longest, len(curriculum)), 1)
+    return np.cumsum(weights.toarray()[:longest], axis=0, dtype=np.float32)
+
+
+def check_covered(task: Task, recipe: Recipe) -> None:
+    """Whether training has a counterpart in function space.
+
+    Raises:
+        InvalidInput: it has none; says what is in the way.
+    """
+    problems = []
+    if recipe.optimizer not in COVERED:
+        problems.append(f"optimizer {recipe.optimizer!r} (covered: {', '.join(COVERED)})")
+    if recipe.optimizer == "adam" and recipe.weight_decay:
+        problems.append("Adam's weight decay, which goes through its second moments (AdamW's is covered)")
+    if recipe.optimizer_args.get("amsgrad"):
+        problems.append("amsgrad")
+    if recipe.optimizer_args.get("maximize"):
+        problems.append("maximize")
+    if recipe.clip_norm is not None and (task.l2 or recipe.optimizer != "sgd"):
+        problems.append("clipping together with the task's l2, or with Adam")
+    if problems:
+        raise InvalidInput(f"the tangent kernel simulator does not cover {'; '.join(problems)}")
+    for name, module in task.build_model(recipe.seed).named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, nn.LayerNorm):
+            raise InvalidInput(
+                f"layer {name!r} ({type(module).__name__}) mixes the examples of a batch while training, so an output "
+                "is no function of the parameters alone: freeze it, or take GroupNorm or LayerNorm"
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise InvalidInput(f"layer {name!r} ({type(module).__name__}) makes training random: set its p to 0")

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import sklearn.base
+import torch
+from torch import nn
+
+import simfluence as sf
+from simfluence.errors import InvalidInput
+from simfluence.simulators.tangent import nearness
+
+RECIPES = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.8, "optimizer_args": {"nesterov": True}},
+    "dampening": {"momentum": 0.8, "optimizer_args": {"dampening": 0.3}},
+    "weight decay": {"momentum": 0.5, "weight_decay": 0.1},
+    "schedule": {"schedule": "cosine", "horizon": 260, "warmup": 5},
+    "clipping": {"clip_norm": 0.2},
+    "clipping, momentum, decay": {"clip_norm": 0.3, "momentum": 0.5, "weight_decay": 0.05},
+}
+
+
+def linear_task(loss: str = "cross_entropy", outputs: int = 3) -> sf.Task:
+    """A model that is linear in its parameters."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(30, 4)).astype(np.float64)
+    y = rng.integers(3, size=30) if loss == "cross_entropy" else rng.normal(size=(30, outputs))
+    return sf.tasks.from_arrays(
+        lambda: nn.Linear(4, outputs), X[:20], y[:20], loss, test=(X[20:], y[20:]), name="linear in its parameters"
+    )
+
+
+def runs_of(task: sf.Task, recipe: sf.Recipe, steps: int, count: int = 3) -> sf.Runs:
+    curricula = sf.random_curricula(n_train=len(task.train), runs=count, steps=steps, batch_size=4, subset=0.5, seed=0)
+    batches = curricula[1].tolist()
+    batches[3], batches[7] = [], batches[7][:2]  # a step without an update, and a smaller batch
+    return sf.record(task, recipe, [curricula[0], sf.Curriculum(batches, len(task.train)), *curricula[2:]])
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_linear_model_is_simulated_exactly(name, anchored):
+    recipe = sf.Recipe(lr=0.05, dtype="float64", **RECIPES[name])
+    task = linear_task()
+    runs = runs_of(task, recipe, steps=200)
+    fitted = sf.TangentKernelSimulator(task, checkpoints=3, anchored=anchored).fit(runs[:1])
+    simulated = fitted.simulate(runs.curricula, runs.initial_losses)
+    assert np.abs(simulated - runs.losses).max() < 1e-6
+    backwards = sf.TangentKernelSimulator(task, checkpoints=3, anchored=anchored).fit(runs[1:2])  # with the empty batch
+    assert np.abs(backwards.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
+
+
+def test_squared_error_and_an_objective_with_l2():
+    task = dataclasses.replace(linear_task("squared_error", outputs=2), l2=0.2)
+    runs = runs_of(task, sf.Recipe(lr=0.05, dtype="float64"), steps=60)
+    fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(runs[:1])
+    assert np.abs(fitted.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
+
+
+def test_beyond_the_reference_a_linear_model_is_exact_too():
+    task, recipe = linear_task(), sf.Recipe(lr=0.05, momentum=0.5, dtype="float64")
+    short, long = runs_of(task, recipe, steps=40), runs_of(task, recipe, steps=90)
+    fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(short[:1])
+    found = fitted.simulate(long.curricula[2:], long.initial_losses[2:])
+    plain = sf.TangentKernelSimulator(task, checkpoints=2, anchored=False).fit(short[:1])
+    assert np.abs(plain.simulate(long.curricula[2:], long.initial_losses[2:]) - long.losses[2:]).max() < 1e-6
+    assert np.abs(found - long.losses[2:]).max() < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_the_references_own_curriculum_gives_its_own_losses(task, curricula, optimizer):
+    recipe = sf.Recipe(optimizer=optimizer, lr=0.3 if optimizer == "sgd" else 0.02)
+    runs = sf.record(task, recipe, curricula)
+    for references in (1, 2):
+        fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=references).fit(runs[:references])
+        simulated = fitted.simulate([run.curriculum for run in runs[:references]], runs[:references].initial_losses)
+        assert np.allclose(simulated, runs[:references].losses, atol=1e-4)
+
+
+def test_more_runs_never_hurt_on_those_that_correct(task, runs):
+    alone = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(runs[:1])
+    more = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(runs)
+    rest = runs[1:]
+    errors = [((each.simulate(rest.curricula, rest.initial_losses) - rest.losses) ** 2).sum() for each in (alone, more)]
+    assert errors[1] <= errors[0]
+    assert more.correction_.shape == (11, 5)
+
+
+def test_the_contract(task, runs, tmp_path):
+    fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=2).fit(runs)
+    expected = fitted.simulate(runs.curricula, runs.initial_losses)
+    assert np.isfinite(expected).all()
+    for number, run in enumerate(runs):
+        alone = fitted.simulate([run.curriculum], run.initial_losses)[0]
+        assert np.allclose(alone, expected[number], atol=1e-5)
+    fitted.save(tmp_path / "fitted.safetensors")
+    loaded = sf.Simulator.load(tmp_path / "fitted.safetensors")
+    assert loaded.task is None
+    assert np.allclose(loaded.simulate(runs.curricula, runs.initial_losses), expected, atol=1e-6)
+    again = sklearn.base.clone(fitted)
+    assert again.task is task
+    assert np.allclose(again.fit(runs).simulate(runs.curricula, runs.initial_losses), expected, atol=1e-6)
+    shorter = fitted.simulate([runs[0].curriculum, sf.Truncate(4).apply(runs[0].curriculum)], runs.initial_losses[0])
+    assert np.isnan(shorter[1, 5:]).all()
+    assert np.allclose(shorter[1, :5], shorter[0, :5], atol=1e-6)
+    changes = sf.leave_one_out(fitted, runs[0])
+    index = int(runs[0].curriculum[0][0])
+    assert np.allclose(changes[:, index], sf.what_if(fitted, runs[0], sf.Remove([index])).change, atol=1e-5)
+
+
+def test_nearer_references_count_more(runs):
+    a, b = runs[0].curriculum, runs[1].curriculum
+    edited = sf.Remove([int(a[0][0])]).apply(a)
+    shares = nearness([a, b, edited], [a, b])
+    assert np.allclose(shares.sum(1), 1)
+    assert np.allclose(shares[:, :, 0], 0.5)  # nothing has been shown yet
+    assert shares[0, 0, 1:].min() > 0.999
+    assert shares[1, 1, 1:].min() > 0.999
+    assert (shares[2, 0, 2:] > shares[2, 1, 2:]).all()
+    short = nearness([sf.Truncate(4).apply(edited)], [a, b])
+    assert np.allclose(short[0], shares[2][:, :5])  # what comes later does not matter
+
+
+class Normed(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.inner, self.layer, self.out = nn.Linear(3, 4), layer, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.layer(self.inner(x)))
+
+
+def test_bad_input(task, runs):
+    simulator = sf.TangentKernelSimulator
+    bare = sf.Runs.from_arrays(runs.curricula, runs.losses)
+    for bad, said in (
+        (simulator(), "give task="),
+        (simulator(task, sf.Recipe(optimizer="rmsprop")), "does not cover optimizer 'rmsprop'"),
+        (simulator(task, sf.Recipe(optimizer="adam", weight_decay=0.1)), "Adam's weight decay"),
+        (simulator(task, sf.Recipe(optimizer="adamw", clip_norm=1.0)), "clipping together with"),
+        (simulator(task, memory=1e-7), "GiB of a reference's"),
+        (simulator(task, checkpoints=0), "checkpoints must be a whole number"),
+        (simulator(task, memory=0), "memory must be a number"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            bad.fit(runs)
+    with pytest.raises(InvalidInput, match="how were these runs trained"):
+        simulator(task).fit(bare)
+    with pytest.raises(InvalidInput, match="another task"):
+        simulator(sf.tasks.digits(n_train=12, n_test=5)).fit(runs)
+    for layer, said in (
+        (nn.BatchNorm1d(4), "mixes the examples of a batch"),
+        (nn.Dropout(0.5), "makes training random"),
+    ):
+        mixing = dataclasses.replace(task, model=lambda layer=layer: Normed(layer))
+        with pytest.raises(InvalidInput, match=said):
+            simulator(mixing).fit(runs)
+
+
+def test_a_loss_of_ones_own(task, runs, tmp_path):
+    def smoothed(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1)
+
+    own = dataclasses.replace(task, loss=smoothed)
+    mine = sf.record(own, runs[0].recipe, runs.curricula[:2])
+    fitted = sf.TangentKernelSimulator(own, checkpoints=4).fit(mine[:1])
+    assert np.allclose(fitted.simulate(mine.curricula[:1], mine.initial_losses[:1]), mine[:1].losses, atol=1e-5)
+    fitted.save(tmp_path / "own.safetensors")
+    loaded = sf.Simulator.load(tmp_path / "own.safetensors")
+    with pytest.raises(InvalidInput, match=r"set simulator\.task"):
+        loaded.simulate(mine.curricula, mine.initial_losses)
+    loaded.task = own
+    assert np.isfinite(loaded.simulate(mine.curricula, mine.initial_losses)).all()
+    assert torch.is_tensor(own.train_data[0])
