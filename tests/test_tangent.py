@@ -115,13 +115,13 @@ def test_the_contract(task, runs, tmp_path):
 def test_nearer_references_count_more(runs):
     a, b = runs[0].curriculum, runs[1].curriculum
     edited = sf.Remove([int(a[0][0])]).apply(a)
-    shares = nearness([a, b, edited], [a, b])
+    shares = nearness([a, b, edited], [a, b], 10)
     assert np.allclose(shares.sum(1), 1)
     assert np.allclose(shares[:, :, 0], 0.5)  # nothing has been shown yet
     assert shares[0, 0, 1:].min() > 0.999
     assert shares[1, 1, 1:].min() > 0.999
     assert (shares[2, 0, 2:] > shares[2, 1, 2:]).all()
-    short = nearness([sf.Truncate(4).apply(edited)], [a, b])
+    short = nearness([sf.Truncate(4).apply(edited)], [a, b], 4)
     assert np.allclose(short[0], shares[2][:, :5])  # what comes later does not matter
 
 

@@ -12,13 +12,12 @@ carries what both have in common, and the kernel only the difference:
 
 so that the reference's own curriculum gives the reference's own losses. Momentum, weight decay and clipping have their
 counterparts in function space; a model that is linear in its parameters is simulated exactly. Under Adam the kernel is
-``J P Jᵀ`` with P from the reference's second moments.
+``J P Jᵀ`` with P from the second moments that are expected of random batches along the reference.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simfluence.attribution.gradients import called
+from simfluence.attribution.curvature import squares
+from simfluence.attribution.finding import per_example
+from simfluence.attribution.gradients import called, evaluating
 from simfluence.attribution.kernel import kernel_bytes, tangent_kernel
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
@@ -36,6 +37,7 @@ from simfluence.recording.training import Job
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.dynamics import batch_weights
+from simfluence.simulators.transitions import usual_batch_size
 from simfluence.task import Task, convert, forward, tensors
 from simfluence.tasks.losses import BY_NAME
 
@@ -154,7 +156,7 @@ class TangentKernelSimulator(Simulator):
     def _rolled(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
         """Mean over references, nearer ones counting more, ``[runs, steps + 1, test]``."""
         references = self._reference_curricula()
-        shares = nearness(curricula, references)  # [runs, references, times]
+        shares = nearness(curricula, references, longest)  # [runs, references, times]
         total = np.zeros((len(curricula), longest + 1, self.n_test_))
         for number, reference in enumerate(references):
             space = self._space(number, reference)
@@ -342,46 +344,82 @@ def _reference(task: Task, run: Run, data: Any, times: np.ndarray, memory: float
     n_train = len(task.train)
     kernels, decays, path = [], [], []
     decaying = task.l2 or (run.recipe is not None and run.recipe.weight_decay)
-    pending: nn.Module | None = None
+    moments: SecondMoments | None = None
     for training in follow(task, run):
         model = training.model
-        if pending is not None:
-            kernels.append(_kernel_of(pending, training.optimizer, data, n_train))
-            pending = None
-        with torch.no_grad():
-            path.append(_outputs_of(model, data[0]))
+        path.append(_outputs_of(model, data[0]))
         if training.step == 0:
             _check_memory(path[0], n_train, len(times), memory)
-        if training.step in times and not training.finished:
-            decays.append(_decay_of(model, data[0]) - path[-1] if decaying else torch.zeros_like(path[0]))
-            pending = copy.deepcopy(model)  # its kernel waits for the second moments of the step that follows
+        if training.step not in times or training.finished:
+            continue
+        decays.append(_decay_of(model, data[0]) - path[-1] if decaying else torch.zeros_like(path[0]))
+        if isinstance(training.optimizer, torch.optim.Adam):  # AdamW is one
+            expected = _expected_squares(model, task, training.job.train_data, usual_batch_size([run.curriculum]))
+            moments = SecondMoments.after(moments, training.step, expected, training.optimizer.param_groups[0])
+        kernels.append(tangent_kernel(model, data, n_train, None if moments is None else moments.steps()))
     return _Reference(*(torch.stack(found).numpy() for found in (kernels, decays, path)))
 
 
-def _kernel_of(model: nn.Module, optimizer: torch.optim.Optimizer, data: Any, n_train: int) -> Tensor:
-    return tangent_kernel(model, data, n_train, _preconditioner(model, optimizer))
+@dataclass(frozen=True, eq=False)
+class SecondMoments:
+    """Adam's second moments along a reference, as they are expected over random batches.
+
+    Those of one run are of its own batches: where none of them had a gradient, a step of another run would be without
+    bounds. Between checkpoints the squares are taken to change in a straight line.
+
+    Args:
+        step: number of updates so far.
+        squares: expected squares of a batch's mean gradient at that step, by parameter name.
+        sums: of the squares so far, weighted as Adam does.
+        weight: sum of those weights, which corrects for the first steps.
+        beta, eps: Adam's.
+    """
+
+    step: int
+    squares: Mapping[str, Tensor]
+    sums: Mapping[str, Tensor]
+    weight: float
+    beta: float
+    eps: float
+
+    @classmethod
+    def after(
+        cls, before: SecondMoments | None, step: int, squares: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> SecondMoments:
+        """The moments at a checkpoint, from those at the one before it."""
+        beta, eps = float(group["betas"][1]), float(group["eps"])
+        if before is None:
+            return cls(step, squares, {name: (1 - beta) * each for name, each in squares.items()}, 1 - beta, beta, eps)
+        kept = beta ** (step - before.step)
+        between = {name: (each + before.squares[name]) / 2 for name, each in squares.items()}
+        sums = {name: kept * before.sums[name] + (1 - kept) * each for name, each in between.items()}
+        return cls(step, squares, sums, kept * before.weight + 1 - kept, beta, eps)
+
+    def steps(self) -> dict[str, Tensor]:
+        """``1 / (√v̂ + ε)`` by parameter name."""
+        return {name: 1 / ((each / self.weight).sqrt() + self.eps) for name, each in self.sums.items()}
 
 
-def _preconditioner(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
-    """``1 / (√v̂ + ε)`` by parameter name, of Adam's kind; None of others."""
-    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
-        return None
-    group = optimizer.param_groups[0]
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    steps = {}
-    for name, parameter in zip(names, group["params"], strict=True):
-        state = optimizer.state[parameter]
-        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-        steps[name] = 1 / (corrected.sqrt() + group["eps"])
-    return steps
+def _expected_squares(model: nn.Module, task: Task, data: Any, batch_size: int) -> dict[str, Tensor]:
+    """``ḡ² + (E[g²] − ḡ²) / B``: of the mean gradient of B random training examples, by parameter name."""
+    gradients = per_example(model, task.loss, data)
+    found: dict[str, Tensor] = {}
+    count = len(data[1])
+    sums = {name: gradients.like.new_zeros(2, layer.rows, layer.columns) for name, layer in gradients.layers.items()}
+    for _, factors in gradients.batches(data, 64):
+        for name, each in factors.items():
+            sums[name][0] += torch.einsum("bpr,bpc->rc", each.gradients, each.inputs)
+            sums[name][1] += squares(each)
+    for name, layer in gradients.layers.items():
+        mean, second = sums[name] / count
+        found |= layer.to_parameters(mean**2 + (second - mean**2).clamp(min=0) / batch_size)
+    return found
 
 
 def _outputs_of(model: nn.Module, inputs: Any) -> Tensor:
     """``[examples, outputs]``, in evaluation mode."""
-    training = model.training
-    model.eval()
-    outputs = forward(model, inputs)
-    model.train(training)
+    with evaluating(model), torch.no_grad():
+        outputs = forward(model, inputs)
     return outputs.reshape(len(outputs), -1).detach().clone()
 
 
@@ -425,12 +463,11 @@ def _loss_name(task: Task) -> str | None:
     return next((name for name, loss in BY_NAME.items() if loss is task.loss), None)
 
 
-def nearness(curricula: Sequence[Curriculum], references: Sequence[Curriculum]) -> np.ndarray:
-    """How much each reference counts for each curriculum at each time, ``[runs, references, times]``; they add up to 1.
+def nearness(curricula: Sequence[Curriculum], references: Sequence[Curriculum], longest: int) -> np.ndarray:
+    """How much each reference counts for each curriculum at each time, ``[runs, references, longest + 1]``; sums are 1.
 
     In inverse proportion to the mean, over the steps so far, of the squared distance of what has been shown.
     """
-    longest = max(len(curriculum) for curriculum in curricula)
     shown = [_shown(reference, longest) for reference in references]
     inverse = np.empty((len(curricula), len(references), longest + 1))
     for row, curriculum in enumerate(curricula):
