@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import typer
 
-from simfluence import plots, tasks
+from simfluence import plots
 from simfluence.cli.options import (
     AsJson,
     BaseRun,
@@ -24,6 +24,7 @@ from simfluence.cli.options import (
     Seed,
     StorePath,
     base_runs,
+    built_task,
     fitted_by_name,
 )
 from simfluence.edits import Edit, Keep, Remove, Reorder, Repeat
@@ -75,8 +76,8 @@ def what_if(
     opened = RunStore(store)
     part, held = opened.load().split(held_out, seed)
     of = base_runs(opened, run, held, bases)
-    built = (tasks.imported(task) if task else tasks.rebuild(opened.info)) if verify else None
-    fitted = fitted_by_name(simulator, part, parameters)
+    built = built_task(opened, task) if verify else None
+    fitted = fitted_by_name(simulator, part, parameters, opened, task)
     if intervals and not isinstance(fitted, ConformalSimulator):
         fitted = ConformalSimulator(fitted, seed=seed).fit(part)
     queries: Any = WhatIfSpec.read(spec).queries if spec else edits
@@ -100,6 +101,7 @@ def leave_one_out(
     test: TestTarget = None,
     by: Annotated[str | None, typer.Option(help="Leave out groups: a column of the training examples.")] = None,
     top: Top = 10,
+    task: OwnTask = None,
     out: Out = None,
     plot: Plot = None,
     as_json: AsJson = False,
@@ -111,7 +113,7 @@ def leave_one_out(
     opened = RunStore(store)
     part, held = opened.load().split(held_out, seed)
     base = base_runs(opened, run, held)[0]
-    fitted = fitted_by_name(simulator, part, parameters)
+    fitted = fitted_by_name(simulator, part, parameters, opened, task)
     target = _test(test)
     table = rank_suspects(fitted, base, test=target, by=by)
     if by:
@@ -150,6 +152,7 @@ def removal(
     run: BaseRun = None,
     held_out: HeldOut = 8,
     seed: Seed = 0,
+    task: OwnTask = None,
     out: Out = None,
     plot: Plot = None,
     as_json: AsJson = False,
@@ -160,7 +163,7 @@ def removal(
     opened = RunStore(store)
     part, held = opened.load().split(held_out, seed)
     base = base_runs(opened, run, held)[0]
-    fitted = fitted_by_name(simulator, part, parameters)
+    fitted = fitted_by_name(simulator, part, parameters, opened, task)
     if intervals and not isinstance(fitted, ConformalSimulator):
         fitted = ConformalSimulator(fitted, seed=seed).fit(part)
     if past is None and best is None:

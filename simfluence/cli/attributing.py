@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import typer
 
-from simfluence import plots, tasks
+from simfluence import plots
 from simfluence.attribution import METHODS, of_run
-from simfluence.cli.options import AsJson, Out, OwnTask, Parameters, Plot, StorePath, parsed
+from simfluence.cli.options import AsJson, Out, OwnTask, Parameters, Plot, StorePath, built_task, parsed
 from simfluence.effects import rank_suspects
 from simfluence.judging import lds as score
 from simfluence.printing import draw, print_json, print_table, records
@@ -37,7 +37,7 @@ def attribute(
     """Which training examples lower, and which raise, the test losses of a run of STORE?"""
     opened = RunStore(store)
     base = _run(opened, run)
-    built = tasks.imported(task) if task else tasks.rebuild(opened.info)
+    built = built_task(opened, task)
     scores = of_run(method, built, base, checkpoints=checkpoints, store=opened, **parsed(parameters)).scores()
     target: Any = [int(test)] if test is not None and test.strip().isdigit() else test
     ranked = rank_suspects(scores, base, test=target).rename(columns={"gain": "score"})
@@ -68,7 +68,7 @@ def lds(
     """Linear datamodeling scores of attribution methods on the runs of STORE, but for the one that they are of."""
     opened = RunStore(store)
     base = _run(opened, run)
-    built = tasks.imported(task) if task else tasks.rebuild(opened.info)
+    built = built_task(opened, task)
     others = Runs(each for each in opened.load(recipe=base.recipe) if each.id != base.id)
     rows = {}
     for name in method or ["dot", "ekfac"]:

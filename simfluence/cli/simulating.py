@@ -15,12 +15,14 @@ from simfluence.cli.options import (
     HeldOut,
     Intervals,
     Named,
+    OwnTask,
     Parameters,
     Seed,
     StorePath,
     fitted_all,
     fitted_by_name,
     parsed,
+    unfitted,
 )
 from simfluence.demo import run_demo
 from simfluence.evaluation import METRICS
@@ -58,11 +60,14 @@ def fit(
     held_out: HeldOut = 8,
     seed: Seed = 0,
     intervals: Intervals = False,
+    task: OwnTask = None,
 ) -> None:
     """Fit a simulator on the runs of STORE that are not held out, and save it."""
-    chosen = simulators.build(simulator, **parsed(parameters))
+    opened = RunStore(store)
+    simulators.build(simulator, **parsed(parameters))  # says at once which parameter it does not have
+    chosen = unfitted(simulator, parameters, opened, task)
     chosen = ConformalSimulator(chosen, seed=seed) if intervals else chosen
-    part, _ = RunStore(store).load().split(held_out, seed)
+    part, _ = opened.load().split(held_out, seed)
     chosen.fit(part).save(out)
     print(f"{chosen} fitted on {len(part)} runs: {out}")
 
@@ -77,6 +82,7 @@ def evaluate(
     seed: Seed = 0,
     metric: Annotated[list[str] | None, typer.Option(help="One metric; again for more. All if none.")] = None,
     intervals: Intervals = False,
+    task: OwnTask = None,
     as_json: AsJson = False,
 ) -> None:
     """Score simulators on the held-out runs of each STORE against the mean trajectory of the others.
@@ -86,7 +92,8 @@ def evaluate(
     splits = {str(store): RunStore(store).load().split(held_out, seed) for store in stores}
     tables = {}
     for store, (part, held) in splits.items():
-        chosen = {name: fitted_by_name(name, part, parameters) for name in simulator or ()} or fitted_all(
+        opened = RunStore(store)
+        chosen = {name: fitted_by_name(name, part, parameters, opened, task) for name in simulator or ()} or fitted_all(
             store, part, parameters
         )
         if intervals:

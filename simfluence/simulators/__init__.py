@@ -29,6 +29,9 @@ SIMULATORS: Mapping[str, type[Simulator]] = {
     )
 }
 
+#: Simulators that need the task besides the runs.
+OF_TASK: Mapping[str, type[Simulator]] = {TangentKernelSimulator.name: TangentKernelSimulator}
+
 
 def build(name: str, **parameters: object) -> Simulator:
     """An unfitted simulator by name.
@@ -36,12 +39,14 @@ def build(name: str, **parameters: object) -> Simulator:
     Raises:
         InvalidInput: there is none of that name, or it has no such parameter.
     """
-    if name not in SIMULATORS:
-        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, SIMULATORS)}")
-    return SIMULATORS[name]().with_parameters(**parameters)
+    kinds = {**SIMULATORS, **OF_TASK}
+    if name not in kinds:
+        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, kinds)}")
+    return kinds[name]().with_parameters(**parameters)
 
 
 __all__ = [
+    "OF_TASK",
     "SIMULATORS",
     "AdditiveSimulator",
     "AttributedSimulator",

@@ -111,7 +111,7 @@ class TangentKernelSimulator(Simulator):
         self.recipe_ = recipe.model_dump(mode="json")
         job = Job.of(self.task, recipe)
         self.targets_ = torch.cat([job.train_data[1], job.test_data[1]]).numpy()
-        self.loss_ = _loss_name(self.task)
+        self.loss_, self.l2_ = _loss_name(self.task), self.task.l2
         chosen = list(runs[: self.references])
         self._take_references(chosen, job)
         rest = Runs(run for run in runs if run.id not in {each.id for each in chosen})
@@ -182,7 +182,7 @@ class TangentKernelSimulator(Simulator):
             decays=torch.from_numpy(self.decays_[number]),
             reference=reference,
             anchored=self.anchored,
-            l2=0.0 if self.task is None else self.task.l2,
+            l2=self.l2_,
         )
 
     def _loss(self) -> Any:
