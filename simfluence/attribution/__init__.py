@@ -14,6 +14,7 @@ from simfluence.attribution.iterative import Arnoldi, ConjugateGradients, LiSSA
 from simfluence.attribution.labels import draw_classes, draw_normal
 from simfluence.attribution.layers import Factors, Layer
 from simfluence.attribution.scores import Scores, TopScores
+from simfluence.attribution.similarity import HiddenSimilarity, NGrams, TfIdf, candidates
 from simfluence.attribution.tracin import Adam, GradientCosine, GradientDot, TracInCP
 
 __all__ = [
@@ -29,14 +30,18 @@ __all__ = [
     "GradientCosine",
     "GradientDot",
     "Gradients",
+    "HiddenSimilarity",
     "Layer",
     "LiSSA",
+    "NGrams",
     "Relative",
     "Scores",
+    "TfIdf",
     "TopScores",
     "TracInCP",
     "TracInIdeal",
     "attention_mask",
+    "candidates",
     "draw_classes",
     "draw_normal",
     "per_example",
