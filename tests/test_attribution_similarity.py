@@ -249,7 +249,7 @@ def test_bad_texts(similarity, task):
     for given, message in (
         ([], "there are no training texts"),
         (["", "  "], "the training texts give no bags of words: empty vocabulary"),
-        (["one", None], "training text 1 is no text but None"),
+        (sf.Examples.numbered(2, pd.DataFrame({"text": ["one", None]})), "training text 1 is no text but "),
         ("one text", "training texts must be a list of texts or Examples, got str"),
         (task, "no column 'text' in the examples' metadata"),
         (sf.Examples.numbered(2, pd.DataFrame({"texts": ["a", "b"]})), "did you mean 'texts'"),
