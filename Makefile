@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench table what-if-table wheel runs clean
+.PHONY: demo test test-slow lint format bench table what-if-table attribution-table wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ table: $(READY)  ## how good each simulator is on the recorded runs; goes on whe
 
 what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by retraining, five minutes
 	$(BIN)/python benchmarks/what_if.py --markdown docs/what_if.md
+
+attribution-table: $(READY)  ## attributors against retraining, PBRF, runs on subsets and removals, five minutes
+	$(BIN)/python benchmarks/attribution.py --markdown docs/attribution.md
 
 runs: $(READY)  ## the recorded runs that the repository ships
 	for name in digits digits_cnn digits_adamw breast_cancer breast_cancer_mlp diabetes; do \

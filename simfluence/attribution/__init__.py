@@ -15,6 +15,7 @@ from simfluence.attribution.labels import draw_classes, draw_normal
 from simfluence.attribution.layers import Factors, Layer
 from simfluence.attribution.of_run import METHODS, of_run
 from simfluence.attribution.scores import Scores, TopScores
+from simfluence.attribution.similarity import HiddenSimilarity, NGrams, TfIdf, candidates
 from simfluence.attribution.tracin import Adam, GradientCosine, GradientDot, TracInCP
 
 __all__ = [
@@ -31,14 +32,18 @@ __all__ = [
     "GradientCosine",
     "GradientDot",
     "Gradients",
+    "HiddenSimilarity",
     "Layer",
     "LiSSA",
+    "NGrams",
     "Relative",
     "Scores",
+    "TfIdf",
     "TopScores",
     "TracInCP",
     "TracInIdeal",
     "attention_mask",
+    "candidates",
     "draw_classes",
     "draw_normal",
     "of_run",

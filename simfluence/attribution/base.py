@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from simfluence._indices import checked_indices
+from simfluence._types import Indices
 from simfluence.attribution.finding import per_example
 from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask, rows_of
 from simfluence.attribution.layers import Factors
 from simfluence.attribution.pairs import Query, own_products, position_products, products
 from simfluence.attribution.scores import Scores, TopScores
 from simfluence.errors import InvalidInput, NotFittedError
-from simfluence.task import Data, Task, tensors
+from simfluence.task import Data, Task, take, tensors
 
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
 AttributorT = TypeVar("AttributorT", bound="Attributor")
@@ -67,7 +69,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         """
         self._check_parameters()
         task = data if isinstance(data, Task) else None
-        train = _checked(task.train_data if task is not None else data)
+        train = checked_data(task.train_data if task is not None else data)
         loss = loss if loss is not None or task is None else task.loss
         if loss is None:
             raise InvalidInput("a loss is needed: loss=… with loss(outputs, targets) → [batch]")
@@ -77,29 +79,38 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
             raise InvalidInput(f"l2 must be a number from 0 up, got {self.l2_!r}")
         self.gradients_ = per_example(model, loss, train, self.layers, mask)
         self._fit()
-        self.versions_ = _versions(model)
+        self.versions_ = versions(model)
         return self
 
-    def scores(self, test_data: Data | None = None, unit: str | None = None, by_layer: bool = False) -> Scores:
+    def scores(
+        self,
+        test_data: Data | None = None,
+        unit: str | None = None,
+        by_layer: bool = False,
+        train: Sequence[int] | Indices | None = None,
+    ) -> Scores:
         """The scores of all pairs, ``[test, train]``: positive where training on i lowers the loss of z.
 
         Args:
             test_data: ``(inputs, targets)``; by default the test side of the task that it was fitted on.
             unit: "loss" or "raw", see ``Scores``; by default the first of ``units``.
             by_layer: give ``[layer, test, train]``, which adds up to the scores over layers.
+            train: indices of training examples, to score these alone: columns of the whole matrix, at their share of
+                its cost. ``similarity.candidates`` proposes some.
 
         Raises:
             NotFittedError: before ``fit``.
-            InvalidInput: the model's weights changed since, or what ``fit`` refuses too.
+            InvalidInput: the model's weights changed since, no such training example, or what ``fit`` refuses too.
         """
         test, scale = self._checked_test(test_data), self._scale(unit)
-        n_test, n_train = len(test[1]), len(self.train_data_[1])
+        chosen = None if train is None else checked_indices(train, len(self.train_data_[1]))
+        n_test, n_train = len(test[1]), len(self.train_data_[1]) if chosen is None else len(chosen)
         names = list(self.gradients_.layers)
         shape = (len(names), n_test, n_train) if by_layer else (n_test, n_train)
         values = np.zeros(shape, _numpy_dtype(self.gradients_.like))
-        for rows, columns, block in self._blocks(test):
+        for rows, columns, block in self._blocks(test, chosen):
             values[..., rows, columns] += scale * (block if by_layer else block.sum(0)).cpu().numpy()
-        train_ids, test_ids = self._ids(test_data)
+        train_ids, test_ids = self._ids(test_data, chosen)
         layers = tuple(names) if by_layer else None
         return Scores(values, unit or self.units[0], type(self).__name__, layers, train_ids, test_ids)
 
@@ -199,19 +210,22 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise InvalidInput(f"batch_size must be an integer from 1 up, got {self.batch_size!r}")
 
-    def _blocks(self, test: Data) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Test rows, training rows, and their products ``[layer, test, train]``."""
+    def _blocks(self, test: Data, chosen: Indices | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Test rows, training rows (of those chosen), and their products ``[layer, test, train]``."""
         for gradients, solve in self._states():
-            for rows, columns, queries, factors in self._pairs(gradients, solve, test):
+            for rows, columns, queries, factors in self._pairs(gradients, solve, test, chosen):
                 parts = [products(queries[name], each).cpu() for name, each in factors.items()]
                 yield rows, columns, torch.stack(parts)
 
     def _pairs(
-        self, gradients: Gradients, solve: Solve, test: Data
+        self, gradients: Gradients, solve: Solve, test: Data, chosen: Indices | None = None
     ) -> Iterator[tuple[slice, slice, Queries, LayerFactors]]:
         """Batches of both sides, each with each."""
+        train, side = self.train_data_, "training"
+        if chosen is not None:
+            train, side = take(train, torch.from_numpy(chosen).to(train[1].device)), "chosen training"
         for group in self._groups(gradients, solve, test):
-            for columns, factors in self._batches(gradients, self.train_data_, "training"):
+            for columns, factors in self._batches(gradients, train, side):
                 for rows, queries in group:
                     yield rows, columns, queries, factors
 
@@ -248,23 +262,30 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
     def _check_ready(self) -> None:
         if not hasattr(self, "versions_"):
             raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit(model, data, loss=…) first")
-        if _versions(self.gradients_.model) != self.versions_:
+        if versions(self.gradients_.model) != self.versions_:
             raise InvalidInput("the model's weights changed since fit: fit again, or fit on a copy of the model")
 
     def _checked_test(self, test_data: Data | None) -> Data:
         self._check_ready()
         if test_data is None and self.task_ is None:
             raise InvalidInput("give test_data=(inputs, targets): there is no task whose test side could be taken")
-        return _checked(test_data if test_data is not None or self.task_ is None else self.task_.test_data)
+        return checked_data(test_data if test_data is not None or self.task_ is None else self.task_.test_data)
 
-    def _ids(self, test_data: Data | None) -> tuple[Sequence[Any] | None, Sequence[Any] | None]:
-        if self.task_ is None:
-            return None, None
-        return self.task_.train.ids, self.task_.test.ids if test_data is None else None
+    def _ids(
+        self, test_data: Data | None, chosen: Indices | None = None
+    ) -> tuple[Sequence[Any] | None, Sequence[Any] | None]:
+        train_ids = None if self.task_ is None else self.task_.train.ids
+        if chosen is not None:
+            train_ids = chosen.tolist() if train_ids is None else [train_ids[index] for index in chosen]
+        return train_ids, self.task_.test.ids if self.task_ is not None and test_data is None else None
 
 
-def _checked(data: Any) -> Data:
-    """``(inputs, targets)`` with as many of both, and some."""
+def checked_data(data: Any) -> Data:
+    """``(inputs, targets)``.
+
+    Raises:
+        InvalidInput: it is no such pair, not as many of both, or none.
+    """
     if not (isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)):
         raise InvalidInput(
             "data must be a pair (inputs, targets), the targets a tensor whose first axis counts examples"
@@ -275,7 +296,7 @@ def _checked(data: Any) -> Data:
     return data[0], data[1]
 
 
-def _versions(model: nn.Module) -> tuple[int, ...]:
+def versions(model: nn.Module) -> tuple[int, ...]:
     """Counts of in-place changes: an optimizer's step or ``load_state_dict`` raises them."""
     return tuple(parameter._version for parameter in model.parameters())
 

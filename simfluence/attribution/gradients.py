@@ -109,7 +109,7 @@ class Gradients:
     ) -> tuple[Calls, Tensor]:
         """One forward and backward pass: calls of the layers' modules with derivatives, and the labels used."""
         hooked = {module for layer in self.layers.values() for module, _ in layer.sources}
-        with evaluating(self.model), _recording(hooked) as calls:
+        with evaluating(self.model), recording(hooked) as calls:
             with explained(side, first, len(targets)):
                 outputs = forward(self.model, inputs)
                 if relabel is not None:
@@ -218,7 +218,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recording(modules: set[nn.Module]) -> Iterator[Calls]:
+def recording(modules: set[nn.Module]) -> Iterator[Calls]:
     """What comes into and out of the calls of ``modules``, in order."""
     calls: Calls = []
 

@@ -1,0 +1,286 @@
+"""Attribution without gradients: training examples that look like the test example, to a model or as text.
+
+These are baselines, and cheap enough to propose ``candidates`` that a costly attributor then scores.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import sklearn.base
+import torch
+from jaxtyping import Float, Int
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.preprocessing import normalize
+from torch import Tensor, nn
+
+from simfluence._indices import checked_indices
+from simfluence._types import Indices
+from simfluence.attribution.base import checked_data, versions
+from simfluence.attribution.gradients import Calls, Mask, attention_mask, evaluating, explained, recording, rows_of
+from simfluence.attribution.scores import Scores
+from simfluence.errors import InvalidInput, NotFittedError, did_you_mean
+from simfluence.examples import Examples
+from simfluence.task import Data, Task, cast, forward
+
+#: Texts, a table with a column of them, or a task with such tables.
+Texts = Sequence[str] | Examples | Task
+
+SimilarityT = TypeVar("SimilarityT", bound="_Similarity")
+
+
+class _Similarity(sklearn.base.BaseEstimator):
+    """Inner products of features. ``fit`` sets ``train_features_``, and what the training side is called."""
+
+    def scores(
+        self, test_data: Any = None, unit: str | None = None, train: Sequence[int] | Indices | None = None
+    ) -> Scores:
+        """The similarities ``[test, train]``, in the unit "raw".
+
+        Args:
+            test_data: of the kind that ``fit`` took; by default the test side of the task that it was fitted on.
+            unit: "raw".
+            train: indices of training examples, to score these alone.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            InvalidInput: no test data, or such as ``fit`` refuses; another unit, or no such training example.
+        """
+        if not hasattr(self, "train_features_"):
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit first")
+        if unit not in (None, "raw"):
+            raise InvalidInput(f"no unit {unit!r}: a similarity has none, only 'raw'")
+        if test_data is None and self.task_ is None:
+            raise InvalidInput("give test data: there is no task whose test side could be taken")
+        chosen = np.arange(len(self.train_ids_)) if train is None else checked_indices(train, len(self.train_ids_))
+        products = self._features(test_data, "test") @ self.train_features_[chosen].T
+        values = np.asarray(products.todense() if hasattr(products, "todense") else products)
+        test_ids = self.task_.test.ids if self.task_ is not None and test_data is None else None
+        return Scores(values, "raw", type(self).__name__, None, [self.train_ids_[i] for i in chosen], test_ids)
+
+    def _take(self, task: Task | None, train: Any, ids: Sequence[Any] | None) -> None:
+        """Keep the training side's features."""
+        self.task_ = task
+        self.train_features_ = self._features(train, "training")
+        self.train_ids_ = list(range(self.train_features_.shape[0]) if ids is None else ids)
+
+    @abstractmethod
+    def _features(self, data: Any, side: str) -> Any:
+        """``[examples, features]``, dense or sparse; of the task's test side where ``data`` is None."""
+
+
+class HiddenSimilarity(_Similarity):
+    """Inner product, or cosine, of what goes into one module of a model: its representation of the examples.
+
+    Inputs ``[batch, positions, features]`` are averaged over the positions that are no padding; of more axes, they are
+    flattened. A module that is called several times counts with the mean over its calls.
+
+    Args:
+        layer: name of the module; by default the model's last ``Linear``.
+        cosine: divide by the norms, 0 where one is zero; otherwise the plain inner product.
+        batch_size: examples per pass: memory, not results.
+
+    >>> model = nn.Sequential(nn.ReLU(), nn.Linear(2, 1))
+    >>> X, y = torch.tensor([[3.0, 4.0], [-1.0, 2.0]]), torch.zeros(2)
+    >>> HiddenSimilarity().fit(model, (X, y)).scores((X, y)).values.round(2)
+    array([[1. , 0.8],
+           [0.8, 1. ]], dtype=float32)
+    """
+
+    def __init__(self, layer: str | None = None, cosine: bool = True, batch_size: int = 64) -> None:
+        self.layer = layer
+        self.cosine = cosine
+        self.batch_size = batch_size
+
+    def fit(self, model: nn.Module, data: Data | Task, mask: Mask = attention_mask) -> HiddenSimilarity:
+        """Keep the training side's representations. The model is kept, not copied, and not changed.
+
+        Args:
+            model: as trained.
+            data: training examples ``(inputs, targets)``, or a task. Targets are not used.
+            mask: inputs → which positions are no padding, ``[batch, positions]``; by default their "attention_mask".
+
+        Raises:
+            InvalidInput: no such module, or one that is never called or not with one row per example; a model that
+                fails, or representations that are not finite.
+        """
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise InvalidInput(f"batch_size must be an integer from 1 up, got {self.batch_size!r}")
+        task = data if isinstance(data, Task) else None
+        self.layer_ = _named(model, self.layer)
+        self.model_, self.mask_, self.versions_ = model, mask, versions(model)
+        self._take(task, data if task is None else task.train_data, None if task is None else task.train.ids)
+        return self
+
+    def _features(self, data: Data | None, side: str) -> Float[np.ndarray, "examples features"]:
+        if versions(self.model_) != self.versions_:
+            raise InvalidInput("the model's weights changed since fit: fit again, or fit on a copy of the model")
+        data = checked_data(self.task_.test_data if data is None and self.task_ is not None else data)
+        starts = range(0, len(data[1]), self.batch_size)
+        batches = [self._of_batch(rows_of(data, slice(s, s + self.batch_size)), s, side) for s in starts]
+        features = torch.cat(batches).to(torch.promote_types(batches[0].dtype, torch.float32))  # numpy has no bfloat16
+        if not features.isfinite().all():
+            bad = int((~features.isfinite().all(1)).nonzero()[0])
+            raise InvalidInput(f"the input of {side} example {bad} in layer {self.layer_!r} is not finite")
+        found: np.ndarray = features.cpu().numpy()
+        return normalize(found) if self.cosine else found
+
+    def _of_batch(self, batch: Data, first: int, side: str) -> Float[Tensor, "batch features"]:
+        own = next(self.model_.parameters())
+        inputs, targets = cast(batch, own.device, own.dtype)
+        module = self.model_.get_submodule(self.layer_)
+        with evaluating(self.model_), recording({module}) as calls, explained(side, first, len(targets)):
+            forward(self.model_, inputs)
+        return _pooled(calls, self.mask_(inputs), len(targets), self.layer_)
+
+
+def _named(model: nn.Module, layer: str | None) -> str:
+    """The name of the module that is meant."""
+    if layer is None:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise InvalidInput(f"{type(model).__name__} has no Linear layer: name a module by layer=…")
+        return linear[-1]
+    names = [name for name, _ in model.named_modules()]
+    if layer not in names:
+        raise InvalidInput(f"no layer {layer!r}, {did_you_mean(layer, names[1:])}")
+    return layer
+
+
+def _pooled(calls: Calls, mask: Tensor | None, batch: int, layer: str) -> Float[Tensor, "batch features"]:
+    """What came in, one row per example."""
+    if not calls:
+        raise InvalidInput(f"the model never called layer {layer!r}: name another module by layer=…")
+    if not all(given.is_floating_point() for _, given, _ in calls):
+        raise InvalidInput(f"what goes into layer {layer!r} is whole numbers, no representation: name a later one")
+    rows = {len(given) for _, given, _ in calls}
+    if rows != {batch}:
+        raise InvalidInput(f"layer {layer!r} was called with {max(rows)} rows for {batch} examples: name another one")
+    return torch.stack([_averaged(given, mask) for _, given, _ in calls]).mean(0)
+
+
+def _averaged(given: Tensor, mask: Tensor | None) -> Float[Tensor, "batch features"]:
+    if given.ndim != 3:
+        return given.flatten(1)
+    if mask is None or mask.shape[1] != given.shape[1]:
+        return given.mean(1)
+    kept = mask.to(given)[..., None]
+    return (given * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
+class _TextSimilarity(_Similarity):
+    """Cosine of bags of words or n-grams, by one of scikit-learn's vectorizers. A text without any known has 0."""
+
+    column: str
+
+    def fit(self: SimilarityT, texts: Texts) -> SimilarityT:
+        """Learn the vocabulary of the training texts.
+
+        Args:
+            texts: a list of them, examples whose metadata has them in ``column``, or a task of such examples.
+
+        Raises:
+            InvalidInput: no text, something that is no text, no such column, no words in any of them, or parameters
+                that scikit-learn refuses.
+        """
+        task = texts if isinstance(texts, Task) else None
+        train = texts if task is None else task.train
+        self.vectorizer_ = self._vectorizer()
+        try:
+            self.vectorizer_.fit(self._texts(train, "training"))
+        except ValueError as error:
+            if isinstance(error, InvalidInput):
+                raise
+            raise InvalidInput(f"the training texts give no bags of words: {error}") from error
+        self._take(task, train, train.ids if isinstance(train, Examples) else None)
+        return self
+
+    def _features(self, data: Sequence[str] | Examples | None, side: str) -> Any:
+        given = self.task_.test if data is None and self.task_ is not None else data
+        return normalize(self.vectorizer_.transform(self._texts(given, side)))
+
+    def _texts(self, given: Any, side: str) -> list[str]:
+        found = given.column(self.column) if isinstance(given, Examples) else given
+        if isinstance(found, str) or not isinstance(found, Sequence | np.ndarray):
+            raise InvalidInput(f"{side} texts must be a list of texts or Examples, got {type(found).__name__}")
+        wrong = [index for index, text in enumerate(found) if not isinstance(text, str)]
+        if wrong:
+            raise InvalidInput(f"{side} text {wrong[0]} is no text but {found[wrong[0]]!r}")
+        if not len(found):
+            raise InvalidInput(f"there are no {side} texts: give some")
+        return list(found)
+
+    @abstractmethod
+    def _vectorizer(self) -> CountVectorizer: ...
+
+
+class NGrams(_TextSimilarity):
+    """Cosine of bags of n-grams: counts of scikit-learn's words (of two letters or more, in lower case).
+
+    Args:
+        n: how many words long; a pair (shortest, longest) for several lengths.
+        column: of the examples' metadata, that has the texts.
+
+    >>> NGrams(n=1).fit(["a red fox", "a blue bird"]).scores(["red fox, red fox", "fox and bird"]).values.round(2)
+    array([[1. , 0. ],
+           [0.5, 0.5]])
+    """
+
+    def __init__(self, n: int | tuple[int, int] = 1, column: str = "text") -> None:
+        self.n = n
+        self.column = column
+
+    def _vectorizer(self) -> CountVectorizer:
+        return CountVectorizer(ngram_range=_lengths(self.n))
+
+
+class TfIdf(_TextSimilarity):
+    """Cosine of bags of n-grams in which those that many texts have count less (TF-IDF; Salton & Buckley 1988).
+
+    Args:
+        n, column: as of ``NGrams``.
+
+    >>> scores = TfIdf().fit(["the red fox", "the bird", "the blue bird"]).scores(["what did the fox eat?"])
+    >>> scores.values.round(2)
+    array([[0.76, 0.31, 0.22]])
+    """
+
+    def __init__(self, n: int | tuple[int, int] = 1, column: str = "text") -> None:
+        self.n = n
+        self.column = column
+
+    def _vectorizer(self) -> CountVectorizer:
+        return TfidfVectorizer(ngram_range=_lengths(self.n))
+
+
+def _lengths(n: Any) -> tuple[int, int]:
+    low, high = n if isinstance(n, tuple) and len(n) == 2 else (n, n)
+    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high):
+        raise InvalidInput(f"n must be an integer from 1 up, or a pair of them (shortest, longest); got {n!r}")
+    return low, high
+
+
+def candidates(scores: Any, k: int) -> Int[np.ndarray, " candidates"]:
+    """The training examples that are among the k best of some test example, in order of their index.
+
+    They are for ``Attributor.scores(…, train=…)``: a cheap attributor proposes, a costly one decides.
+
+    Args:
+        scores: ``[test, train]``, the larger the better.
+        k: of each test example; ties go to the earlier training example.
+
+    Raises:
+        InvalidInput: other axes, or k is not from 1 to the number of training examples.
+
+    >>> candidates(TfIdf().fit(["red fox", "blue bird", "red bird"]).scores(["a fox", "red foxes"]), k=1)
+    array([0, 2])
+    """
+    values = np.asarray(scores)
+    if values.ndim != 2:
+        raise InvalidInput(f"scores must be [test, train], got {values.shape}")
+    if not 1 <= k <= values.shape[1]:
+        raise InvalidInput(f"k must be from 1 to the number of training examples, {values.shape[1]}; got {k}")
+    return np.unique(np.argsort(-values, axis=1, kind="stable")[:, :k])
