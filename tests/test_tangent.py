@@ -10,7 +10,7 @@ from torch import nn
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
-from simfluence.simulators.tangent import nearness
+from simfluence.simulators.tangent import _Correction, nearness
 
 RECIPES = {
     "sgd": {},
@@ -87,7 +87,20 @@ def test_more_runs_never_hurt_on_those_that_correct(task, runs):
     rest = runs[1:]
     errors = [((each.simulate(rest.curricula, rest.initial_losses) - rest.losses) ** 2).sum() for each in (alone, more)]
     assert errors[1] <= errors[0]
-    assert more.correction_.shape == (11, 5)
+    assert more.correction_.shape == more.centre_.shape == (11, 5)
+    assert more.scale_.shape == (11,)
+
+
+def test_the_correction_is_the_least_squares_one():
+    rng = np.random.default_rng(0)
+    simulated = rng.normal(size=(9, 4, 3))
+    true = 1.5 * simulated + rng.normal(size=(4, 3)) + 0.01 * rng.normal(size=(9, 4, 3))
+    found = _Correction.of(simulated, true, 1.0, True)
+    assert np.abs(found.applied(simulated) - true).max() < 0.05
+    assert np.allclose(found.scale, 1.5, atol=0.02)
+    shifted = _Correction.of(simulated, true, 1.0, False).applied(simulated)
+    assert np.allclose(shifted.mean(0), true.mean(0))
+    assert np.array_equal(_Correction.of(simulated, true, 0.0, False).applied(simulated), simulated)
 
 
 def test_the_contract(task, runs, tmp_path):

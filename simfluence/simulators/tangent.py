@@ -64,7 +64,8 @@ class TangentKernelSimulator(Simulator):
         times_: steps of the checkpoints.
         paths_: outputs on all examples along the references, ``[references, steps + 1, train + test, outputs]``.
         decays_: ``J θ − f`` at the checkpoints, ``[references, checkpoints, train + test, outputs]``, for weight decay.
-        correction_: what is added to forecasts, ``[steps + 1, test]``; learned from the runs that are no references.
+        correction_, scale_, centre_: learned from the runs that are no references: a forecast L becomes
+            ``L + correction + (scale − 1)(L − centre)``; ``[steps + 1, test]``, the scale ``[steps + 1]``.
 
     Raises:
         InvalidInput: by ``fit``, a recipe that the update does not cover, a model whose outputs depend on the batch or
@@ -115,9 +116,10 @@ class TangentKernelSimulator(Simulator):
         chosen = list(runs[: self.references])
         self._take_references(chosen, job)
         rest = Runs(run for run in runs if run.id not in {each.id for each in chosen})
-        self.correction_ = np.zeros((1, runs.n_test))
-        if len(rest) > 1:
-            self.correction_ = self._learned_correction(rest)
+        self.correction_, self.centre_ = np.zeros((1, runs.n_test)), np.zeros((1, runs.n_test))
+        self.scale_ = np.ones(1)
+        if len(rest) > 2:
+            self._learn_from(rest)
 
     def _take_references(self, runs: list[Run], job: Job) -> None:
         """Train each reference again, and take its outputs and kernels on the way."""
@@ -133,25 +135,33 @@ class TangentKernelSimulator(Simulator):
         self.reference_sizes_ = np.stack([_lengthened(run.curriculum.sizes, steps) for run in runs])
         self.reference_steps_ = np.array([run.steps for run in runs])
 
-    def _learned_correction(self, rest: Runs) -> np.ndarray:
-        """The mean error on runs that are no references, as strong as leaving each of them out says is best."""
-        simulated = self._simulate(rest.curricula, rest.initial_losses.astype(np.float64))
-        errors = rest.losses.astype(np.float64) - simulated[:, : rest.losses.shape[1]]  # [runs, times, test]
-        errors[~np.isfinite(errors)] = np.nan
-        mean = np.nanmean(errors, axis=0)
-        others = (len(rest) * mean - errors) / (len(rest) - 1)
-        left = [np.nansum((errors - strength * others) ** 2) for strength in STRENGTHS]
-        found: np.ndarray = STRENGTHS[int(np.argmin(left))] * np.nan_to_num(mean)
-        return found
+    def _learn_from(self, rest: Runs) -> None:
+        """The mean error and a scale per step, as far as leaving each of the runs out says that they help."""
+        simulated = self._uncorrected(rest.curricula)
+        true = rest.losses.astype(np.float64)
+        pairs = simulated[:, : true.shape[1]], true
+        left: dict[tuple[float, bool], float] = {}
+        for strength in STRENGTHS:
+            for scaled in (False, True):
+                errors = 0.0
+                for out in range(len(rest)):
+                    others = np.arange(len(rest)) != out
+                    found = _Correction.of(pairs[0][others], pairs[1][others], strength, scaled)
+                    errors += float(np.nansum((found.applied(pairs[0][out]) - pairs[1][out]) ** 2))
+                left[strength, scaled] = errors
+        found = _Correction.of(*pairs, *min(left, key=lambda choice: left[choice]))
+        self.correction_, self.scale_, self.centre_ = found.shift, found.scale, found.centre
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        return _Correction(self.correction_, self.scale_, self.centre_).applied(self._uncorrected(curricula))
+
+    def _uncorrected(self, curricula: Sequence[Curriculum]) -> np.ndarray:
         longest = max(len(curriculum) for curriculum in curricula)
         losses = np.zeros((len(curricula), longest + 1, self.n_test_))
         for start in range(0, len(curricula), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
             losses[some] = self._rolled(curricula[some], longest)
-        times = np.minimum(np.arange(longest + 1), len(self.correction_) - 1)
-        return losses + self.correction_[times]
+        return losses
 
     def _rolled(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
         """Mean over references, nearer ones counting more, ``[runs, steps + 1, test]``."""
@@ -199,6 +209,41 @@ class TangentKernelSimulator(Simulator):
         about, arrays = super()._state()
         about["parameters"] |= {"task": None, "recipe": None}
         return about, arrays
+
+
+@dataclass(frozen=True, eq=False)
+class _Correction:
+    """``L + shift + (scale − 1)(L − centre)``, held at its end.
+
+    Args:
+        shift, centre: ``[times, test]``.
+        scale: ``[times]``.
+    """
+
+    shift: np.ndarray
+    scale: np.ndarray
+    centre: np.ndarray
+
+    @classmethod
+    def of(cls, simulated: np.ndarray, true: np.ndarray, strength: float, scaled: bool) -> _Correction:
+        """Of forecasts and truths ``[runs, times, test]``: ``strength`` times the mean error, and, if ``scaled``, the
+        slope at each step of the truth's deviations from the mean by the forecast's."""
+        simulated = np.where(np.isfinite(true), simulated, np.nan)
+        centre = np.nan_to_num(np.nanmean(simulated, axis=0))
+        mean = np.nan_to_num(np.nanmean(true, axis=0))
+        scale = np.ones(true.shape[1])
+        if scaled:
+            ours, theirs = np.nan_to_num(simulated - centre), np.nan_to_num(true - mean)
+            size = (ours**2).sum((0, 2))
+            scale = np.divide((ours * theirs).sum((0, 2)), size, out=scale, where=size > 0)
+        return cls(strength * (mean - centre), scale, centre)
+
+    def applied(self, losses: np.ndarray) -> np.ndarray:
+        """To losses ``[…, times, test]``."""
+        times = np.minimum(np.arange(losses.shape[-2]), len(self.scale) - 1)
+        moved = (self.scale[times, None] - 1) * (losses - self.centre[times])
+        corrected: np.ndarray = losses + self.shift[times] + moved
+        return corrected
 
 
 @dataclass(frozen=True, eq=False)
