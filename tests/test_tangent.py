@@ -71,6 +71,14 @@ def test_beyond_the_reference_a_linear_model_is_exact_too():
     assert np.abs(found - long.losses[2:]).max() < 1e-6
 
 
+def test_references_of_different_length():
+    task, recipe = linear_task(), sf.Recipe(lr=0.05, momentum=0.5, dtype="float64")
+    short, long = runs_of(task, recipe, steps=40), runs_of(task, recipe, steps=90)
+    several = sf.record(task, recipe, [short[0].curriculum, long[1].curriculum, long[2].curriculum])
+    fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=2).fit(several[:2])
+    assert np.abs(fitted.simulate(several.curricula, several.initial_losses)[2] - several[2].losses).max() < 1e-6
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_the_references_own_curriculum_gives_its_own_losses(task, curricula, optimizer):
     recipe = sf.Recipe(optimizer=optimizer, lr=0.3 if optimizer == "sgd" else 0.02)

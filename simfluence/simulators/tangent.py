@@ -402,6 +402,8 @@ def _reference(task: Task, run: Run, data: Any, times: np.ndarray, memory: float
             expected = _expected_squares(model, task, training.job.train_data, usual_batch_size([run.curriculum]))
             moments = SecondMoments.after(moments, training.step, expected, training.optimizer.param_groups[0])
         kernels.append(tangent_kernel(model, data, n_train, None if moments is None else moments.steps()))
+    for found in (kernels, decays):  # a run that is shorter than others keeps its last
+        found.extend([found[-1]] * (len(times) - len(found)))
     return _Reference(*(torch.stack(found).numpy() for found in (kernels, decays, path)))
 
 
