@@ -125,8 +125,8 @@ def texts(count: int) -> tuple[Tensor, Tensor]:
 
 
 CASES = {
-    "mlp": Case(mlp, images, classification, 5000, 200, 1e-5, "*", (500, 20, 500), 3, (20, 2)),
-    "transformer": Case(Transformer, texts, next_token, 1000, 100, 1e-3, "blocks.*", (50, 20, 50), 10, (2, 1.5)),
+    "mlp": Case(mlp, images, classification, 5000, 200, 1e-6, "*", (500, 20, 500), 3, (20, 2)),
+    "transformer": Case(Transformer, texts, next_token, 1000, 100, 5e-4, "blocks.*", (50, 20, 50), 3, (2, 1.5)),
 }
 
 
