@@ -39,6 +39,7 @@ class Case:
         layers: a pattern of those that are tracked.
         batches: what suits kronfluence best of those tried: for covariances, eigenvalues, and training examples
             in scores.
+        batch: the same of simfluence.
         goals: at least so many times faster in fitting and in scores.
     """
 
@@ -50,6 +51,7 @@ class Case:
     damping: float
     layers: str
     batches: tuple[int, int, int]
+    batch: int
     epochs: int
     goals: tuple[float, float]
 
@@ -125,8 +127,8 @@ def texts(count: int) -> tuple[Tensor, Tensor]:
 
 
 CASES = {
-    "mlp": Case(mlp, images, classification, 5000, 200, 1e-6, "*", (500, 20, 500), 3, (20, 2)),
-    "transformer": Case(Transformer, texts, next_token, 1000, 100, 5e-4, "blocks.*", (50, 20, 50), 3, (2, 1.5)),
+    "mlp": Case(mlp, images, classification, 5000, 200, 1e-6, "*", (500, 20, 500), 250, 3, (20, 2)),
+    "transformer": Case(Transformer, texts, next_token, 1000, 100, 5e-4, "blocks.*", (50, 20, 50), 32, 3, (2, 1.5)),
 }
 
 
@@ -192,7 +194,7 @@ def with_simfluence(case: Case, model: nn.Module, train, test, times: dict[str, 
     from simfluence import attribution
 
     names = tracked(case, model)
-    attributor = attribution.EKFAC(damping=case.damping, labels="empirical", layers=names)
+    attributor = attribution.EKFAC(damping=case.damping, labels="empirical", layers=names, batch_size=case.batch)
     with timed(times, "fit"):
         attributor.fit(model, train, loss=case.loss)
     with timed(times, "scores"):
