@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench table what-if-table attribution-table wheel runs clean
+.PHONY: demo test test-slow lint format bench peers bench-peers table what-if-table attribution-table wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,19 @@ bench: $(READY)  ## every claim of speed, measured here
 	$(BIN)/python benchmarks/leave_one_out.py
 	$(BIN)/python benchmarks/unseen_examples.py
 
+$(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable . accelerate==1.15.0 einops==0.8.2 \
+		einconv==0.1.0 opt_einsum==3.4.0 tqdm==4.70.1
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	touch $(PEERS)/.ready
+
+peers: $(PEERS)/.ready  ## an environment with the packages that we compare with
+
+bench-peers: $(PEERS)/.ready  ## attribution against published packages, about 20 minutes
+	$(PEERS)/bin/python benchmarks/ekfac.py
+	$(PEERS)/bin/python benchmarks/tracin.py
+
 table: $(READY)  ## how good each simulator is on the recorded runs; goes on where it stopped
 	$(BIN)/python benchmarks/table.py
 
@@ -58,4 +71,4 @@ wheel: $(READY)  ## build the wheel and try it in an empty environment
 	cd build && wheel-env/bin/simfluence demo --folder wheel-demo
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache

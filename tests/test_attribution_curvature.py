@@ -303,3 +303,29 @@ def test_single_precision_is_close():
     single = EKFAC(0.05, labels="empirical").fit(case.model.float(), case.train, case.loss).scores(case.test)
     assert single.values.dtype == np.float32
     assert relative(single, expected) < 1e-4
+
+
+@pytest.mark.parametrize("width", [1, 3, 7, 20])
+def test_symmetric_products_by_blocks_are_whole(monkeypatch, width):
+    monkeypatch.setattr(curvature, "_SQUARE", 3)
+    rows = torch.randn(5, width, dtype=torch.float64)
+    total = torch.zeros(width, width, dtype=torch.float64)
+    curvature._add_squared(total, rows[:2])
+    curvature._add_squared(total, rows[2:])
+    assert relative(curvature._mirrored(total), rows.T @ rows) < 1e-12
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 5), (5, 2), (4, 4), (6, 1), (1, 6)])
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("numbers", [1, 20, 10_000])
+def test_products_by_blocks_are_those_of_whole_gradients(monkeypatch, numbers, positions, rows, columns):
+    monkeypatch.setattr(curvature, "CACHED", numbers)
+    monkeypatch.setattr(attribution.pairs, "FORMED", numbers)
+    query = torch.randn(3, rows, columns, dtype=torch.float64)
+    factors = attribution.Factors(
+        torch.randn(4, positions, columns, dtype=torch.float64), torch.randn(4, positions, rows, dtype=torch.float64)
+    )
+    expected = torch.einsum("zoi,npo,npi->zn", query, factors.gradients, factors.inputs)
+    assert relative(attribution.pairs.products(query, factors), expected) < 1e-12
+    whole = torch.einsum("npo,npi->noi", factors.gradients, factors.inputs)
+    assert relative(curvature.squares(factors), whole.square().sum(0)) < 1e-12

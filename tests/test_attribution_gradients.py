@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from simfluence.attribution.finding import per_example
-from simfluence.attribution.gradients import Gradients
+from simfluence.attribution.gradients import Gradients, _check_finite
+from simfluence.attribution.layers import Factors
 from simfluence.errors import InvalidInput, PlainGradientsWarning
 from simfluence.tasks.losses import cross_entropy
 
@@ -238,3 +239,11 @@ def test_half_of_a_language_model_by_pattern():
     case = CASES["language"]()
     assert isinstance(case.model, Language)
     assert list(per_example(case.model, case.loss, case.train, layers=["mix", "*.bias"]).layers) == ["mix", "head.bias"]
+
+
+def test_large_numbers_are_finite():
+    large = torch.full((2, 1, 3), 3e38)  # their sum is not
+    _check_finite("layer", Factors(large, large), "training", 0)
+    large[1, 0, 2] = math.inf
+    with pytest.raises(InvalidInput, match="the input of training example 5 in layer 'layer' is not finite"):
+        _check_finite("layer", Factors(large, torch.ones(2, 1, 3)), "training", 4)

@@ -26,7 +26,7 @@ from simfluence.task import Data, Task, take, tensors
 AttributorT = TypeVar("AttributorT", bound="Attributor")
 
 #: Numbers that the test examples' share of a product may take: as many as fit are scored in one pass over training.
-QUERIES = 2**27
+QUERIES = 2**29
 
 LayerFactors = dict[str, Factors]
 Queries = Mapping[str, Query]

@@ -27,8 +27,12 @@ from simfluence.task import Data
 
 #: Numbers that formed gradients may take at a time: bounds memory, does not change results.
 FORMED = 2**24
+#: Numbers that a processor's cache holds: products of this size are used up before they reach memory.
+CACHED = 2**20
 #: The longest side of a layer whose square matrix is still made.
 LONGEST_SIDE = 20_000
+#: The side of the blocks in which a symmetric product is computed.
+_SQUARE = 256
 
 
 @dataclass(frozen=True)
@@ -148,17 +152,30 @@ def kronecker_factors(
 
     def add(name: str, factors: Factors) -> None:
         a, s = factors.kept()
-        sums[f"A/{name}"].addmm_(a.T, a)
-        sums[f"S/{name}"].addmm_(s.T, s)
+        _add_squared(sums[f"A/{name}"], a)
+        _add_squared(sums[f"S/{name}"], s)
         sums[f"positions/{name}"] += len(a)
 
     _stream("factors", sums, add, gradients, data, batch_size, relabel, kept)
     return {
         name: Kronecker(
-            sums[f"A/{name}"] / max(1.0, sums[f"positions/{name}"].item()), sums[f"S/{name}"] / len(data[1])
+            _mirrored(sums[f"A/{name}"]) / max(1.0, sums[f"positions/{name}"].item()),
+            _mirrored(sums[f"S/{name}"]) / len(data[1]),
         )
         for name in gradients.layers
     }
+
+
+def _add_squared(total: Float[Tensor, "width width"], rows: Float[Tensor, "kept width"]) -> None:
+    """Add ``rowsᵀ rows``, of which only the blocks on and above the diagonal are computed."""
+    for start in range(0, len(total), _SQUARE):
+        stop = start + _SQUARE
+        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+
+def _mirrored(total: Float[Tensor, "width width"]) -> Float[Tensor, "width width"]:
+    """The symmetric matrix that has the same upper triangle."""
+    return total.triu() + total.triu(1).T
 
 
 def kfac(factors: Mapping[str, Kronecker]) -> dict[str, Block]:
@@ -247,17 +264,22 @@ def squares(factors: Factors) -> Float[Tensor, "rows columns"]:
     if factors.positions == 1:
         return factors.gradients[:, 0].square().T @ factors.inputs[:, 0].square()
     total = torch.zeros(factors.gradients.shape[-1], factors.inputs.shape[-1]).to(factors.inputs)
-    for part in formed(factors):
+    for part in formed(factors, cached(factors.inputs)):
         total += part.square_().sum(0)
     return total
 
 
-def formed(factors: Factors) -> Iterator[Float[Tensor, "chunk rows columns"]]:
-    """The gradients of a few examples at a time."""
+def formed(factors: Factors, numbers: int | None = None) -> Iterator[Float[Tensor, "chunk rows columns"]]:
+    """The gradients of a few examples at a time, ``FORMED`` numbers or as many as given."""
     each = factors.gradients.shape[-1] * factors.inputs.shape[-1]
-    step = max(1, FORMED // each)
+    step = max(1, (numbers or FORMED) // each)
     for start in range(0, len(factors), step):
         yield factors.part(slice(start, start + step)).matrices()
+
+
+def cached(like: Tensor) -> int:
+    """How many numbers to form at a time where each is used once."""
+    return FORMED if like.is_cuda else min(CACHED, FORMED)
 
 
 def _decomposed(factors: Kronecker) -> Block:

@@ -192,7 +192,7 @@ def gathered(layer: Layer, calls: Calls, mask: Tensor | None, batch: int) -> Fac
             raise WrongBatch(layer.name, len(a), batch)
     if not parts:
         raise InvalidInput(f"the model never called layer {layer.name!r}: leave it out by layers=[…]")
-    a, s = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+    a, s = parts[0] if len(parts) == 1 else (torch.cat(column, 1) for column in zip(*parts, strict=True))
     if layer.vector:
         return Factors(a[:, :1], s.sum(1, keepdim=True))
     if mask is None or any(inputs.shape[1] != mask.shape[1] for inputs, _ in parts):
@@ -302,7 +302,7 @@ def check_losses(losses: Any, batch: int, side: str, first: int) -> None:
 
 def _check_finite(name: str, factors: Factors, side: str, first: int) -> None:
     for what, values in (("gradient", factors.gradients), ("input", factors.inputs)):
-        if not values.isfinite().all():
+        if not (values.sum().isfinite() or values.isfinite().all()):  # the sum is the quicker, but may overflow
             bad = int((~values.flatten(1).isfinite().all(1)).nonzero()[0])
             raise InvalidInput(
                 f"the {what} of {side} example {first + bad} in layer {name!r} is not finite: look at that example "

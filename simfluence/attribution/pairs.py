@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from simfluence.attribution.curvature import FORMED, formed
+from simfluence.attribution.curvature import FORMED, cached, formed
 from simfluence.attribution.layers import Factors
 
 #: What stands for the test gradients of a layer: their factors, or matrices ``[test, rows, columns]``.
@@ -20,7 +20,7 @@ def products(query: Query, factors: Factors) -> Float[Tensor, "test train"]:
             return (query.gradients[:, 0] @ factors.gradients[:, 0].T) * (query.inputs[:, 0] @ factors.inputs[:, 0].T)
         return _by_rows(query, factors)
     if factors.positions > 1:
-        return torch.cat([query.flatten(1) @ part.flatten(1).T for part in formed(factors)], 1)
+        return _by_blocks(query, factors)
     step = max(1, FORMED // (len(query) * min(query.shape[1:])))
     starts = range(0, len(factors), step)
     return torch.cat([_one_position(query, factors.part(slice(start, start + step))) for start in starts], 1)
@@ -69,10 +69,21 @@ def _by_rows(query: Factors, factors: Factors) -> Tensor:
     return torch.cat([products(part, factors) for part in formed(query)])
 
 
+def _by_blocks(query: Tensor, factors: Factors) -> Tensor:
+    """A few rows of all training gradients at a time, so that what is formed stays in the cache."""
+    flat, width = query.flatten(1), query.shape[2]
+    found = flat.new_zeros(len(query), len(factors))
+    step = max(1, cached(flat) // (len(factors) * width))
+    for start in range(0, query.shape[1], step):
+        part = factors.gradients[..., start : start + step].mT @ factors.inputs
+        found.addmm_(flat[:, start * width : (start + step) * width], part.flatten(1).T)
+    return found
+
+
 def _one_position(query: Tensor, factors: Factors) -> Tensor:
     """``s_iᵀ Q_z a_i``: over the longer side by matrix products, then over the other."""
     s, a = factors.gradients[:, 0], factors.inputs[:, 0]
-    if query.shape[1] > query.shape[2]:
+    if query.shape[1] < query.shape[2]:
         query, s, a = query.mT, a, s
-    along = (query.reshape(-1, query.shape[2]) @ a.T).reshape(*query.shape[:2], -1)  # [test, shorter side, train]
-    return (along * s.T).sum(1)
+    along = torch.bmm(s.expand(len(query), -1, -1), query)  # [test, train, shorter side]
+    return (along * a).sum(2)
