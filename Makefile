@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench peers bench-peers table what-if-table attribution-table wheel runs clean
+# Packages that we compare with live in an environment of their own.
+PEERS = .venv-peers
+
+.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +55,9 @@ bench-peers: $(PEERS)/.ready  ## attribution against published packages, about 2
 
 table: $(READY)  ## how good each simulator is on the recorded runs; goes on where it stopped
 	$(BIN)/python benchmarks/table.py
+
+tangent-table: $(READY)  ## the tangent kernel simulator from one, two and twelve runs, ten minutes
+	$(BIN)/python benchmarks/tangent.py
 
 what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by retraining, five minutes
 	$(BIN)/python benchmarks/what_if.py --markdown docs/what_if.md
