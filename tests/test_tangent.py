@@ -111,6 +111,19 @@ def test_the_correction_is_the_least_squares_one():
     assert np.array_equal(_Correction.of(simulated, true, 0.0, False).applied(simulated), simulated)
 
 
+def test_runs_with_gaps_and_of_different_length_correct_too(task, recipe, runs):
+    gaps = sf.record(task, recipe, runs.curricula, observe=sf.Observe(every=4))
+    fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(gaps)
+    whole = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(runs)
+    read = gaps[0].times
+    simulated = fitted.simulate(runs.curricula, runs.initial_losses)
+    assert np.isfinite(simulated).all()
+    assert np.abs(simulated - whole.simulate(runs.curricula, runs.initial_losses))[:, read].mean() < 0.02
+    shorter = sf.record(task, recipe, [*runs.curricula[:5], sf.Truncate(6).apply(runs[5].curriculum)])
+    several = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(shorter)
+    assert np.isfinite(several.simulate(runs.curricula, runs.initial_losses)).all()
+
+
 def test_the_contract(task, runs, tmp_path):
     fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=2).fit(runs)
     expected = fitted.simulate(runs.curricula, runs.initial_losses)

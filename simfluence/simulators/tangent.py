@@ -228,12 +228,12 @@ class _Correction:
     def of(cls, simulated: np.ndarray, true: np.ndarray, strength: float, scaled: bool) -> _Correction:
         """Of forecasts and truths ``[runs, times, test]``: ``strength`` times the mean error, and, if ``scaled``, the
         slope at each step of the truth's deviations from the mean by the forecast's."""
-        simulated = np.where(np.isfinite(true), simulated, np.nan)
-        centre = np.nan_to_num(np.nanmean(simulated, axis=0))
-        mean = np.nan_to_num(np.nanmean(true, axis=0))
+        known = np.isfinite(true)
+        count = np.maximum(known.sum(axis=0), 1)  # where nothing was read there is nothing to correct
+        centre, mean = (np.where(known, losses, 0.0).sum(axis=0) / count for losses in (simulated, true))
         scale = np.ones(true.shape[1])
         if scaled:
-            ours, theirs = np.nan_to_num(simulated - centre), np.nan_to_num(true - mean)
+            ours, theirs = np.where(known, simulated - centre, 0.0), np.where(known, true - mean, 0.0)
             size = (ours**2).sum((0, 2))
             scale = np.divide((ours * theirs).sum((0, 2)), size, out=scale, where=size > 0)
         return cls(strength * (mean - centre), scale, centre)
