@@ -128,7 +128,7 @@ def texts(count: int) -> tuple[Tensor, Tensor]:
 
 CASES = {
     "mlp": Case(mlp, images, classification, 5000, 200, 1e-6, "*", (500, 20, 500), 250, 3, (20, 2)),
-    "transformer": Case(Transformer, texts, next_token, 1000, 100, 5e-4, "blocks.*", (50, 20, 50), 32, 3, (2, 1.5)),
+    "transformer": Case(Transformer, texts, next_token, 1000, 100, 5e-4, "blocks.*", (50, 20, 50), 64, 3, (2, 1.5)),
 }
 
 

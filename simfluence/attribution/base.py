@@ -164,9 +164,8 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         shape = (len(test[1]), len(self.train_data_[1]), positions)
         values = np.zeros(shape, _numpy_dtype(self.gradients_.like))
         for gradients, solve in self._states():
-            for rows, columns, queries, factors in self._pairs(gradients, solve, test):
-                found = [position_products(queries[name], factors[name]).cpu() for name in names]
-                values[rows, columns] += scale * torch.stack(found).sum(0).numpy()
+            for rows, columns, shares in self._pairs(gradients, solve, test, position_products, names):
+                values[rows, columns] += scale * shares.sum(0).numpy()
         return values
 
     def _positions(self) -> tuple[list[str], int]:
@@ -213,21 +212,26 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
     def _blocks(self, test: Data, chosen: Indices | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
         """Test rows, training rows (of those chosen), and their products ``[layer, test, train]``."""
         for gradients, solve in self._states():
-            for rows, columns, queries, factors in self._pairs(gradients, solve, test, chosen):
-                parts = [products(queries[name], each).cpu() for name, each in factors.items()]
-                yield rows, columns, torch.stack(parts)
+            yield from self._pairs(gradients, solve, test, products, list(gradients.layers), chosen)
 
     def _pairs(
-        self, gradients: Gradients, solve: Solve, test: Data, chosen: Indices | None = None
-    ) -> Iterator[tuple[slice, slice, Queries, LayerFactors]]:
-        """Batches of both sides, each with each."""
+        self,
+        gradients: Gradients,
+        solve: Solve,
+        test: Data,
+        product: Callable[[Query, Factors], Tensor],
+        names: Sequence[str],
+        chosen: Indices | None = None,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Test rows, training rows, and their products ``[layer, test, train, …]`` in some layers, each with each."""
         train, side = self.train_data_, "training"
         if chosen is not None:
             train, side = take(train, torch.from_numpy(chosen).to(train[1].device)), "chosen training"
         for group in self._groups(gradients, solve, test):
             for columns, factors in self._batches(gradients, train, side):
                 for rows, queries in group:
-                    yield rows, columns, queries, factors
+                    yield rows, columns, torch.stack([product(queries[n], factors[n]).cpu() for n in names])
+                del factors  # before the next ones are there
 
     def _groups(self, gradients: Gradients, solve: Solve, test: Data) -> Iterator[list[tuple[slice, Queries]]]:
         """Batches of test examples, as many at a time as may be kept."""
@@ -244,8 +248,10 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
     def _batches(
         self, gradients: Gradients, data: Data, side: str, size: int | None = None
     ) -> Iterator[tuple[slice, LayerFactors]]:
-        for rows, factors in gradients.batches(data, size or self.batch_size, side=side):
-            yield rows, self._prepared(factors)
+        def prepared(batch: tuple[slice, LayerFactors]) -> tuple[slice, LayerFactors]:
+            return batch[0], self._prepared(batch[1])
+
+        return map(prepared, gradients.batches(data, size or self.batch_size, side=side))  # which keeps no batch alive
 
     def _scale(self, unit: str | None) -> float:
         unit = self.units[0] if unit is None else unit
