@@ -209,7 +209,7 @@ def tracked(case: Case, model: nn.Module) -> list[str]:
 def child(case: Case, side: str, folder: Path) -> None:
     """One side's work, its findings left in ``folder``."""
     model = case.model()
-    model.load_state_dict(torch.load(folder / "model.pt"))
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
     inputs, targets = case.data(case.train + case.test)
     train, test = (inputs[: case.train], targets[: case.train]), (inputs[case.train :], targets[case.train :])
     warm_up(model, train)

@@ -47,7 +47,7 @@ def checkpoints(train: tuple[Tensor, Tensor]) -> list[tuple[dict[str, Tensor], f
 
 def with_captum(paths: list[str], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> np.ndarray:
     def load(model: nn.Module, path: str) -> float:
-        state, rate = torch.load(path)
+        state, rate = torch.load(path, weights_only=True)
         model.load_state_dict(state)
         return rate
 

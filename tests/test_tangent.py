@@ -61,6 +61,26 @@ def test_squared_error_and_an_objective_with_l2():
     assert np.abs(fitted.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_the_loss_sees_outputs_of_the_models_shape(shape):
+    """Outputs [batch] beside targets [batch] would broadcast to [batch, batch] if they came as [batch, 1]."""
+
+    def squares(outputs, targets):
+        assert outputs.shape == targets.shape
+        return ((outputs - targets) ** 2).flatten(1).sum(1) if outputs.ndim > 1 else (outputs - targets) ** 2
+
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(30, 4)), rng.normal(size=(30, *shape))
+    size = int(np.prod(shape))
+    task = sf.tasks.from_arrays(
+        lambda: nn.Sequential(nn.Linear(4, size), nn.Unflatten(1, shape) if shape else nn.Flatten(0)),
+        X[:20], y[:20], squares, test=(X[20:], y[20:]), name="shaped",
+    )  # fmt: skip
+    runs = runs_of(task, sf.Recipe(lr=0.02, dtype="float64"), steps=30)
+    fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(runs[:1])
+    assert np.abs(fitted.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
+
+
 def test_beyond_the_reference_a_linear_model_is_exact_too():
     task, recipe = linear_task(), sf.Recipe(lr=0.05, momentum=0.5, dtype="float64")
     short, long = runs_of(task, recipe, steps=40), runs_of(task, recipe, steps=90)

@@ -88,9 +88,8 @@ def _tracin(
     adam = None
     if run.recipe.optimizer in ("adam", "adamw"):
         states = {step: state for step, state in states.items() if step > 0}  # before the first step it has no moments
-        arguments = run.recipe.optimizer_args
-        betas: Any = arguments.get("betas", (0.9, 0.999))
-        adam = Adam(float(betas[1]), float(arguments.get("eps", 1e-8)))  # type: ignore[arg-type]
+        arguments: dict[str, Any] = dict(run.recipe.optimizer_args)
+        adam = Adam(arguments.get("betas", (0.9, 0.999))[1], arguments.get("eps", 1e-8))
     pairs = [(state, float(rates[step])) for step, state in states.items()]
     model = task.build_model(run.recipe.seed).to(run.recipe.torch_dtype)
     return TracInCP(pairs, adam, **parameters).fit(model, task)

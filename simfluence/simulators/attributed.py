@@ -76,12 +76,6 @@ class AttributedSimulator(Simulator):
             self._take_products(self.attributor, runs)
         else:
             self._take_scores(self.attributor, runs)
-        found, wanted = self.effects_.shape[1:], (runs.n_train, runs.n_test)
-        if found != wanted:
-            raise InvalidInput(
-                f"scores of {found[1]} test and {found[0]} training examples, but the runs are of {wanted[1]} and "
-                f"{wanted[0]}: fit the attributor on the runs' task"
-            )
         if self.around == "mean":
             self.mean_ = mean_trajectory(runs)
             weights, updates = batch_weights(runs.curricula, max(run.steps for run in runs), 1)
@@ -92,6 +86,7 @@ class AttributedSimulator(Simulator):
 
     def _take_products(self, attributor: TracInCP, runs: Runs) -> None:
         steps, products = attributor.by_checkpoint()
+        self._check_shape(products.shape[1:], runs)
         self.times_ = steps
         self.effects_ = -np.ascontiguousarray(products.swapaxes(1, 2), np.float64)
         self.rates_ = _rates(max(runs, key=lambda run: run.steps))
@@ -108,9 +103,16 @@ class AttributedSimulator(Simulator):
         usual = counts.sum() / (counts > 0).sum()
         times = np.divide(counts.sum(axis=0), seen, out=np.full(len(seen), usual), where=seen > 0)
         self.times_, self.rates_ = np.zeros(1, np.int64), np.full(1, float(usual_batch_size(runs.curricula)))
-        if len(times) == values.shape[1]:
-            values = values / times
-        self.effects_ = -np.ascontiguousarray(values.T[None])
+        self._check_shape(values.shape, runs)
+        self.effects_ = -np.ascontiguousarray((values / times).T[None])
+
+    @staticmethod
+    def _check_shape(found: tuple[int, ...], runs: Runs) -> None:
+        if found != (runs.n_test, runs.n_train):
+            raise InvalidInput(
+                f"scores of {found[0]} test and {found[1]} training examples, but the runs are of {runs.n_test} and "
+                f"{runs.n_train}: fit the attributor on the runs' task"
+            )
 
     def _best_scale(self, runs: Runs) -> float:
         """The s with the smallest squared error of rollouts, in closed form: they are linear in it."""

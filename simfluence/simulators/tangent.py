@@ -38,7 +38,7 @@ from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.dynamics import batch_weights
 from simfluence.simulators.transitions import usual_batch_size
-from simfluence.task import Task, convert, forward, tensors
+from simfluence.task import Task, convert, forward, take, tensors
 from simfluence.tasks.losses import BY_NAME
 
 #: Optimizers whose update has a counterpart in function space.
@@ -113,6 +113,7 @@ class TangentKernelSimulator(Simulator):
         job = Job.of(self.task, recipe)
         self.targets_ = torch.cat([job.train_data[1], job.test_data[1]]).numpy()
         self.loss_, self.l2_ = _loss_name(self.task), self.task.l2
+        self.shape_ = _output_shape(self.task, recipe, job)
         chosen = list(runs[: self.references])
         self._take_references(chosen, job)
         rest = Runs(run for run in runs if run.id not in {each.id for each in chosen})
@@ -192,6 +193,7 @@ class TangentKernelSimulator(Simulator):
             decays=torch.from_numpy(self.decays_[number]),
             reference=reference,
             anchored=self.anchored,
+            shape=tuple(self.shape_),
             l2=self.l2_,
         )
 
@@ -260,6 +262,7 @@ class FunctionSpace:
         decays: ``J θ − f`` at the checkpoints, ``[checkpoints, examples, outputs]``; 0 for a model linear in θ.
         reference: its curriculum.
         anchored: whether the path is followed.
+        shape: of one example's outputs, as the model gives them.
         l2: the objective's own penalty.
     """
 
@@ -272,6 +275,7 @@ class FunctionSpace:
     decays: Tensor
     reference: Curriculum
     anchored: bool
+    shape: tuple[int, ...]
     l2: float
 
     def roll(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
@@ -319,18 +323,22 @@ class FunctionSpace:
     def _residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``∂ℓ/∂f`` of each row's examples."""
         outputs = outputs.detach().requires_grad_()
-        repeated = targets.repeat(len(outputs), *[1] * (targets.ndim - 1))
         with torch.enable_grad():
-            total = self.loss(outputs.flatten(0, 1), repeated).sum()
+            total = self._losses(outputs, targets).sum()
         return torch.autograd.grad(total, outputs)[0]
 
     def _test_losses(self, f: Tensor) -> np.ndarray:
         n_train = self.kernels.shape[1]
-        targets = self.targets[n_train:]
         with torch.no_grad():
-            found = self.loss(f[:, n_train:].flatten(0, 1), targets.repeat(len(f), *[1] * (targets.ndim - 1)))
-        values: np.ndarray = found.reshape(len(f), -1).double().numpy()
+            found = self._losses(f[:, n_train:], self.targets[n_train:])
+        values: np.ndarray = found.double().numpy()
         return values
+
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Of each row's examples, ``[rows, examples]``; the loss sees outputs of the shape that the model gives."""
+        shaped = outputs.reshape(-1, *self.shape)
+        losses: Tensor = self.loss(shaped, targets.repeat(len(outputs), *[1] * (targets.ndim - 1)))
+        return losses.reshape(outputs.shape[:2])
 
     def _between(self, step: int) -> tuple[int, int, float]:
         """The checkpoints around a step, and how far it is from the first to the second."""
@@ -364,14 +372,14 @@ class FunctionSpace:
 
     def _moved(self, moments: Tensor, gradient: Tensor, made: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """New moments, and what is subtracted from the outputs per unit of the learning rate."""
-        arguments = self.recipe.optimizer_args
+        arguments: dict[str, Any] = dict(self.recipe.optimizer_args)
         if self.recipe.optimizer != "sgd":
-            beta: Any = arguments.get("betas", (0.9, 0.999))
-            moments = torch.where(active, beta[0] * moments + (1 - beta[0]) * gradient, moments)
-            return moments, moments / (1 - beta[0] ** made.clamp(min=1))
+            beta = arguments.get("betas", (0.9, 0.999))[0]
+            moments = torch.where(active, beta * moments + (1 - beta) * gradient, moments)
+            return moments, moments / (1 - beta ** made.clamp(min=1))
         if not self.recipe.momentum:
             return moments, gradient
-        damped = torch.where(made == 1, 1.0, 1.0 - float(arguments.get("dampening", 0.0)))  # type: ignore[arg-type]
+        damped = torch.where(made == 1, 1.0, 1.0 - arguments.get("dampening", 0.0))
         moments = torch.where(active, self.recipe.momentum * moments + damped * gradient, moments)
         return moments, gradient + self.recipe.momentum * moments if arguments.get("nesterov") else moments
 
@@ -503,6 +511,16 @@ def _check_memory(outputs: Tensor, n_train: int, kernels: int, most: float) -> N
 def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
     """With zeros after its end."""
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
+
+
+def _output_shape(task: Task, recipe: Recipe, job: Job) -> list[int]:
+    """Of one example's outputs."""
+    model = task.build_model(recipe.seed).to(recipe.torch_dtype)
+    with evaluating(model), torch.no_grad():
+        outputs = forward(model, take(job.train_data[0], torch.arange(1)))
+    if not isinstance(outputs, Tensor):
+        raise InvalidInput(f"the tangent kernel is of outputs that are one tensor, not {type(outputs).__name__}")
+    return list(outputs.shape[1:])
 
 
 def _loss_name(task: Task) -> str | None:
