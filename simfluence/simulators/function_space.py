@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,22 @@ from simfluence.recipe import Recipe
 from simfluence.simulators.dynamics import batch_weights
 
 
+class State(NamedTuple):
+    """What moves, one row per curriculum.
+
+    Args:
+        head: the head's weight, ``[rows, outputs, width]``.
+        features: how far the first few features are from the reference's, ``[rows, examples, moving]``.
+    """
+
+    head: Tensor
+    features: Tensor
+
+    def map(self, function: Callable[..., Tensor], *others: State) -> State:
+        """``function`` of both parts."""
+        return State(*(function(*parts) for parts in zip(self, *others, strict=True)))
+
+
 @dataclass(frozen=True, eq=False)
 class FunctionSpace:
     """One reference run, and how outputs move under its kernels.
@@ -23,12 +39,15 @@ class FunctionSpace:
         loss: ``(outputs, targets)`` → ``[batch]``.
         targets: of the training examples, then of the test examples.
         recipe: how is trained.
-        kernels: ``[checkpoints, train, outputs, examples, outputs]``.
+        kernels: of the features that move, ``[checkpoints, train, moving, examples, moving]``.
         times: of the kernels.
-        path: true outputs of the reference, ``[steps + 1, examples, outputs]``.
-        decays: ``J θ − f`` at the checkpoints, ``[checkpoints, examples, outputs]``; 0 for a model linear in θ.
+        features: what the head reads along the reference, ``[steps + 1, examples, width]``.
+        heads: the head's weight along it, ``[steps + 1, outputs, width]``.
+        learned: whether the head is trained; otherwise it is the identity.
+        rates: under Adam, what the head's gradient is multiplied with, ``[checkpoints, outputs, width]``, in the
+            model's own coordinates.
+        basis: the model's coordinates in those of ``features``, ``[width, width]``.
         reference: its curriculum.
-        anchored: whether the path is followed.
         shape: of one example's outputs, as the model gives them.
         l2: the objective's own penalty.
     """
@@ -38,10 +57,12 @@ class FunctionSpace:
     recipe: Recipe
     kernels: Tensor
     times: np.ndarray
-    path: Tensor
-    decays: Tensor
+    features: Tensor
+    heads: Tensor
+    learned: bool
+    rates: Tensor | None
+    basis: Tensor
     reference: Curriculum
-    anchored: bool
     shape: tuple[int, ...]
     l2: float
 
@@ -53,39 +74,87 @@ class FunctionSpace:
         steps = len(updates) // len(every)
         updates = updates.reshape(len(every), steps)
         rates = self.recipe.learning_rates(steps)
-        f = self.path[0].repeat(len(every), 1, 1)
-        moments, made = torch.zeros_like(f), torch.zeros(len(every), 1, 1, dtype=f.dtype)
-        losses = np.empty((len(curricula), longest + 1, len(self.targets) - len(self.kernels[0])))
-        losses[:, 0] = self._test_losses(f[:-1])
+        state = self._start(len(every))
+        moments, made = state.map(torch.zeros_like), torch.zeros(len(every), 1, 1, dtype=state.head.dtype)
+        losses = np.empty((len(curricula), longest + 1, len(self.targets) - self.kernels.shape[1]))
+        losses[:, 0] = self._test_losses(state, 0)
         rows = np.arange(len(every)) * steps
         for step in range(longest):
-            if step < len(self.path):
-                f[-1] = self.path[step]
+            self._put_reference(state, step)
             active = torch.from_numpy(updates[:, step])[:, None, None]
-            gradient = self._gradient(f, weights[rows + step], step)
             made += active
-            moments, moved = self._moved(moments, gradient, made, active)
-            moved = moved * float(rates[step]) + self._decoupled(f, step) * float(rates[step])
-            following = f - moved
-            if self.anchored and updates[-1, step]:
-                following = following + (self.path[step + 1] - (f[-1] - moved[-1]))
-            f = torch.where(active, following, f)
-            losses[:, step + 1] = self._test_losses(f[:-1])
+            moments, moves = self._moved(moments, self._gradient(state, weights[rows + step], step), made, active)
+            following = state.map(
+                lambda now, move, rate=float(rates[step]): now - rate * move, self._with_decay(moves, state)
+            )
+            if updates[-1, step]:
+                following = self._anchored(following, step)
+            state = state.map(lambda now, then, on=active: torch.where(on, then, now), following)
+            losses[:, step + 1] = self._test_losses(state, step + 1)
         return losses
 
-    def _gradient(self, f: Tensor, weights: Any, step: int) -> Tensor:
-        """What the batches' mean gradients do to the outputs, ``[rows, examples, outputs]``."""
+    def _start(self, rows: int) -> State:
+        moving = self.kernels.shape[-1]
+        return State(self.heads[0].repeat(rows, 1, 1), self.features.new_zeros(rows, self.features.shape[1], moving))
+
+    def _at(self, step: int) -> int:
+        """The reference stays where it ends."""
+        return min(step, len(self.reference))
+
+    def _put_reference(self, state: State, step: int) -> None:
+        """Its row, on its true path."""
+        state.head[-1] = self.heads[self._at(step)]
+        state.features[-1] = 0.0
+
+    def _anchored(self, following: State, step: int) -> State:
+        """All rows, moved by what the kernels did not know of the reference's own step."""
+        true = State(self.heads[self._at(step + 1)], torch.zeros_like(following.features[-1]))
+        return following.map(lambda then, truth: then + (truth - then[-1]), true)
+
+    def _gradient(self, state: State, weights: Any, step: int) -> State:
+        """The batches' mean gradient by the head's weight, and what it does to the features."""
         shown = np.unique(weights.indices)
         chosen = torch.from_numpy(shown.astype(np.int64))
-        shares = torch.from_numpy(weights[:, shown].toarray()).to(f)
-        residuals = self._residuals(f[:, chosen], self.targets[chosen]) * shares[..., None]  # [rows, shown, outputs]
-        kernel, flat = self._kernel(chosen, step), residuals.flatten(1)
-        moved = (flat @ kernel.flatten(0, 1).flatten(1)).reshape(f.shape)
+        shares = torch.from_numpy(weights[:, shown].toarray()).to(state.head)
+        outputs = self._outputs(state, self._at(step), chosen)
+        residuals = self._residuals(outputs, self.targets[chosen]) * shares[..., None]  # [rows, shown, outputs]
+        moving = state.features.shape[-1]
+        by_head = residuals.mT @ self.features[self._at(step), chosen]  # [rows, outputs, width]
+        by_head[..., :moving] += residuals.mT @ state.features[:, chosen]
+        by_head = by_head if self.learned else torch.zeros_like(by_head)
+        by_features = residuals @ state.head[..., :moving]  # [rows, shown, moving]
+        moves = self._pushed(by_features, shares != 0, chosen, step)
+        found = State(by_head, moves)
         if self.recipe.clip_norm is not None:
-            own = kernel[:, :, chosen].flatten(0, 1).flatten(1)  # [shown · outputs, shown · outputs]
-            norms = ((flat @ own) * flat).sum(1).clamp(min=0).sqrt()
-            moved = moved * (self.recipe.clip_norm / (norms + 1e-6)).clamp(max=1.0)[:, None, None]
-        return moved + (self._coupled_decay * self._decay(f, step) if self._coupled_decay else 0.0)
+            squares = (by_features * moves[:, chosen]).sum((1, 2)).clamp(min=0) + by_head.square().sum((1, 2))
+            scale = (self.recipe.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)[:, None, None]
+            found = found.map(lambda gradient: gradient * scale)
+        found = found._replace(head=self._preconditioned(found.head, step))
+        coupled = self.l2 + (self.recipe.weight_decay if self.recipe.optimizer == "sgd" else 0.0)
+        return self._decayed(found, state, coupled)
+
+    def _decayed(self, moves: State, state: State, decay: float) -> State:
+        """Weight decay: of a deviation of features that is linear in the parameters, the deviation itself."""
+        if not decay:
+            return moves
+        head = moves.head + decay * state.head if self.learned else moves.head
+        return State(head, moves.features + decay * state.features)
+
+    def _with_decay(self, moves: State, state: State) -> State:
+        """AdamW's, beside the optimizer's step."""
+        return self._decayed(moves, state, self.recipe.weight_decay if self.recipe.optimizer == "adamw" else 0.0)
+
+    def _preconditioned(self, gradient: Tensor, step: int) -> Tensor:
+        """Adam's step sizes are of the model's own coordinates."""
+        if self.rates is None:
+            return gradient
+        before, after, share = self._between(step)
+        return ((gradient @ self.basis) * torch.lerp(self.rates[before], self.rates[after], share)) @ self.basis.T
+
+    def _outputs(self, state: State, at: int, chosen: Tensor | slice) -> Tensor:
+        """Of each row's examples, ``[rows, chosen, outputs]``."""
+        moving = state.features.shape[-1]
+        return self.features[at, chosen] @ state.head.mT + state.features[:, chosen] @ state.head[..., :moving].mT
 
     def _residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``∂ℓ/∂f`` of each row's examples."""
@@ -94,10 +163,12 @@ class FunctionSpace:
             total = self._losses(outputs, targets).sum()
         return torch.autograd.grad(total, outputs)[0]
 
-    def _test_losses(self, f: Tensor) -> np.ndarray:
-        n_train = self.kernels.shape[1]
+    def _test_losses(self, state: State, step: int) -> np.ndarray:
+        """Of all rows but the reference's."""
+        test = slice(self.kernels.shape[1], None)
         with torch.no_grad():
-            found = self._losses(f[:, n_train:], self.targets[n_train:])
+            rows = state.map(lambda part: part[:-1])
+            found = self._losses(self._outputs(rows, self._at(step), test), self.targets[test])
         values: np.ndarray = found.double().numpy()
         return values
 
@@ -115,37 +186,37 @@ class FunctionSpace:
         first, second = self.times[after - 1], self.times[after]
         return after - 1, after, float((step - first) / (second - first))
 
-    def _kernel(self, chosen: Tensor, step: int) -> Tensor:
-        """K_t of some training examples, ``[chosen, outputs, examples, outputs]``."""
+    def _pushed(self, by_features: Tensor, used: Tensor, chosen: Tensor, step: int) -> Tensor:
+        """What gradients by the features of some training examples, ``[rows, chosen, moving]``, do to the features of
+        all, ``[rows, examples, moving]``. Kernels are read as they lie in memory where few rows use an example."""
+        found = by_features.new_zeros(len(by_features), self.features.shape[1] * self.kernels.shape[-1])
+        common = used.double().mean(0) > 0.5
         before, after, share = self._between(step)
-        if share == 0.0:
-            return self.kernels[before, chosen]
-        return torch.lerp(self.kernels[before, chosen], self.kernels[after, chosen], share)
+        for checkpoint, part in ((before, 1 - share), (after, share)):
+            if not part:
+                continue
+            kernel = self.kernels[checkpoint].flatten(2)  # [train, moving, examples · moving]
+            flat = part * by_features
+            found.addmm_(flat[:, common].flatten(1), kernel[chosen[common]].flatten(0, 1))
+            for place in (~common).nonzero()[:, 0].tolist():
+                users = used[:, place].nonzero()[:, 0]
+                found.index_add_(0, users, flat[users, place] @ kernel[int(chosen[place])])
+        return (
+            found.reshape(len(found), -1, self.kernels.shape[-1]) if found.numel() else self._start(len(found)).features
+        )
 
-    def _decay(self, f: Tensor, step: int) -> Tensor:
-        """``J θ`` of each row: the outputs themselves where they are linear in θ, and what the checkpoints say else."""
-        before, after, share = self._between(step)
-        return f + torch.lerp(self.decays[before], self.decays[after], share)
-
-    @property
-    def _coupled_decay(self) -> float:
-        """Weight decay that goes through the optimizer."""
-        return self.l2 + (self.recipe.weight_decay if self.recipe.optimizer == "sgd" else 0.0)
-
-    def _decoupled(self, f: Tensor, step: int) -> Tensor | float:
-        """Weight decay beside the optimizer's step."""
-        decays = self.recipe.optimizer == "adamw" and self.recipe.weight_decay
-        return self.recipe.weight_decay * self._decay(f, step) if decays else 0.0
-
-    def _moved(self, moments: Tensor, gradient: Tensor, made: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """New moments, and what is subtracted from the outputs per unit of the learning rate."""
+    def _moved(self, moments: State, gradient: State, made: Tensor, active: Tensor) -> tuple[State, State]:
+        """New moments, and what is subtracted per unit of the learning rate."""
         arguments: dict[str, Any] = dict(self.recipe.optimizer_args)
         if self.recipe.optimizer != "sgd":
             beta = arguments.get("betas", (0.9, 0.999))[0]
-            moments = torch.where(active, beta * moments + (1 - beta) * gradient, moments)
-            return moments, moments / (1 - beta ** made.clamp(min=1))
-        if not self.recipe.momentum:
+            moments = moments.map(lambda m, g: torch.where(active, beta * m + (1 - beta) * g, m), gradient)
+            return moments, moments.map(lambda m: m / (1 - beta ** made.clamp(min=1)))
+        momentum = self.recipe.momentum
+        if not momentum:
             return moments, gradient
         damped = torch.where(made == 1, 1.0, 1.0 - arguments.get("dampening", 0.0))
-        moments = torch.where(active, self.recipe.momentum * moments + damped * gradient, moments)
-        return moments, gradient + self.recipe.momentum * moments if arguments.get("nesterov") else moments
+        moments = moments.map(lambda m, g: torch.where(active, momentum * m + damped * g, m), gradient)
+        if arguments.get("nesterov"):
+            return moments, gradient.map(lambda g, m: g + momentum * m, moments)
+        return moments, moments

@@ -1,18 +1,20 @@
-"""Training in function space: all outputs move under the empirical tangent kernel of a few recorded runs.
+"""Training in function space: what a model's head reads moves under the tangent kernel of a few recorded runs.
 
-With ``f(x)`` the outputs on every training and test example, ``r_i = ∂ℓ/∂f`` at ``f(i)``, K the tangent kernel at a
-reference run's parameters, and SGD,
+The outputs are ``f(x) = W h(x)``, of the head's weight W and the features h that it reads. With ``r_i = ∂ℓ/∂f`` at
+``f(i)``, K the tangent kernel of the *features* at a reference run's parameters, and SGD,
 
-    f_{t+1} = f_t − η_t K_t R(c_t; f_t),    R(c; f) = Σ_{i∈c} r_i / |c|
+    W_{t+1} = W_t − η_t / |c| Σ_{i∈c_t} r_i h_t(i)ᵀ,      h_{t+1} = h_t − η_t / |c| Σ_{i∈c_t} K_t(·, i) W_tᵀ r_i
 
-K is computed at a few checkpoints of the reference and interpolated in between. *Anchored*, the reference's true path
-carries what both have in common, and the kernel only the difference:
+so that the head learns as it does in training, and only what is below it is linearised around the reference. That a
+larger W lets the features move faster, and larger features W, is what a kernel of the outputs does not know. Where no
+trained linear layer gives the outputs they are the features, and W is the identity.
 
-    f_{t+1} = f_t + (f^ref_{t+1} − f^ref_t) − η_t K_t [R(c_t; f_t) − R(c^ref_t; f^ref_t)]
-
-so that the reference's own curriculum gives the reference's own losses. Momentum, weight decay and clipping have their
-counterparts in function space; a model that is linear in its parameters is simulated exactly. Under Adam the kernel is
-``J P Jᵀ`` with P from the second moments that are expected of random batches along the reference.
+K is computed at a few checkpoints of the reference, in between interpolated, and for a few directions of the features:
+those that the outputs read at first, and the largest of the others. W and h are *anchored*: the reference's true path
+carries what both curricula have in common, and the equations only the difference, so that the reference's own
+curriculum gives the reference's own losses. Momentum, weight decay and clipping have their counterparts; a model that
+is linear in its parameters is simulated exactly. Under Adam the kernel is ``J P Jᵀ``, and W's step is multiplied with
+P, from the second moments that are expected of random batches along the reference.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 from simfluence.attribution.curvature import squares
 from simfluence.attribution.finding import per_example
-from simfluence.attribution.gradients import called, evaluating
+from simfluence.attribution.gradients import evaluating
 from simfluence.attribution.kernel import kernel_bytes, tangent_kernel
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
@@ -38,6 +40,7 @@ from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.dynamics import batch_weights
 from simfluence.simulators.function_space import FunctionSpace
+from simfluence.simulators.head import Head
 from simfluence.simulators.transitions import usual_batch_size
 from simfluence.task import Task, convert, forward, take, tensors
 from simfluence.tasks.losses import BY_NAME
@@ -57,14 +60,17 @@ class TangentKernelSimulator(Simulator):
         task, recipe: what the runs trained, and how; by default the recipe that the runs know.
         checkpoints: how many kernels per reference, evenly spread over its steps.
         references: how many of the fitting runs the kernels are of; the others correct what the kernels get wrong.
-        anchored: follow the references' true paths.
+        features: how many directions of the features move, beside those that the outputs read at first.
         memory: most GiB that the kernels may take.
 
     Attributes:
-        kernels_: ``[references, checkpoints, train, outputs, train + test, outputs]``.
+        kernels_: ``[references, checkpoints, train, moving, train + test, moving]``.
         times_: steps of the checkpoints.
-        paths_: outputs on all examples along the references, ``[references, steps + 1, train + test, outputs]``.
-        decays_: ``J θ − f`` at the checkpoints, ``[references, checkpoints, train + test, outputs]``, for weight decay.
+        features_: what the head reads of all examples along the references, in each one's own basis,
+            ``[references, steps + 1, train + test, width]``.
+        heads_: the head's weight along them, ``[references, steps + 1, outputs, width]``.
+        bases_: ``[references, width, width]``.
+        rates_: Adam's step sizes of the head, ``[references, checkpoints, outputs, width]``; empty for others.
         correction_, scale_, centre_: learned from the runs that are no references: a forecast L becomes
             ``L + correction + (scale − 1)(L − centre)``; ``[steps + 1, test]``, the scale ``[steps + 1]``.
 
@@ -79,16 +85,16 @@ class TangentKernelSimulator(Simulator):
         self,
         task: Task | None = None,
         recipe: Recipe | None = None,
-        checkpoints: int = 11,
+        checkpoints: int = 6,
         references: int = 4,
-        anchored: bool = True,
+        features: int = 10,
         memory: float = 8.0,
     ) -> None:
         self.task = task
         self.recipe = recipe
         self.checkpoints = checkpoints
         self.references = references
-        self.anchored = anchored
+        self.features = features
         self.memory = memory
 
     def __sklearn_clone__(self) -> TangentKernelSimulator:
@@ -96,7 +102,7 @@ class TangentKernelSimulator(Simulator):
         return type(self)(**self.get_params(deep=False))
 
     def _check_parameters(self) -> None:
-        for name, least in (("checkpoints", 1), ("references", 1)):
+        for name, least in (("checkpoints", 1), ("references", 1), ("features", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
@@ -129,10 +135,13 @@ class TangentKernelSimulator(Simulator):
         self.times_ = np.unique(np.linspace(0, steps, self.checkpoints, endpoint=False).astype(int))
         data = _both_sides(job)
         most = self.memory * _GIB / len(runs)
-        found = [_reference(job.task, run, data, self.times_, most) for run in runs]
+        found = [_reference(job.task, run, data, self.times_, self.features, most) for run in runs]
+        self.learned_ = found[0].learned
         self.kernels_ = np.stack([each.kernels for each in found])
-        self.decays_ = np.stack([each.decays for each in found])
-        self.paths_ = np.stack([_lengthened(each.path, steps + 1) for each in found])
+        self.rates_ = np.stack([each.rates for each in found])
+        self.bases_ = np.stack([each.basis for each in found])
+        self.features_ = np.stack([_lengthened(each.features, steps + 1) for each in found])
+        self.heads_ = np.stack([_lengthened(each.heads, steps + 1) for each in found])
         self.reference_indices_ = np.concatenate([run.curriculum.indices for run in runs])
         self.reference_sizes_ = np.stack([_lengthened(run.curriculum.sizes, steps) for run in runs])
         self.reference_steps_ = np.array([run.steps for run in runs])
@@ -190,10 +199,12 @@ class TangentKernelSimulator(Simulator):
             recipe=Recipe(**self.recipe_),
             kernels=torch.from_numpy(self.kernels_[number]),
             times=self.times_,
-            path=torch.from_numpy(self.paths_[number]),
-            decays=torch.from_numpy(self.decays_[number]),
+            features=torch.from_numpy(self.features_[number]),
+            heads=torch.from_numpy(self.heads_[number]),
+            learned=self.learned_,
+            rates=torch.from_numpy(self.rates_[number]) if self.rates_.size else None,
+            basis=torch.from_numpy(self.bases_[number]),
             reference=reference,
-            anchored=self.anchored,
             shape=tuple(self.shape_),
             l2=self.l2_,
         )
@@ -253,31 +264,63 @@ class _Correction:
 class _Reference:
     """What is taken of one reference run; arrays as of ``FunctionSpace``."""
 
+    learned: bool
     kernels: np.ndarray
-    decays: np.ndarray
-    path: np.ndarray
+    features: np.ndarray
+    heads: np.ndarray
+    rates: np.ndarray
+    basis: np.ndarray
 
 
-def _reference(task: Task, run: Run, data: Any, times: np.ndarray, memory: float) -> _Reference:
+@dataclass(frozen=True, eq=False)
+class _Checkpoint:
+    """A model on the way, and under Adam its step sizes by parameter name."""
+
+    parameters: dict[str, Tensor]
+    rates: dict[str, Tensor] | None
+
+
+def _reference(task: Task, run: Run, data: Any, times: np.ndarray, features: int, memory: float) -> _Reference:
+    """Trains once for the features and their basis, and takes the kernels at the checkpoints afterwards."""
     n_train = len(task.train)
-    kernels, decays, path = [], [], []
-    decaying = task.l2 or (run.recipe is not None and run.recipe.weight_decay)
+    head, moving, read, checkpoints = Head(None), 0, [], []
     moments: SecondMoments | None = None
     for training in follow(task, run):
         model = training.model
-        path.append(_outputs_of(model, data[0]))
         if training.step == 0:
-            _check_memory(path[0], n_train, len(times), memory)
+            head = Head.of(model, data[0])
+        read.append(head.read(model, data[0]))
+        if training.step == 0:
+            moving = head.moving(read[0][1], features)
+            _check_memory(read[0][0], n_train, moving, len(times), run.steps, memory)
         if training.step not in times or training.finished:
             continue
-        decays.append(_decay_of(model, data[0]) - path[-1] if decaying else torch.zeros_like(path[0]))
         if isinstance(training.optimizer, torch.optim.Adam):  # AdamW is one
             expected = _expected_squares(model, task, training.job.train_data, usual_batch_size([run.curriculum]))
             moments = SecondMoments.after(moments, training.step, expected, training.optimizer.param_groups[0])
-        kernels.append(tangent_kernel(model, data, n_train, None if moments is None else moments.steps()))
-    for found in (kernels, decays):  # a run that is shorter than others keeps its last
+        parameters = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+        checkpoints.append(_Checkpoint(parameters, None if moments is None else moments.steps()))
+    seen, weights = (torch.stack(each) for each in zip(*read, strict=True))
+    basis = head.basis(seen[times[times <= run.steps]], weights[0])
+    directions = basis[:moving]
+    kernels = [_kernel_at(each, model, head, directions, data, n_train) for each in checkpoints]
+    rates = [torch.empty(0) if each.rates is None else head.joined(each.rates) for each in checkpoints]
+    for found in (kernels, rates):  # a run that is shorter than others keeps its last
         found.extend([found[-1]] * (len(times) - len(found)))
-    return _Reference(*(torch.stack(found).numpy() for found in (kernels, decays, path)))
+    arrays = torch.stack(kernels), seen @ basis.T, weights @ basis.T, torch.stack(rates), basis
+    return _Reference(head.name is not None, *(each.numpy() for each in arrays))
+
+
+def _kernel_at(
+    checkpoint: _Checkpoint, model: nn.Module, head: Head, directions: Tensor, data: Any, n_train: int
+) -> Tensor:
+    """Of the features along some directions, ``[train, moving, examples, moving]``."""
+    model.load_state_dict(checkpoint.parameters, strict=False)
+    body = head.body(model, directions)
+    if not any(parameter.requires_grad for parameter in body.parameters()):  # the head is all there is
+        return directions.new_zeros(n_train, 0, len(data[1]), 0)
+    rates = checkpoint.rates and {f"model.{name}": each for name, each in checkpoint.rates.items()}
+    return tangent_kernel(body, data, n_train, rates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,26 +379,6 @@ def _expected_squares(model: nn.Module, task: Task, data: Any, batch_size: int) 
     return found
 
 
-def _outputs_of(model: nn.Module, inputs: Any) -> Tensor:
-    """``[examples, outputs]``, in evaluation mode."""
-    with evaluating(model), torch.no_grad():
-        outputs = forward(model, inputs)
-    return outputs.reshape(len(outputs), -1).detach().clone()
-
-
-def _decay_of(model: nn.Module, inputs: Any) -> Tensor:
-    """``J θ``: the derivative of the outputs along the parameters themselves."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    present = tuple(dict(model.named_parameters())[name].detach() for name in names)
-
-    def outputs(*parameters: Tensor) -> Tensor:
-        found: Tensor = called(model, dict(zip(names, parameters, strict=True)), inputs)
-        return found.reshape(len(found), -1)
-
-    found: Tensor = torch.autograd.functional.jvp(outputs, present, present)[1]
-    return found.detach()
-
-
 def _both_sides(job: Job) -> Any:
     """Training and test data, one after the other."""
     rest = iter(tensors(job.test_data[0]))
@@ -363,13 +386,15 @@ def _both_sides(job: Job) -> Any:
     return inputs, torch.cat([job.train_data[1], job.test_data[1]])
 
 
-def _check_memory(outputs: Tensor, n_train: int, kernels: int, most: float) -> None:
-    size = kernels * kernel_bytes(n_train, len(outputs) - n_train, outputs.shape[1], outputs.element_size())
+def _check_memory(seen: Tensor, n_train: int, moving: int, kernels: int, steps: int, most: float) -> None:
+    examples, item = len(seen), seen.element_size()
+    size = kernels * kernel_bytes(n_train, examples - n_train, moving, item)
+    size += (steps + 1) * seen.numel() * item
     if size > most:
         raise InvalidInput(
-            f"{kernels} kernels of {n_train} training examples with {len(outputs)}, {outputs.shape[1]} outputs each, "
-            f"take {size / _GIB:.2g} GiB of a reference's {most / _GIB:.2g}: fewer checkpoints or references, or "
-            "more memory="
+            f"{kernels} kernels of {n_train} training examples with {examples}, {moving} features each, and the "
+            f"features at {steps} steps take {size / _GIB:.2g} GiB of a reference's {most / _GIB:.2g}: fewer "
+            "checkpoints, references or features, or more memory="
         )
 
 
