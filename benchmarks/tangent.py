@@ -1,54 +1,101 @@
 """How good is the tangent kernel simulator, from one, two or twelve recorded runs?
 
-Skill against the mean trajectory of 24 runs, on the 8 others (split seed 0). Of several choices of references the
-median and the range.
+Skill against the mean trajectory of 24 runs, on the 8 others. Each line is the median, and the range, over choices of
+the references and over three seeds of the whole protocol (sample, initial weights, curricula), whose runs are recorded
+into build/tangent the first time.
 
-    python benchmarks/tangent.py [--stores runs/digits …] [--choices 4]
+    python benchmarks/tangent.py [--settings digits …] [--choices 8] [--seeds 3]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import simfluence as sf
+from simfluence.specs import RecordingSpec
 
-STORES = ("digits", "digits_cnn", "digits_adamw", "diabetes", "breast_cancer_mlp", "breast_cancer")
-#: Fitting runs, and how many of them the kernels are of; the others correct the mean error.
-SIZES = ((1, 1), (2, 2), (12, 4))
+
+@dataclass(frozen=True)
+class Setting:
+    """A protocol, and how many of its fitting runs are fitted on, some of them as references."""
+
+    protocol: str
+    runs: int
+    references: int
+    lr: float | None = None
+
+
+SETTINGS = (
+    Setting("digits", 1, 1),
+    Setting("digits", 12, 4),
+    Setting("digits", 24, 4),
+    Setting("breast_cancer_mlp", 1, 1),
+    Setting("diabetes", 1, 1),
+    Setting("digits_cnn", 1, 1),
+    Setting("digits_cnn", 2, 2, lr=0.1),
+    Setting("digits_cnn", 10, 2, lr=0.1),
+    Setting("digits_adamw", 2, 2),
+)
+METRICS = ("skill", "final_skill")
+
+
+def recorded(setting: Setting, seed: int, folder: Path) -> tuple[sf.Task, sf.Runs]:
+    """The protocol of curricula/ with all its seeds set to one."""
+    spec = RecordingSpec.read(Path("curricula") / f"{setting.protocol}.yaml")
+    assert spec.task is not None
+    task = getattr(sf.tasks, spec.task.name)(**(spec.task.arguments | {"seed": seed}))
+    recipe = spec.recipe.model_copy(update={"seed": seed} | ({} if setting.lr is None else {"lr": setting.lr}))
+    curricula = spec.curricula.model_copy(update={"seed": seed}).build(task.train)
+    name = f"{setting.protocol}-lr{recipe.lr:g}-seed{seed}"
+    return task, sf.record(task, recipe, curricula, folder / name)
+
+
+def scores(setting: Setting, task: sf.Task, runs: sf.Runs, choice: int, choices: int) -> np.ndarray:
+    """Skill and final skill of one choice of the runs that are fitted on."""
+    part, held = runs.split(held_out=8, seed=0)
+    chosen = sf.Runs(part[(choice * len(part) // choices + k) % len(part)] for k in range(setting.runs))
+    fitted = sf.TangentKernelSimulator(task, references=setting.references).fit(chosen)
+    table = sf.evaluate({"tangent": fitted}, held, part, metrics=METRICS, bootstrap=10)
+    found: np.ndarray = table[list(METRICS)].to_numpy()[0]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stores", nargs="+", type=Path, default=[Path("runs") / name for name in STORES])
-    parser.add_argument("--choices", type=int, default=4)
+    parser.add_argument("--settings", nargs="+", default=[], help="only these protocols")
+    parser.add_argument("--choices", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("build/tangent"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for path in options.stores:
-        store = sf.RunStore(path)
-        task = sf.tasks.rebuild(store.info)
-        part, held = store.load().split(held_out=8, seed=0)
-        for count, references in SIZES:
-            found, start = [], time.perf_counter()
-            for choice in range(options.choices if count < 12 else 1):
-                chosen = sf.Runs(part[(choice * 24 // options.choices + k) % 24] for k in range(count))
-                fitted = sf.TangentKernelSimulator(task, references=references).fit(chosen)
-                table = sf.evaluate({"tangent": fitted}, held, part, metrics=("skill", "final_skill"), bootstrap=10)
-                found.append(table[["skill", "final_skill"]].to_numpy()[0])
-            median, low, high = np.median(found, 0), np.min(found, 0), np.max(found, 0)
-            said = ", ".join(
-                f"{name} {m:.3f} [{a:.3f}, {b:.3f}]"
-                for name, m, a, b in zip(("skill", "final skill"), median, low, high, strict=True)
-            )
-            took = (time.perf_counter() - start) / len(found)
-            print(
-                f"{path.name:18} {count:2} runs, {references} of them references: {said}; {took:.1f} s each", flush=True
-            )
+    for setting in SETTINGS:
+        if options.settings and setting.protocol not in options.settings:
+            continue
+        found, start = [], time.perf_counter()
+        for seed in range(options.seeds):
+            task, runs = recorded(setting, seed, options.folder)
+            # all of the runs can be chosen in one way only; of twelve or more few ways differ much
+            ways = 1 if setting.runs == 24 else 2 if setting.runs >= 10 else options.choices
+            found += [scores(setting, task, runs, choice, ways) for choice in range(ways)]
+        median, low, high = (each(found, axis=0) for each in (np.median, np.min, np.max))
+        said = ", ".join(
+            f"{name.replace('_', ' ')} {m:.3f} [{a:.3f}, {b:.3f}]"
+            for name, m, a, b in zip(METRICS, median, low, high, strict=True)
+        )
+        lr = "" if setting.lr is None else f" lr {setting.lr:g}"
+        took = (time.perf_counter() - start) / len(found)
+        print(
+            f"{setting.protocol + lr:18} {setting.runs:2} runs, {setting.references} of them references: {said}; "
+            f"{len(found)} choices, {took:.1f} s each",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

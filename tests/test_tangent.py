@@ -20,6 +20,8 @@ RECIPES = {
     "weight decay": {"momentum": 0.5, "weight_decay": 0.1},
     "schedule": {"schedule": "cosine", "horizon": 260, "warmup": 5},
     "clipping": {"clip_norm": 0.2},
+    "adam": {"optimizer": "adam", "optimizer_args": {"betas": [0.8, 0.99]}},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
     "clipping, momentum, decay": {"clip_norm": 0.3, "momentum": 0.5, "weight_decay": 0.05},
 }
 

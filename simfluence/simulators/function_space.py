@@ -31,6 +31,18 @@ class State(NamedTuple):
         return State(*(function(*parts) for parts in zip(self, *others, strict=True)))
 
 
+class Moments(NamedTuple):
+    """An optimizer's, one row per curriculum.
+
+    Args:
+        first: momentum, or Adam's first moments.
+        squares: Adam's second moments of the head.
+    """
+
+    first: State
+    squares: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class FunctionSpace:
     """One reference run, and how outputs move under its kernels.
@@ -44,9 +56,7 @@ class FunctionSpace:
         features: what the head reads along the reference, ``[steps + 1, examples, width]``.
         heads: the head's weight along it, ``[steps + 1, outputs, width]``.
         learned: whether the head is trained; otherwise it is the identity.
-        rates: under Adam, what the head's gradient is multiplied with, ``[checkpoints, outputs, width]``, in the
-            model's own coordinates.
-        basis: the model's coordinates in those of ``features``, ``[width, width]``.
+        basis: of ``features`` and ``heads``, in the model's own coordinates, ``[width, width]``.
         reference: its curriculum.
         shape: of one example's outputs, as the model gives them.
         l2: the objective's own penalty.
@@ -60,7 +70,6 @@ class FunctionSpace:
     features: Tensor
     heads: Tensor
     learned: bool
-    rates: Tensor | None
     basis: Tensor
     reference: Curriculum
     shape: tuple[int, ...]
@@ -75,7 +84,8 @@ class FunctionSpace:
         updates = updates.reshape(len(every), steps)
         rates = self.recipe.learning_rates(steps)
         state = self._start(len(every))
-        moments, made = state.map(torch.zeros_like), torch.zeros(len(every), 1, 1, dtype=state.head.dtype)
+        moments = Moments(state.map(torch.zeros_like), torch.zeros_like(state.head))
+        made = torch.zeros(len(every), 1, 1, dtype=state.head.dtype)
         losses = np.empty((len(curricula), longest + 1, len(self.targets) - self.kernels.shape[1]))
         losses[:, 0] = self._test_losses(state, 0)
         rows = np.arange(len(every)) * steps
@@ -129,7 +139,6 @@ class FunctionSpace:
             squares = (by_features * moves[:, chosen]).sum((1, 2)).clamp(min=0) + by_head.square().sum((1, 2))
             scale = (self.recipe.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)[:, None, None]
             found = found.map(lambda gradient: gradient * scale)
-        found = found._replace(head=self._preconditioned(found.head, step))
         coupled = self.l2 + (self.recipe.weight_decay if self.recipe.optimizer == "sgd" else 0.0)
         return self._decayed(found, state, coupled)
 
@@ -143,13 +152,6 @@ class FunctionSpace:
     def _with_decay(self, moves: State, state: State) -> State:
         """AdamW's, beside the optimizer's step."""
         return self._decayed(moves, state, self.recipe.weight_decay if self.recipe.optimizer == "adamw" else 0.0)
-
-    def _preconditioned(self, gradient: Tensor, step: int) -> Tensor:
-        """Adam's step sizes are of the model's own coordinates."""
-        if self.rates is None:
-            return gradient
-        before, after, share = self._between(step)
-        return ((gradient @ self.basis) * torch.lerp(self.rates[before], self.rates[after], share)) @ self.basis.T
 
     def _outputs(self, state: State, at: int, chosen: Tensor | slice) -> Tensor:
         """Of each row's examples, ``[rows, chosen, outputs]``."""
@@ -205,18 +207,31 @@ class FunctionSpace:
             found.reshape(len(found), -1, self.kernels.shape[-1]) if found.numel() else self._start(len(found)).features
         )
 
-    def _moved(self, moments: State, gradient: State, made: Tensor, active: Tensor) -> tuple[State, State]:
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """Of the optimizer."""
+        return dict(self.recipe.optimizer_args)
+
+    def _moved(self, moments: Moments, gradient: State, made: Tensor, active: Tensor) -> tuple[Moments, State]:
         """New moments, and what is subtracted per unit of the learning rate."""
-        arguments: dict[str, Any] = dict(self.recipe.optimizer_args)
         if self.recipe.optimizer != "sgd":
-            beta = arguments.get("betas", (0.9, 0.999))[0]
-            moments = moments.map(lambda m, g: torch.where(active, beta * m + (1 - beta) * g, m), gradient)
-            return moments, moments.map(lambda m: m / (1 - beta ** made.clamp(min=1)))
-        momentum = self.recipe.momentum
+            return self._by_adam(moments, gradient, made, active)
+        momentum, arguments = self.recipe.momentum, self._arguments
         if not momentum:
             return moments, gradient
         damped = torch.where(made == 1, 1.0, 1.0 - arguments.get("dampening", 0.0))
-        moments = moments.map(lambda m, g: torch.where(active, momentum * m + damped * g, m), gradient)
-        if arguments.get("nesterov"):
-            return moments, gradient.map(lambda g, m: g + momentum * m, moments)
-        return moments, moments
+        first = moments.first.map(lambda m, g: torch.where(active, momentum * m + damped * g, m), gradient)
+        moves = gradient.map(lambda g, m: g + momentum * m, first) if arguments.get("nesterov") else first
+        return moments._replace(first=first), moves
+
+    def _by_adam(self, moments: Moments, gradient: State, made: Tensor, active: Tensor) -> tuple[Moments, State]:
+        """The head by Adam itself, in the model's own coordinates. The kernels know the second moments already."""
+        beta, beta_squares = self._arguments.get("betas", (0.9, 0.999))
+        eps, made = self._arguments.get("eps", 1e-8), made.clamp(min=1)
+        gradient = gradient._replace(head=gradient.head @ self.basis)
+        first = moments.first.map(lambda m, g: torch.where(active, beta * m + (1 - beta) * g, m), gradient)
+        squares = beta_squares * moments.squares + (1 - beta_squares) * gradient.head**2
+        squares = torch.where(active, squares, moments.squares)
+        moves = first.map(lambda m: m / (1 - beta**made))
+        sizes = (squares / (1 - beta_squares**made)).sqrt() + eps
+        return Moments(first, squares), moves._replace(head=(moves.head / sizes) @ self.basis.T)

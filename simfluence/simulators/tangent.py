@@ -13,8 +13,8 @@ K is computed at a few checkpoints of the reference, in between interpolated, an
 those that the outputs read at first, and the largest of the others. W and h are *anchored*: the reference's true path
 carries what both curricula have in common, and the equations only the difference, so that the reference's own
 curriculum gives the reference's own losses. Momentum, weight decay and clipping have their counterparts; a model that
-is linear in its parameters is simulated exactly. Under Adam the kernel is ``J P Jᵀ``, and W's step is multiplied with
-P, from the second moments that are expected of random batches along the reference.
+is linear in its parameters is simulated exactly. Under Adam W takes Adam's own steps, and the kernel is ``J P Jᵀ``, P
+from the second moments that are expected of random batches along the reference.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ class TangentKernelSimulator(Simulator):
             ``[references, steps + 1, train + test, width]``.
         heads_: the head's weight along them, ``[references, steps + 1, outputs, width]``.
         bases_: ``[references, width, width]``.
-        rates_: Adam's step sizes of the head, ``[references, checkpoints, outputs, width]``; empty for others.
         correction_, scale_, centre_: learned from the runs that are no references: a forecast L becomes
             ``L + correction + (scale − 1)(L − centre)``; ``[steps + 1, test]``, the scale ``[steps + 1]``.
 
@@ -138,7 +137,6 @@ class TangentKernelSimulator(Simulator):
         found = [_reference(job.task, run, data, self.times_, self.features, most) for run in runs]
         self.learned_ = found[0].learned
         self.kernels_ = np.stack([each.kernels for each in found])
-        self.rates_ = np.stack([each.rates for each in found])
         self.bases_ = np.stack([each.basis for each in found])
         self.features_ = np.stack([_lengthened(each.features, steps + 1) for each in found])
         self.heads_ = np.stack([_lengthened(each.heads, steps + 1) for each in found])
@@ -202,7 +200,6 @@ class TangentKernelSimulator(Simulator):
             features=torch.from_numpy(self.features_[number]),
             heads=torch.from_numpy(self.heads_[number]),
             learned=self.learned_,
-            rates=torch.from_numpy(self.rates_[number]) if self.rates_.size else None,
             basis=torch.from_numpy(self.bases_[number]),
             reference=reference,
             shape=tuple(self.shape_),
@@ -268,7 +265,6 @@ class _Reference:
     kernels: np.ndarray
     features: np.ndarray
     heads: np.ndarray
-    rates: np.ndarray
     basis: np.ndarray
 
 
@@ -304,10 +300,8 @@ def _reference(task: Task, run: Run, data: Any, times: np.ndarray, features: int
     basis = head.basis(seen[times[times <= run.steps]], weights[0])
     directions = basis[:moving]
     kernels = [_kernel_at(each, model, head, directions, data, n_train) for each in checkpoints]
-    rates = [torch.empty(0) if each.rates is None else head.joined(each.rates) for each in checkpoints]
-    for found in (kernels, rates):  # a run that is shorter than others keeps its last
-        found.extend([found[-1]] * (len(times) - len(found)))
-    arrays = torch.stack(kernels), seen @ basis.T, weights @ basis.T, torch.stack(rates), basis
+    kernels.extend([kernels[-1]] * (len(times) - len(kernels)))  # a run that is shorter than others keeps its last
+    arrays = torch.stack(kernels), seen @ basis.T, weights @ basis.T, basis
     return _Reference(head.name is not None, *(each.numpy() for each in arrays))
 
 
