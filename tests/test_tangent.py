@@ -10,6 +10,8 @@ from torch import nn
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
+from simfluence.simulators.head import Head
+from simfluence.simulators.reference_run import factors_of
 from simfluence.simulators.tangent import _Correction, nearness
 
 RECIPES = {
@@ -108,6 +110,78 @@ def test_the_references_own_curriculum_gives_its_own_losses(task, curricula, opt
         assert np.allclose(simulated, runs[:references].losses, atol=1e-4)
 
 
+def test_landmarks_are_exact_when_they_are_all_and_near_when_many(task, recipe, runs):
+    def simulated(landmarks):
+        fitted = sf.TangentKernelSimulator(task, checkpoints=3, landmarks=landmarks).fit(runs[:1])
+        return fitted.simulate(runs.curricula, runs.initial_losses)
+
+    whole = simulated(None)
+    errors = [np.abs(simulated(count) - whole).max() for count in (1, 2, len(task.train))]
+    assert errors[2] < 1e-4 < errors[1] < errors[0]
+    assert np.allclose(simulated(2)[0], runs[0].losses, atol=1e-4)  # the reference stays what it was
+
+
+def test_nystroms_factors():
+    rng = np.random.default_rng(0)
+    gradients = torch.from_numpy(rng.normal(size=(7, 2, 5)))  # seven examples, two outputs, five parameters
+    kernel = torch.einsum("iop,xqp->ioxq", gradients, gradients)
+    few = torch.tensor([4, 1])
+    factors = factors_of(kernel[few], few)
+    again = torch.einsum("iok,xqk->ioxq", factors, factors)
+    assert torch.allclose(again[few], kernel[few], atol=1e-10)
+    enough = torch.tensor([6, 0, 2])  # six gradients span the five parameters
+    factors = factors_of(kernel[enough], enough)
+    assert torch.allclose(torch.einsum("iok,xqk->ioxq", factors, factors), kernel, atol=1e-10)
+
+
+class Twice(nn.Module):
+    """A head that is used twice, and so is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(torch.relu(self.layer(x)))
+
+
+def test_which_layer_is_the_head():
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    deep = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2, bias=False), nn.Identity())
+    assert Head.of(deep, x) == Head("2", bias=False)
+    assert Head.of(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), x) == Head(None)
+    assert Head.of(Twice(), x) == Head(None)
+    deep[2].weight.requires_grad_(False)
+    assert Head.of(deep, x) == Head(None)
+
+
+def test_the_basis_is_a_rotation_that_begins_with_what_the_outputs_read():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
+    head = Head.of(model, x)
+    features, weight = head.read(model, x)
+    basis = head.basis(features[None], weight)
+    assert torch.allclose(basis @ basis.T, torch.eye(7).double(), atol=1e-10)
+    assert (weight @ basis.T)[:, 2:6].abs().max() < 1e-10
+    left = (features @ basis.T)[:, 2:6].square().sum(0)
+    assert (left.diff() < 0).all()
+    assert torch.allclose(features @ basis.T @ (weight @ basis.T).T, model(x), atol=1e-10)
+
+
+@pytest.mark.parametrize("model", [lambda: nn.Sequential(nn.Linear(64, 5), nn.Tanh()), Twice])
+def test_a_model_without_a_head(model):
+    """Outputs that come from no linear layer of their own move as features."""
+    rng = np.random.default_rng(0)
+    width = 4 if model is Twice else 64
+    X, y = rng.normal(size=(30, width)), rng.integers(4, size=30)
+    task = sf.tasks.from_arrays(model, X[:20], y[:20], "cross_entropy", test=(X[20:], y[20:]), name="no head")
+    runs = runs_of(task, sf.Recipe(lr=0.02, momentum=0.5), steps=40)
+    fitted = sf.TangentKernelSimulator(task).fit(runs[:1])
+    simulated = fitted.simulate(runs.curricula, runs.initial_losses)
+    errors = ((simulated - runs.losses) ** 2)[1:].mean(), ((runs[0].losses - runs.losses) ** 2)[1:].mean()
+    assert errors[0] < 0.2 * errors[1]
+
+
 def test_more_runs_never_hurt_on_those_that_correct(task, runs):
     alone = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(runs[:1])
     more = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(runs)
@@ -198,6 +272,8 @@ def test_bad_input(task, runs):
         (simulator(task, memory=1e-7), "GiB of a reference's"),
         (simulator(task, checkpoints=0), "checkpoints must be a whole number"),
         (simulator(task, memory=0), "memory must be a number"),
+        (simulator(task, landmarks=0), "landmarks must be None or"),
+        (simulator(task, features=-1), "features must be a whole number"),
     ):
         with pytest.raises(InvalidInput, match=said):
             bad.fit(runs)

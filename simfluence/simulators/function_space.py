@@ -51,8 +51,10 @@ class FunctionSpace:
         loss: ``(outputs, targets)`` → ``[batch]``.
         targets: of the training examples, then of the test examples.
         recipe: how is trained.
-        kernels: of the features that move, ``[checkpoints, train, moving, examples, moving]``.
+        kernels: of the features that move, ``[checkpoints, train, moving, examples, moving]``, or their factors,
+            ``[checkpoints, examples, moving, rank]``.
         times: of the kernels.
+        n_train: how many of the examples are training examples.
         features: what the head reads along the reference, ``[steps + 1, examples, width]``.
         heads: the head's weight along it, ``[steps + 1, outputs, width]``.
         learned: whether the head is trained; otherwise it is the identity.
@@ -67,6 +69,7 @@ class FunctionSpace:
     recipe: Recipe
     kernels: Tensor
     times: np.ndarray
+    n_train: int
     features: Tensor
     heads: Tensor
     learned: bool
@@ -86,7 +89,7 @@ class FunctionSpace:
         state = self._start(len(every))
         moments = Moments(state.map(torch.zeros_like), torch.zeros_like(state.head))
         made = torch.zeros(len(every), 1, 1, dtype=state.head.dtype)
-        losses = np.empty((len(curricula), longest + 1, len(self.targets) - self.kernels.shape[1]))
+        losses = np.empty((len(curricula), longest + 1, len(self.targets) - self.n_train))
         losses[:, 0] = self._test_losses(state, 0)
         rows = np.arange(len(every)) * steps
         for step in range(longest):
@@ -103,8 +106,13 @@ class FunctionSpace:
             losses[:, step + 1] = self._test_losses(state, step + 1)
         return losses
 
+    @property
+    def factored(self) -> bool:
+        """Whether kernels are held as factors."""
+        return self.kernels.ndim == 4
+
     def _start(self, rows: int) -> State:
-        moving = self.kernels.shape[-1]
+        moving = self.kernels.shape[2]
         return State(self.heads[0].repeat(rows, 1, 1), self.features.new_zeros(rows, self.features.shape[1], moving))
 
     def _at(self, step: int) -> int:
@@ -167,7 +175,7 @@ class FunctionSpace:
 
     def _test_losses(self, state: State, step: int) -> np.ndarray:
         """Of all rows but the reference's."""
-        test = slice(self.kernels.shape[1], None)
+        test = slice(self.n_train, None)
         with torch.no_grad():
             rows = state.map(lambda part: part[:-1])
             found = self._losses(self._outputs(rows, self._at(step), test), self.targets[test])
@@ -190,22 +198,15 @@ class FunctionSpace:
 
     def _pushed(self, by_features: Tensor, used: Tensor, chosen: Tensor, step: int) -> Tensor:
         """What gradients by the features of some training examples, ``[rows, chosen, moving]``, do to the features of
-        all, ``[rows, examples, moving]``. Kernels are read as they lie in memory where few rows use an example."""
-        found = by_features.new_zeros(len(by_features), self.features.shape[1] * self.kernels.shape[-1])
-        common = used.double().mean(0) > 0.5
+        all, ``[rows, examples, moving]``."""
+        moving = by_features.shape[-1]
+        found = by_features.new_zeros(len(by_features), self.features.shape[1] * moving)
         before, after, share = self._between(step)
+        push = _by_factors if self.factored else _by_kernel
         for checkpoint, part in ((before, 1 - share), (after, share)):
-            if not part:
-                continue
-            kernel = self.kernels[checkpoint].flatten(2)  # [train, moving, examples · moving]
-            flat = part * by_features
-            found.addmm_(flat[:, common].flatten(1), kernel[chosen[common]].flatten(0, 1))
-            for place in (~common).nonzero()[:, 0].tolist():
-                users = used[:, place].nonzero()[:, 0]
-                found.index_add_(0, users, flat[users, place] @ kernel[int(chosen[place])])
-        return (
-            found.reshape(len(found), -1, self.kernels.shape[-1]) if found.numel() else self._start(len(found)).features
-        )
+            if part and moving:
+                push(found, self.kernels[checkpoint], part * by_features, used, chosen)
+        return found.view(len(found), -1, moving) if moving else self._start(len(found)).features
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -235,3 +236,18 @@ class FunctionSpace:
         moves = first.map(lambda m: m / (1 - beta**made))
         sizes = (squares / (1 - beta_squares**made)).sqrt() + eps
         return Moments(first, squares), moves._replace(head=(moves.head / sizes) @ self.basis.T)
+
+
+def _by_kernel(found: Tensor, kernel: Tensor, flat: Tensor, used: Tensor, chosen: Tensor) -> None:
+    """A kernel ``[train, moving, examples, moving]`` is read as it lies in memory where few rows use an example."""
+    kernel = kernel.flatten(2)  # [train, moving, examples · moving]
+    common = used.double().mean(0) > 0.5
+    found.addmm_(flat[:, common].flatten(1), kernel[chosen[common]].flatten(0, 1))
+    for place in (~common).nonzero()[:, 0].tolist():
+        users = used[:, place].nonzero()[:, 0]
+        found.index_add_(0, users, flat[users, place] @ kernel[int(chosen[place])])
+
+
+def _by_factors(found: Tensor, factors: Tensor, flat: Tensor, used: Tensor, chosen: Tensor) -> None:
+    """Factors ``[examples, moving, rank]``: their products are the kernel."""
+    found.addmm_(flat.flatten(1) @ factors[chosen].flatten(0, 1), factors.flatten(0, 1).T)

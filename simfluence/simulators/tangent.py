@@ -19,7 +19,7 @@ from the second moments that are expected of random batches along the reference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simfluence.attribution.curvature import squares
-from simfluence.attribution.finding import per_example
 from simfluence.attribution.gradients import evaluating
-from simfluence.attribution.kernel import kernel_bytes, tangent_kernel
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.recipe import Recipe
-from simfluence.recording import follow
 from simfluence.recording.training import Job
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.dynamics import batch_weights
 from simfluence.simulators.function_space import FunctionSpace
-from simfluence.simulators.head import Head
-from simfluence.simulators.transitions import usual_batch_size
+from simfluence.simulators.reference_run import GIB, taken_of
 from simfluence.task import Task, convert, forward, take, tensors
 from simfluence.tasks.losses import BY_NAME
 
@@ -50,7 +45,6 @@ COVERED = ("sgd", "adam", "adamw")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _AT_ONCE = 100  # curricula simulated together
-_GIB = 2**30
 
 
 class TangentKernelSimulator(Simulator):
@@ -61,10 +55,13 @@ class TangentKernelSimulator(Simulator):
         checkpoints: how many kernels per reference, evenly spread over its steps.
         references: how many of the fitting runs the kernels are of; the others correct what the kernels get wrong.
         features: how many directions of the features move, beside those that the outputs read at first.
+        landmarks: hold a kernel by its part with so many random training examples (Nyström's approximation: memory
+            and time grow with the number of examples, not with its square); None: whole.
         memory: most GiB that the kernels may take.
 
     Attributes:
-        kernels_: ``[references, checkpoints, train, moving, train + test, moving]``.
+        kernels_: ``[references, checkpoints, train, moving, train + test, moving]``, or, with landmarks, factors
+            ``[references, checkpoints, train + test, moving, landmarks · moving]``.
         times_: steps of the checkpoints.
         features_: what the head reads of all examples along the references, in each one's own basis,
             ``[references, steps + 1, train + test, width]``.
@@ -87,6 +84,7 @@ class TangentKernelSimulator(Simulator):
         checkpoints: int = 6,
         references: int = 4,
         features: int = 10,
+        landmarks: int | None = None,
         memory: float = 8.0,
     ) -> None:
         self.task = task
@@ -94,6 +92,7 @@ class TangentKernelSimulator(Simulator):
         self.checkpoints = checkpoints
         self.references = references
         self.features = features
+        self.landmarks = landmarks
         self.memory = memory
 
     def __sklearn_clone__(self) -> TangentKernelSimulator:
@@ -105,6 +104,8 @@ class TangentKernelSimulator(Simulator):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
+        if self.landmarks is not None and (isinstance(self.landmarks, bool) or not self.landmarks >= 1):
+            raise InvalidInput(f"landmarks must be None or a number of training examples, got {self.landmarks!r}")
         if isinstance(self.memory, bool) or not isinstance(self.memory, int | float) or not self.memory > 0:
             raise InvalidInput(f"memory must be a number of GiB above 0, got {self.memory!r}")
 
@@ -133,8 +134,9 @@ class TangentKernelSimulator(Simulator):
         steps = max(run.steps for run in runs)
         self.times_ = np.unique(np.linspace(0, steps, self.checkpoints, endpoint=False).astype(int))
         data = _both_sides(job)
-        most = self.memory * _GIB / len(runs)
-        found = [_reference(job.task, run, data, self.times_, self.features, most) for run in runs]
+        most = self.memory * GIB / len(runs)
+        landmarks = None if self.landmarks is None else min(self.landmarks, len(job.task.train))
+        found = [taken_of(job.task, run, data, self.times_, self.features, landmarks, most) for run in runs]
         self.learned_ = found[0].learned
         self.kernels_ = np.stack([each.kernels for each in found])
         self.bases_ = np.stack([each.basis for each in found])
@@ -197,6 +199,7 @@ class TangentKernelSimulator(Simulator):
             recipe=Recipe(**self.recipe_),
             kernels=torch.from_numpy(self.kernels_[number]),
             times=self.times_,
+            n_train=self.n_train_,
             features=torch.from_numpy(self.features_[number]),
             heads=torch.from_numpy(self.heads_[number]),
             learned=self.learned_,
@@ -257,139 +260,11 @@ class _Correction:
         return corrected
 
 
-@dataclass(frozen=True, eq=False)
-class _Reference:
-    """What is taken of one reference run; arrays as of ``FunctionSpace``."""
-
-    learned: bool
-    kernels: np.ndarray
-    features: np.ndarray
-    heads: np.ndarray
-    basis: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class _Checkpoint:
-    """A model on the way, and under Adam its step sizes by parameter name."""
-
-    parameters: dict[str, Tensor]
-    rates: dict[str, Tensor] | None
-
-
-def _reference(task: Task, run: Run, data: Any, times: np.ndarray, features: int, memory: float) -> _Reference:
-    """Trains once for the features and their basis, and takes the kernels at the checkpoints afterwards."""
-    n_train = len(task.train)
-    head, moving, read, checkpoints = Head(None), 0, [], []
-    moments: SecondMoments | None = None
-    for training in follow(task, run):
-        model = training.model
-        if training.step == 0:
-            head = Head.of(model, data[0])
-        read.append(head.read(model, data[0]))
-        if training.step == 0:
-            moving = head.moving(read[0][1], features)
-            _check_memory(read[0][0], n_train, moving, len(times), run.steps, memory)
-        if training.step not in times or training.finished:
-            continue
-        if isinstance(training.optimizer, torch.optim.Adam):  # AdamW is one
-            expected = _expected_squares(model, task, training.job.train_data, usual_batch_size([run.curriculum]))
-            moments = SecondMoments.after(moments, training.step, expected, training.optimizer.param_groups[0])
-        parameters = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
-        checkpoints.append(_Checkpoint(parameters, None if moments is None else moments.steps()))
-    seen, weights = (torch.stack(each) for each in zip(*read, strict=True))
-    basis = head.basis(seen[times[times <= run.steps]], weights[0])
-    directions = basis[:moving]
-    kernels = [_kernel_at(each, model, head, directions, data, n_train) for each in checkpoints]
-    kernels.extend([kernels[-1]] * (len(times) - len(kernels)))  # a run that is shorter than others keeps its last
-    arrays = torch.stack(kernels), seen @ basis.T, weights @ basis.T, basis
-    return _Reference(head.name is not None, *(each.numpy() for each in arrays))
-
-
-def _kernel_at(
-    checkpoint: _Checkpoint, model: nn.Module, head: Head, directions: Tensor, data: Any, n_train: int
-) -> Tensor:
-    """Of the features along some directions, ``[train, moving, examples, moving]``."""
-    model.load_state_dict(checkpoint.parameters, strict=False)
-    body = head.body(model, directions)
-    if not any(parameter.requires_grad for parameter in body.parameters()):  # the head is all there is
-        return directions.new_zeros(n_train, 0, len(data[1]), 0)
-    rates = checkpoint.rates and {f"model.{name}": each for name, each in checkpoint.rates.items()}
-    return tangent_kernel(body, data, n_train, rates)
-
-
-@dataclass(frozen=True, eq=False)
-class SecondMoments:
-    """Adam's second moments along a reference, as they are expected over random batches.
-
-    Those of one run are of its own batches: where none of them had a gradient, a step of another run would be without
-    bounds. Between checkpoints the squares are taken to change in a straight line.
-
-    Args:
-        step: number of updates so far.
-        squares: expected squares of a batch's mean gradient at that step, by parameter name.
-        sums: of the squares so far, weighted as Adam does.
-        weight: sum of those weights, which corrects for the first steps.
-        beta, eps: Adam's.
-    """
-
-    step: int
-    squares: Mapping[str, Tensor]
-    sums: Mapping[str, Tensor]
-    weight: float
-    beta: float
-    eps: float
-
-    @classmethod
-    def after(
-        cls, before: SecondMoments | None, step: int, squares: Mapping[str, Tensor], group: Mapping[str, Any]
-    ) -> SecondMoments:
-        """The moments at a checkpoint, from those at the one before it."""
-        beta, eps = float(group["betas"][1]), float(group["eps"])
-        if before is None:
-            return cls(step, squares, {name: (1 - beta) * each for name, each in squares.items()}, 1 - beta, beta, eps)
-        kept = beta ** (step - before.step)
-        between = {name: (each + before.squares[name]) / 2 for name, each in squares.items()}
-        sums = {name: kept * before.sums[name] + (1 - kept) * each for name, each in between.items()}
-        return cls(step, squares, sums, kept * before.weight + 1 - kept, beta, eps)
-
-    def steps(self) -> dict[str, Tensor]:
-        """``1 / (√v̂ + ε)`` by parameter name."""
-        return {name: 1 / ((each / self.weight).sqrt() + self.eps) for name, each in self.sums.items()}
-
-
-def _expected_squares(model: nn.Module, task: Task, data: Any, batch_size: int) -> dict[str, Tensor]:
-    """``ḡ² + (E[g²] − ḡ²) / B``: of the mean gradient of B random training examples, by parameter name."""
-    gradients = per_example(model, task.loss, data)
-    found: dict[str, Tensor] = {}
-    count = len(data[1])
-    sums = {name: gradients.like.new_zeros(2, layer.rows, layer.columns) for name, layer in gradients.layers.items()}
-    for _, factors in gradients.batches(data, 64):
-        for name, each in factors.items():
-            sums[name][0] += torch.einsum("bpr,bpc->rc", each.gradients, each.inputs)
-            sums[name][1] += squares(each)
-    for name, layer in gradients.layers.items():
-        mean, second = sums[name] / count
-        found |= layer.to_parameters(mean**2 + (second - mean**2).clamp(min=0) / batch_size)
-    return found
-
-
 def _both_sides(job: Job) -> Any:
     """Training and test data, one after the other."""
     rest = iter(tensors(job.test_data[0]))
     inputs = convert(lambda tensor: torch.cat([tensor, next(rest)]), job.train_data[0])
     return inputs, torch.cat([job.train_data[1], job.test_data[1]])
-
-
-def _check_memory(seen: Tensor, n_train: int, moving: int, kernels: int, steps: int, most: float) -> None:
-    examples, item = len(seen), seen.element_size()
-    size = kernels * kernel_bytes(n_train, examples - n_train, moving, item)
-    size += (steps + 1) * seen.numel() * item
-    if size > most:
-        raise InvalidInput(
-            f"{kernels} kernels of {n_train} training examples with {examples}, {moving} features each, and the "
-            f"features at {steps} steps take {size / _GIB:.2g} GiB of a reference's {most / _GIB:.2g}: fewer "
-            "checkpoints, references or features, or more memory="
-        )
 
 
 def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
