@@ -328,7 +328,7 @@ def test_full_rank_is_exact(name, method):
 def test_lower_rank_is_worse_and_within_its_bound():
     case = mlp()
     exact = EKFAC(0.01, labels="empirical").fit(case.model, case.train, case.loss)
-    queries = exact._solve(exact.gradients_.factors(case.test))
+    queries = exact._solve(exact._prepared(exact.gradients_.factors(case.test)))
     norms = {name: each.matrices().norm(dim=(1, 2)) for name, each in exact.gradients_.factors(case.train).items()}
     wanted, errors = np.asarray(exact.scores(case.test, unit="raw")), []
     for rank in (1, 2, 3, 4):

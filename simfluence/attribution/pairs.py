@@ -57,12 +57,14 @@ def position_products(query: Query, factors: Factors) -> Float[Tensor, "test tra
 
 def joined(parts: Sequence[dict[str, Query]]) -> dict[str, Query]:
     """Batches as one, layer by layer. The parts are emptied, so that little is there twice."""
+    if len(parts) == 1:
+        return parts[0]
     return {name: _cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
 
 def _cat(parts: list[Any]) -> Query:
-    if len(parts) == 1 or isinstance(parts[0], Tensor):
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
     inputs, gradients = (torch.cat([getattr(part, side) for part in parts]) for side in ("inputs", "gradients"))
     return Factors(inputs, gradients, None, parts[0].calls)  # products do not ask what is padding
 
@@ -103,7 +105,7 @@ def matrices(query: Query) -> Float[Tensor, "test rows columns"]:
 
 
 def _few_positions(query: Factors, factors: Factors) -> bool:
-    """Whether to multiply all positions with each other is cheaper than to form gradients, or no gradient need be."""
+    """Whether multiplying all positions with each other is cheaper than forming gradients; of one each, it is."""
     rows, columns = factors.gradients.shape[-1], factors.inputs.shape[-1]
     both = query.positions * factors.positions
     return both == 1 or both * (rows + columns) < rows * columns
