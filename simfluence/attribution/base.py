@@ -245,6 +245,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
                     yield rows, columns, torch.stack([product(queries[n], factors[n]).cpu() for n in names])
                     advance((rows.stop - rows.start) * (columns.stop - columns.start))
                     del factors  # before the next ones are there
+                del queries
 
     def _groups(self, gradients: Gradients, solve: Solve, test: Data) -> Iterator[tuple[slice, Queries]]:
         """As many test examples at a time as may be kept."""
@@ -253,6 +254,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         first = held = 0
         for rows, factors in self._batches(gradients, test, "test", self._few(gradients)):
             parts.append(dict(solve(factors)))
+            del factors
             new = numbers(parts[-1].values())
             held += new
             if held + new > most and rows.stop < len(test[1]):  # another such batch would be too many

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simfluence.attribution.curvature import FORMED, formed
-from simfluence.attribution.layers import Factors
+from simfluence.attribution.layers import Factors, concatenated
 
 #: What stands for the test gradients of a layer: their factors, or matrices ``[test, rows, columns]``.
 Query = Factors | Tensor
@@ -59,14 +59,11 @@ def joined(parts: Sequence[dict[str, Query]]) -> dict[str, Query]:
     """Batches as one, layer by layer. The parts are emptied, so that little is there twice."""
     if len(parts) == 1:
         return parts[0]
-    return {name: _cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+    return {name: _concatenated([part.pop(name) for part in parts]) for name in list(parts[0])}
 
 
-def _cat(parts: list[Any]) -> Query:
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    inputs, gradients = (torch.cat([getattr(part, side) for part in parts]) for side in ("inputs", "gradients"))
-    return Factors(inputs, gradients, None, parts[0].calls)  # products do not ask what is padding
+def _concatenated(parts: list[Any]) -> Query:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else concatenated(parts)
 
 
 def low_rank(matrices: Float[Tensor, "batch rows columns"], rank: int, seed: int) -> Factors:

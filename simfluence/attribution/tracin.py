@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve
+from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve, versions
 from simfluence.attribution.curvature import FORMED
 from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask
 from simfluence.attribution.layers import Factors
@@ -175,7 +175,7 @@ class TracInCP(Attributor):
 
     def _check_ready(self) -> None:
         if hasattr(self, "versions_"):  # the copy changes with every checkpoint
-            self.versions_ = tuple(p._version for p in self.gradients_.model.parameters())
+            self.versions_ = versions(self.gradients_.model)
         super()._check_ready()
 
     def _states(self) -> Iterator[tuple[Gradients, Solve]]:
