@@ -121,8 +121,8 @@ class EKFAC(_Blocks):
         rank: keep ``(G + λI)⁻¹ ∇ℓ_z`` of each test example and layer as factors of this rank (Grosse et al. 2023,
             section 3.2.2): many test examples fit into memory, and where layers are applied to few positions scores
             are quicker. A layer's score is then wrong by ``(Σ_{k > rank} σ_k²)^½ ‖∇ℓ_i‖`` at most, or little more,
-            with σ the singular values of what is approximated; by nothing from full rank on. Self-influence stays
-            exact. By default no approximation.
+            with σ the singular values of what is approximated; by nothing from full rank on. Low ranks can be
+            far off: take as much as memory allows. Self-influence stays exact. By default no approximation.
 
     Raises:
         StoreError: by ``fit``, the file is damaged, or of another model, data or settings.
