@@ -49,7 +49,7 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/peers.txt
 
 peers: $(PEERS)/.ready  ## an environment with the packages that we compare with
 
-bench-peers: $(PEERS)/.ready  ## attribution against published packages, about 20 minutes
+bench-peers: $(PEERS)/.ready  ## attribution against published packages, about 17 minutes, most of them theirs
 	$(PEERS)/bin/python benchmarks/ekfac.py
 	$(PEERS)/bin/python benchmarks/tracin.py
 

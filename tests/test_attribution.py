@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import sklearn.base
@@ -18,6 +20,7 @@ from simfluence.errors import InvalidInput, NotFittedError, PlainGradientsWarnin
 ATTRIBUTORS = {
     "EKFAC": attribution.EKFAC(damping=0.1, labels="empirical"),
     "EKFAC-relative": attribution.EKFAC(labels="empirical"),
+    "EKFAC-rank": attribution.EKFAC(damping=0.1, labels="empirical", rank=20),
     "KFAC": attribution.KFAC(damping=0.1, labels="empirical"),
     "Diagonal": attribution.Diagonal(damping=0.1, labels="empirical"),
     "Exact": attribution.Exact(damping=0.1),
@@ -134,6 +137,26 @@ def test_top_k(attributor):
     for k in (0, 14):
         with pytest.raises(InvalidInput, match="k must be from 1 to the number of training examples, 13"):
             found.top_k(k, case.test)
+
+
+def test_progress_counts_every_pair(monkeypatch):
+    case, bars = mlp(), []
+
+    @contextlib.contextmanager
+    def bar(what, total, shown):
+        bars.append([what, total, shown, 0])
+
+        def advance(count):
+            bars[-1][3] += count
+
+        yield advance
+
+    monkeypatch.setattr(attribution.base, "bar", bar)
+    found = fitted(attribution.EKFAC(0.1), case, batch_size=4)
+    found.scores(case.test)
+    monkeypatch.setattr(attribution.base, "_SHOWN", 64)
+    found.top_k(2, case.test)
+    assert bars == [["EKFAC: pairs", 65, False, 65], ["EKFAC: pairs", 65, True, 65]]
 
 
 def test_units(attributor):

@@ -277,6 +277,7 @@ def test_pieces_of_formed_gradients_do_not_change_results(monkeypatch):
     expected = EKFAC(labels="empirical").fit(case.model, case.train, case.loss).scores(case.test)
     monkeypatch.setattr(curvature, "FORMED", 50)
     monkeypatch.setattr(attribution.pairs, "FORMED", 50)
+    monkeypatch.setattr(attribution.pairs, "BLOCK", 50)
     monkeypatch.setattr(attribution.base, "QUERIES", 100)
     found = EKFAC(labels="empirical").fit(case.model, case.train, case.loss).scores(case.test)
     assert relative(found, expected) < 1e-10
@@ -295,6 +296,70 @@ def slow_scores_of(fitted, case: Case) -> np.ndarray:
             solved = (solved @ block.inputs.T).numpy()
             found[z] += [(solved * theirs[name]).sum() / len(train) for theirs in train]
     return found
+
+
+@pytest.mark.parametrize("held", [1, 2, 3])
+def test_test_examples_share_passes_as_memory_allows(monkeypatch, held):
+    """Three test examples, of which so many are kept at a time."""
+    case = CASES["language"]()
+    found = EKFAC(0.1, labels="empirical", batch_size=1).fit(case.model, case.train, case.loss)
+    expected, passes = found.scores(case.test), []
+    batches = found.gradients_.batches
+
+    def counted(data, batch_size, **arguments):
+        passes.append(arguments["side"])
+        return batches(data, batch_size, **arguments)
+
+    monkeypatch.setattr(type(found.gradients_), "batches", lambda self, *a, **k: counted(*a, **k))
+    monkeypatch.setattr(attribution.base, "QUERIES", held * found.gradients_.size * 8)
+    assert relative(found.scores(case.test), expected) < 1e-12
+    assert passes.count("training") == -(-3 // held)
+
+
+@pytest.mark.parametrize("method", [EKFAC, KFAC, Diagonal])
+@pytest.mark.parametrize("name", CASES)
+def test_full_rank_is_exact(name, method):
+    case = CASES[name]()
+    exact = method(0.01, labels="empirical").fit(case.model, case.train, case.loss)
+    full = method(0.01, labels="empirical", rank=100).fit(case.model, case.train, case.loss)
+    assert relative(full.scores(case.test), exact.scores(case.test)) < 1e-8
+
+
+def test_lower_rank_is_worse_and_within_its_bound():
+    case = mlp()
+    exact = EKFAC(0.01, labels="empirical").fit(case.model, case.train, case.loss)
+    queries = exact._solve(exact._prepared(exact.gradients_.factors(case.test)))
+    norms = {name: each.matrices().norm(dim=(1, 2)) for name, each in exact.gradients_.factors(case.train).items()}
+    wanted, errors = np.asarray(exact.scores(case.test, unit="raw")), []
+    for rank in (1, 2, 3, 4):
+        lower = EKFAC(0.01, labels="empirical", rank=rank, batch_size=2).fit(case.model, case.train, case.loss)
+        wrong = np.abs(lower.scores(case.test, unit="raw") - wanted)
+        bound = sum(
+            torch.outer(torch.linalg.svdvals(attribution.pairs.matrices(query))[:, rank:].norm(dim=1), norms[name])
+            for name, query in queries.items()
+        )
+        assert (wrong <= 1.01 * bound.numpy() + 1e-10).all()
+        errors.append(relative(lower.scores(case.test, unit="raw"), wanted))
+    assert errors[0] > errors[1] > errors[2] > errors[3] > 0
+    assert errors[3] < 0.1 * errors[0]
+
+
+def test_rank_takes_less_memory_and_leaves_the_random_state_alone():
+    matrices = torch.randn(4, 30, 20, dtype=torch.float64)
+    before = torch.get_rng_state()
+    found = attribution.pairs.low_rank(matrices, 2, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert attribution.pairs.numbers([found]) == 4 * 2 * (30 + 20)
+    assert torch.equal(attribution.pairs.low_rank(matrices, 2, seed=0).inputs, found.inputs)
+    least = torch.linalg.svdvals(matrices)[:, 2:].norm(dim=1)
+    assert ((found.matrices() - matrices).norm(dim=(1, 2)) <= 1.05 * least).all()
+
+
+@pytest.mark.parametrize("rank", [0, -1, True])
+def test_ranks_out_of_range_are_refused(rank):
+    case = mlp()
+    with pytest.raises(InvalidInput, match="rank must be an integer from 1 up"):
+        EKFAC(rank=rank).fit(case.model, case.train, case.loss)
 
 
 def test_single_precision_is_close():
@@ -320,6 +385,7 @@ def test_symmetric_products_by_blocks_are_whole(monkeypatch, width):
 @pytest.mark.parametrize("numbers", [1, 20, 10_000])
 def test_products_by_blocks_are_those_of_whole_gradients(monkeypatch, numbers, positions, rows, columns):
     monkeypatch.setattr(curvature, "CACHED", numbers)
+    monkeypatch.setattr(attribution.pairs, "BLOCK", numbers)
     monkeypatch.setattr(attribution.pairs, "FORMED", numbers)
     query = torch.randn(3, rows, columns, dtype=torch.float64)
     factors = attribution.Factors(
@@ -327,5 +393,7 @@ def test_products_by_blocks_are_those_of_whole_gradients(monkeypatch, numbers, p
     )
     expected = torch.einsum("zoi,npo,npi->zn", query, factors.gradients, factors.inputs)
     assert relative(attribution.pairs.products(query, factors), expected) < 1e-12
+    factored = attribution.Factors(query, torch.eye(rows, dtype=torch.float64).expand(3, -1, -1))
+    assert relative(attribution.pairs.products(factored, factors), expected) < 1e-12
     whole = torch.einsum("npo,npi->noi", factors.gradients, factors.inputs)
     assert relative(curvature.squares(factors), whole.square().sum(0)) < 1e-12

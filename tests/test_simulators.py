@@ -23,16 +23,20 @@ VARIANTS = [
     ("linear", {"l2": "auto"}),
     ("conformal", {}),
     ("conformal", {"simulator": sf.LinearSimulator(l2=2.0, around="mean", order=2), "members": 3}),
+    *(("attributed", {"scale": "fitted", "around": around}) for around in (None, "mean")),
 ]
-#: Simulators that learn from all test examples together.
-SHARED = {"boosted", "featurized"}
+#: Simulators that learn from all test examples together, or know their scores.
+SHARED = {"boosted", "featurized", "attributed"}
+SCORES = np.random.default_rng(0).normal(size=(5, 12))
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *map(str, variant[1].values())]))
 def simulator(request):
     name, parameters = request.param
-    if name == "conformal":  # wraps another, so it has no name on the command line
+    if name == "conformal":  # this one and the next wrap something, so they have no name on the command line
         return sklearn.base.clone(sf.ConformalSimulator(**parameters))
+    if name == "attributed":
+        return sf.AttributedSimulator(SCORES, **parameters)
     return build(name, **parameters)
 
 
@@ -89,7 +93,8 @@ def test_save_and_load(simulator, runs, tmp_path):
         type(simulator).load(str(tmp_path / "fitted.safetensors")),
     ):
         assert type(loaded) is type(simulator)
-        assert str(loaded.get_params()) == str(simulator.get_params())  # a simulator within is equal by its own
+        kept = simulator.get_params() | ({"attributor": None} if simulator.name == "attributed" else {})
+        assert str(loaded.get_params()) == str(kept)  # a simulator within is equal by its own
         expected = simulator.simulate(runs.curricula, runs.initial_losses)
         assert np.array_equal(loaded.simulate(runs.curricula, runs.initial_losses), expected)
 

@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from simfluence._indices import checked_indices
+from simfluence._progress import bar
 from simfluence._types import Indices
 from simfluence.attribution.finding import per_example
 from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask, rows_of
 from simfluence.attribution.layers import Factors
-from simfluence.attribution.pairs import Query, own_products, position_products, products
+from simfluence.attribution.pairs import Query, joined, numbers, own_products, position_products, products
 from simfluence.attribution.scores import Scores, TopScores
 from simfluence.errors import InvalidInput, NotFittedError
 from simfluence.task import Data, Task, take, tensors
@@ -25,8 +26,10 @@ from simfluence.task import Data, Task, take, tensors
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
 AttributorT = TypeVar("AttributorT", bound="Attributor")
 
-#: Numbers that the test examples' share of a product may take: as many as fit are scored in one pass over training.
-QUERIES = 2**29
+#: Bytes that the test examples' share of products may take, 2 GiB: as many as fit are scored in one pass over training.
+QUERIES = 2**31
+#: Pairs of a test and a training example from which on a progress bar is shown.
+_SHOWN = 10_000
 
 LayerFactors = dict[str, Factors]
 Queries = Mapping[str, Query]
@@ -39,6 +42,9 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
     The common form is ``score(z, i) = Σ_k w_k ⟨P_k ∇ℓ_z(θ_k), ∇ℓ_i(θ_k)⟩`` over one or several states θ_k of the model;
     members choose P, often the inverse of a curvature matrix. Subclasses implement ``_fit()`` and ``_solve(factors)``,
     which applies P. Results do not depend on the batch size. Classes are abstract or final: to vary one, wrap it.
+
+    ``P_k ∇ℓ_z`` of the test examples takes 2 GiB at most; where all of them need more, there are several passes over
+    the training examples.
     """
 
     #: Units that the scores can have, the default first.
@@ -109,7 +115,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         shape = (len(names), n_test, n_train) if by_layer else (n_test, n_train)
         values = np.zeros(shape, _numpy_dtype(self.gradients_.like))
         for rows, columns, block in self._blocks(test, chosen):
-            values[..., rows, columns] += scale * (block if by_layer else block.sum(0)).cpu().numpy()
+            values[..., rows, columns] += scale * (block if by_layer else block.sum(0)).numpy()
         train_ids, test_ids = self._ids(test_data, chosen)
         layers = tuple(names) if by_layer else None
         return Scores(values, unit or self.units[0], type(self).__name__, layers, train_ids, test_ids)
@@ -140,9 +146,9 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
             raise InvalidInput(f"k must be from 1 to the number of training examples, {n_train}; got {k}")
         values = torch.full((n_test, k), -torch.inf, dtype=self.gradients_.like.dtype)
         indices = torch.zeros(n_test, k, dtype=torch.int64)
-        for rows, columns, block in self._blocks(test):
+        for rows, columns, block in self._sums(test):
             new = torch.arange(columns.start, columns.stop).expand(rows.stop - rows.start, -1)
-            every = torch.cat([values[rows], block.sum(0).cpu()], 1)
+            every = torch.cat([values[rows], block], 1)
             values[rows], order = (part[:, :k] for part in every.sort(dim=1, descending=True, stable=True))
             indices[rows] = torch.cat([indices[rows], new], 1).gather(1, order)
         return TopScores(indices.numpy(), scale * values.numpy(), unit or self.units[0], type(self).__name__)
@@ -202,7 +208,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
 
     def _few(self, gradients: Gradients) -> int:
         """How many examples may have their products with P formed at a time."""
-        return max(1, min(self.batch_size, QUERIES // gradients.size))
+        return max(1, min(self.batch_size, QUERIES // (gradients.size * gradients.like.element_size())))
 
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""
@@ -213,6 +219,11 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         """Test rows, training rows (of those chosen), and their products ``[layer, test, train]``."""
         for gradients, solve in self._states():
             yield from self._pairs(gradients, solve, test, products, list(gradients.layers), chosen)
+
+    def _sums(self, test: Data) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Test rows, training rows, and their products ``[test, train]`` over all layers and states, each pair once."""
+        for rows, columns, block in self._blocks(test):
+            yield rows, columns, block.sum(0)
 
     def _pairs(
         self,
@@ -227,23 +238,29 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         train, side = self.train_data_, "training"
         if chosen is not None:
             train, side = take(train, torch.from_numpy(chosen).to(train[1].device)), "chosen training"
-        for group in self._groups(gradients, solve, test):
-            for columns, factors in self._batches(gradients, train, side):
-                for rows, queries in group:
+        n_test, n_train = len(test[1]), len(train[1])
+        with bar(f"{type(self).__name__}: pairs", n_test * n_train, n_test * n_train > _SHOWN) as advance:
+            for rows, queries in self._groups(gradients, solve, test):
+                for columns, factors in self._batches(gradients, train, side):
                     yield rows, columns, torch.stack([product(queries[n], factors[n]).cpu() for n in names])
-                del factors  # before the next ones are there
+                    advance((rows.stop - rows.start) * (columns.stop - columns.start))
+                    del factors  # before the next ones are there
+                del queries
 
-    def _groups(self, gradients: Gradients, solve: Solve, test: Data) -> Iterator[list[tuple[slice, Queries]]]:
-        """Batches of test examples, as many at a time as may be kept."""
-        size = self._few(gradients)
-        group: list[tuple[slice, Queries]] = []
-        for rows, factors in self._batches(gradients, test, "test", size):
-            group.append((rows, solve(factors)))
-            if (rows.stop - group[0][0].start + size) * gradients.size > QUERIES:
-                yield group
-                group = []
-        if group:
-            yield group
+    def _groups(self, gradients: Gradients, solve: Solve, test: Data) -> Iterator[tuple[slice, Queries]]:
+        """As many test examples at a time as may be kept."""
+        most = QUERIES // gradients.like.element_size()
+        parts: list[dict[str, Query]] = []
+        first = held = 0
+        for rows, factors in self._batches(gradients, test, "test", self._few(gradients)):
+            parts.append(dict(solve(factors)))
+            del factors
+            new = numbers(parts[-1].values())
+            held += new
+            if held + new > most and rows.stop < len(test[1]):  # another such batch would be too many
+                yield slice(first, rows.stop), joined(parts)
+                parts, first, held = [], rows.stop, 0
+        yield slice(first, len(test[1])), joined(parts)
 
     def _batches(
         self, gradients: Gradients, data: Data, side: str, size: int | None = None

@@ -118,8 +118,13 @@ class Block:
         Raises:
             InvalidInput: the block is singular and the damping does not help.
         """
-        inner = self.rotated(factors).matrices() / damped(self.eigenvalues, damping, l2, name)
-        return self._back(inner)
+        divisor, rotated = damped(self.eigenvalues, damping, l2, name), self.rotated(factors)
+        found = divisor.new_empty(len(factors), *divisor.shape)
+        start = 0
+        for part in formed(rotated, cached(divisor)):
+            found[start : start + len(part)] = self._back(part.div_(divisor))
+            start += len(part)
+        return found
 
     def divided(self, matrices: Float[Tensor, "n rows columns"], damping: Damping) -> Float[Tensor, "n rows columns"]:
         """``(G + λI)⁻¹ v`` for matrices v."""
@@ -250,13 +255,15 @@ def _kept_basis(kept: Kept, layer: Layer, like: Tensor) -> Block:
     return Block(*(kept.sum(f"{part}/{layer.name}", like.new_empty(shape)) for part, shape in shapes.items()))
 
 
-def diagonal(gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None) -> dict[str, Block]:
+def diagonal(
+    gradients: Gradients, data: Data, batch_size: int, relabel: Relabel | None = None, kept: Kept | None = None
+) -> dict[str, Block]:
     """The diagonal of the Fisher matrix: second moments of gradients as they are."""
     empty = {
         name: Block(torch.zeros(layer.rows, layer.columns).to(gradients.own(layer)))
         for name, layer in gradients.layers.items()
     }
-    return with_eigenvalues(empty, gradients, data, batch_size, relabel)
+    return with_eigenvalues(empty, gradients, data, batch_size, relabel, kept)
 
 
 def squares(factors: Factors) -> Float[Tensor, "rows columns"]:

@@ -27,7 +27,7 @@ from simfluence.attribution.gradients import rows_of
 from simfluence.attribution.kept import Kept, fingerprint
 from simfluence.attribution.labels import Draw, Relabel, relabelling
 from simfluence.attribution.layers import Factors
-from simfluence.attribution.pairs import own_products
+from simfluence.attribution.pairs import low_rank, own_products
 from simfluence.errors import InvalidInput
 
 DEFAULT_DAMPING = Relative(0.1)
@@ -38,14 +38,29 @@ LARGEST = 20_000
 class _Blocks(Attributor):
     """``∇ℓ_zᵀ (G + λI)⁻¹ ∇ℓ_i / N`` with G block-diagonal over layers (Grosse et al. 2023, sections 2 and 3)."""
 
-    labels: str | Draw
-    damping: Damping
-    seed: int
-    store: str | Path | None = None
+    def __init__(
+        self,
+        damping: Damping = DEFAULT_DAMPING,
+        labels: str | Draw = "sampled",
+        layers: Sequence[str] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        store: str | Path | None = None,
+        rank: int | None = None,
+    ) -> None:
+        self.damping = damping
+        self.labels = labels
+        self.layers = layers
+        self.batch_size = batch_size
+        self.seed = seed
+        self.store = store
+        self.rank = rank
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_damping(self.damping)
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise InvalidInput(f"rank must be an integer from 1 up, or None for no approximation, got {self.rank!r}")
 
     def _fit(self) -> None:
         relabel = relabelling(self.labels, self.gradients_.loss, self.seed)
@@ -60,7 +75,9 @@ class _Blocks(Attributor):
         return {n: self.blocks_[n].rotated(each) if n in self.rotated_ else each for n, each in factors.items()}
 
     def _solve(self, factors: LayerFactors) -> Queries:
-        return {name: self._solved(name, each) for name, each in factors.items()}
+        if self.rank is None:
+            return {name: self._solved(name, each) for name, each in factors.items()}
+        return {name: low_rank(self._solved(name, each), self.rank, self.seed) for name, each in factors.items()}
 
     def _solved(self, name: str, factors: Factors) -> Tensor:
         if name in self.rotated_:
@@ -99,8 +116,13 @@ class EKFAC(_Blocks):
             ``(outputs, targets, uniforms) → targets`` that draws them, for losses that are not the library's own.
         layers: names or patterns of the layers to attribute to; all by default.
         batch_size: examples per pass: memory, not results.
-        seed: of the sampled labels.
+        seed: of the sampled labels, and of the decomposition by ``rank``.
         store: a safetensors file for the factors: fitting again reads it, and goes on where it was stopped.
+        rank: keep ``(G + λI)⁻¹ ∇ℓ_z`` of each test example and layer as factors of this rank (Grosse et al. 2023,
+            section 3.2.2): many test examples fit into memory, and where layers are applied to few positions scores
+            are quicker. A layer's score is then wrong by ``(Σ_{k > rank} σ_k²)^½ ‖∇ℓ_i‖`` at most, or little more,
+            with σ the singular values of what is approximated; by nothing from full rank on. Low ranks can be
+            far off: take as much as memory allows. Self-influence stays exact. By default no approximation.
 
     Raises:
         StoreError: by ``fit``, the file is damaged, or of another model, data or settings.
@@ -117,22 +139,6 @@ class EKFAC(_Blocks):
     True
     """
 
-    def __init__(
-        self,
-        damping: Damping = DEFAULT_DAMPING,
-        labels: str | Draw = "sampled",
-        layers: Sequence[str] | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
-        store: str | Path | None = None,
-    ) -> None:
-        self.damping = damping
-        self.labels = labels
-        self.layers = layers
-        self.batch_size = batch_size
-        self.seed = seed
-        self.store = store
-
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
         return ekfac(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept())
 
@@ -141,24 +147,8 @@ class KFAC(_Blocks):
     """Influence functions with Kronecker factors (Martens & Grosse 2015), the damping added to their products.
 
     Args:
-        damping, labels, layers, batch_size, seed, store: as of ``EKFAC``.
+        damping, labels, layers, batch_size, seed, store, rank: as of ``EKFAC``.
     """
-
-    def __init__(
-        self,
-        damping: Damping = DEFAULT_DAMPING,
-        labels: str | Draw = "sampled",
-        layers: Sequence[str] | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
-        store: str | Path | None = None,
-    ) -> None:
-        self.damping = damping
-        self.labels = labels
-        self.layers = layers
-        self.batch_size = batch_size
-        self.seed = seed
-        self.store = store
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
         return kfac(kronecker_factors(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept()))
@@ -168,25 +158,11 @@ class Diagonal(_Blocks):
     """Influence functions with the diagonal of the Fisher matrix.
 
     Args:
-        damping, labels, layers, batch_size, seed: as of ``EKFAC``.
+        damping, labels, layers, batch_size, seed, store, rank: as of ``EKFAC``.
     """
 
-    def __init__(
-        self,
-        damping: Damping = DEFAULT_DAMPING,
-        labels: str | Draw = "sampled",
-        layers: Sequence[str] | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
-    ) -> None:
-        self.damping = damping
-        self.labels = labels
-        self.layers = layers
-        self.batch_size = batch_size
-        self.seed = seed
-
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        return diagonal(self.gradients_, self.train_data_, self.batch_size, relabel)
+        return diagonal(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept())
 
 
 class Exact(Attributor):

@@ -29,8 +29,11 @@ Vectors = Float[Tensor, "n parameters"]
 class _Iterative(Attributor):
     """``(G + λI)⁻¹ ∇ℓ_z`` by products with G over all training examples."""
 
-    damping: Damping
-    curvature: str
+    def __init__(self, damping: Damping, curvature: str, layers: Sequence[str] | None, batch_size: int) -> None:
+        self.damping = damping
+        self.curvature = curvature
+        self.layers = layers
+        self.batch_size = batch_size
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -90,13 +93,10 @@ class ConjugateGradients(_Iterative):
         layers: Sequence[str] | None = None,
         batch_size: int = 64,
     ) -> None:
-        self.damping = damping
-        self.curvature = curvature
+        super().__init__(damping, curvature, layers, batch_size)
         self.tolerance = tolerance
         self.iterations = iterations
         self.preconditioned = preconditioned
-        self.layers = layers
-        self.batch_size = batch_size
 
     def _prepare(self) -> None:
         self.blocks_: dict[str, Block] = {}
@@ -186,15 +186,12 @@ class LiSSA(_Iterative):
         layers: Sequence[str] | None = None,
         batch_size: int = 64,
     ) -> None:
-        self.damping = damping
-        self.curvature = curvature
+        super().__init__(damping, curvature, layers, batch_size)
         self.scale = scale
         self.iterations = iterations
         self.tolerance = tolerance
         self.sample = sample
         self.seed = seed
-        self.layers = layers
-        self.batch_size = batch_size
 
     def _prepare(self) -> None:
         self.scale_ = 1.1 * self._largest_eigenvalue() if self.scale is None else self.scale
@@ -269,13 +266,10 @@ class Arnoldi(_Iterative):
         layers: Sequence[str] | None = None,
         batch_size: int = 64,
     ) -> None:
-        self.damping = damping
-        self.curvature = curvature
+        super().__init__(damping, curvature, layers, batch_size)
         self.iterations = iterations
         self.rank = rank
         self.seed = seed
-        self.layers = layers
-        self.batch_size = batch_size
 
     def _prepare(self) -> None:
         basis, matrix = self._krylov(min(self.iterations, self.gradients_.size))

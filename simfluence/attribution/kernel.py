@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from simfluence.attribution.finding import per_example
 from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask, rows_of
-from simfluence.attribution.layers import Factors, Layer
+from simfluence.attribution.layers import Factors, Layer, concatenated
 from simfluence.errors import InvalidInput
 from simfluence.task import Data, forward
 
@@ -94,11 +94,7 @@ def _factors(gradients: Gradients, data: Data, outputs: int, batch_size: int) ->
         for name, several in parts.items():
             found[name].append(several)
     for name, layer in gradients.layers.items():
-        yield layer, [_joined(several) for several in found.pop(name)]
-
-
-def _joined(parts: list[Factors]) -> Factors:
-    return Factors(torch.cat([part.inputs for part in parts]), torch.cat([part.gradients for part in parts]))
+        yield layer, [concatenated(several) for several in found.pop(name)]
 
 
 def _add(kernel: Tensor, factors: list[Factors], columns: int, steps: Tensor | None) -> None:

@@ -8,7 +8,7 @@ came out. A bias is the last column, with 1 appended to ``a``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,13 @@ class Factors:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+
+def concatenated(parts: Sequence[Factors]) -> Factors:
+    """The factors of several batches as those of one."""
+    inputs, gradients = (torch.cat([getattr(part, side) for part in parts]) for side in ("inputs", "gradients"))
+    valid = [part.valid for part in parts if part.valid is not None]
+    return Factors(inputs, gradients, torch.cat(valid) if valid else None, parts[0].calls)
 
 
 @dataclass(frozen=True, eq=False)

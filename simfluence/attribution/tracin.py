@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve
+from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve, versions
+from simfluence.attribution.curvature import FORMED
 from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask
 from simfluence.attribution.layers import Factors
 from simfluence.attribution.pairs import matrices, own_products
-from simfluence.attribution.scores import TopScores
 from simfluence.errors import InvalidInput
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.runs import Run
@@ -164,14 +164,6 @@ class TracInCP(Attributor):
             products.append(one.scores(test_data).values)
         return np.array(steps), np.stack(products)
 
-    def top_k(self, k: int, test_data: Data | None = None, unit: str | None = None) -> TopScores:
-        """As of ``Attributor``, but by way of all scores: they are added up over checkpoints first."""
-        scores = self.scores(test_data, unit)
-        if not 1 <= k <= scores.shape[1]:
-            raise InvalidInput(f"k must be from 1 to the number of training examples, {scores.shape[1]}; got {k}")
-        indices = np.argsort(-scores.values, axis=1, kind="stable")[:, :k]
-        return TopScores(indices, np.take_along_axis(scores.values, indices, 1), scores.unit, scores.method)
-
     def _fit(self) -> None:
         if not self.checkpoints:
             raise InvalidInput("no checkpoints to trace: give pairs (state, learning rate)")
@@ -183,7 +175,7 @@ class TracInCP(Attributor):
 
     def _check_ready(self) -> None:
         if hasattr(self, "versions_"):  # the copy changes with every checkpoint
-            self.versions_ = tuple(p._version for p in self.gradients_.model.parameters())
+            self.versions_ = versions(self.gradients_.model)
         super()._check_ready()
 
     def _states(self) -> Iterator[tuple[Gradients, Solve]]:
@@ -191,6 +183,17 @@ class TracInCP(Attributor):
             read = Checkpoint.load(Path(state)) if isinstance(state, str | Path) else state
             self.gradients_.model.load_state_dict(dict(_parameters(read)))
             yield self.gradients_, self._through(read, rate)
+
+    def _sums(self, test: Data) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Some of the training examples at a time, at all checkpoints; the test side is taken anew for each some."""
+        n_test, n_train = len(test[1]), len(self.train_data_[1])
+        step = max(self.batch_size, FORMED // n_test)
+        for start in range(0, n_train, step):
+            chosen = np.arange(start, min(start + step, n_train))
+            found = torch.zeros(n_test, len(chosen), dtype=self.gradients_.like.dtype)
+            for rows, columns, block in self._blocks(test, chosen):
+                found[rows, columns] += block.sum(0)
+            yield slice(0, n_test), slice(start, start + len(chosen)), found
 
     def _through(self, state: State, rate: float) -> Solve:
         """What is applied on the test side at one checkpoint."""
