@@ -40,6 +40,26 @@ class TaskInfo:
 
 
 @dataclass(frozen=True, eq=False)
+class Outline:
+    """A task that is trained elsewhere, as a store knows it: its name, and the examples of its two sides."""
+
+    name: str
+    train: Examples
+    test: Examples
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over name and ids: neither data nor model is known."""
+        described = {"outline": self.name, "ids": [self.train.ids, self.test.ids]}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def info(self) -> TaskInfo:
+        return TaskInfo(self.name, self.arguments, self.fingerprint, len(self.train), len(self.test))
+
+
+@dataclass(frozen=True, eq=False)
 class Task:
     """A model factory, training examples, test examples, and a per-example loss.
 
