@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import io
 import json
 import os
 import time
@@ -104,26 +103,27 @@ class Recorder:
         self.train, self.test = store.sides()
         self._index = {name: index for index, name in enumerate(self.train.ids)}
         self._dtype = np.dtype(recipe.dtype if recipe else "float32")
-        self._file: io.BufferedRandom | None = None
-        self._exit = contextlib.ExitStack()
+        self._claim = contextlib.ExitStack()
+        self._under_way = False
         self.steps = 0
         self._is_read = self._diverged = self._any_example = False
 
     def __enter__(self) -> Recorder:
         if self.run in self.store:
             raise InvalidInput(f"{self.store.path} has a finished run {self.run!r} already: record under another name")
-        with contextlib.ExitStack() as stack:
-            if not stack.enter_context(self.store.claim(self.run)):
+        with contextlib.ExitStack() as claim:
+            if not claim.enter_context(self.store.claim(self.run)):
                 raise StoreError(
                     f"run {self.run!r} of {self.store.path} is being recorded by another process or recorder"
                 )
-            self._file = stack.enter_context(self._opened())
-            self._exit = stack.pop_all()
-        self._synced = time.monotonic()
+            self._go_on()
+            self._claim = claim.pop_all()
+        self._under_way, self._synced = True, time.monotonic()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._exit:  # whatever happens, the file is closed and the claim given up
+        self._under_way = False
+        with self._claim:
             if self.steps == 0:  # nothing to go on with
                 self.store.drop_partial(self.run)
             if kind is None:
@@ -213,14 +213,15 @@ class Recorder:
         return base64.b64encode(kept.tobytes()).decode()
 
     def _append(self, event: Mapping[str, Any]) -> None:
-        if self._file is None or self._file.closed:
+        if not self._under_way:
             raise InvalidInput("a recorder records within its block only: with store.recorder(…) as rec: …")
         try:
-            self._file.write(_line(event))
-            self._file.flush()
-            if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
+            with open(self._journal, "ab") as file:
+                file.write(_line(event))
+                if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self._synced = time.monotonic()
         except OSError as error:
             raise cannot_write(self._journal, error) from error
 
@@ -244,24 +245,10 @@ class Recorder:
             "measures": list(self.measures),
         }
 
-    def _opened(self) -> io.BufferedRandom:
-        """The journal, at the place to go on from."""
-        try:
-            self._journal.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self._journal, "a+b")  # noqa: SIM115 (closed with the recorder)
-        except OSError as error:
-            raise cannot_write(self._journal, error) from error
-        try:
-            self._go_on(file)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    def _go_on(self, file: io.BufferedRandom) -> None:
+    def _go_on(self) -> None:
         """Leave in the journal what is to be kept of it, and count that."""
         header, keep, there = None, 0, 0
-        for event, end in _events(file, self._journal):
+        for event, end in _events(self._journal):
             if header is None:
                 header, keep = event, end
                 continue
@@ -281,10 +268,14 @@ class Recorder:
             raise StoreError(
                 f"run {self.run!r} was begun with another recipe or other measures: begin anew with resume=0"
             )
-        file.truncate(keep if self.resume else 0)
-        if not self.resume:
-            file.write(_line(self._header))
-            file.flush()
+        try:
+            if self.resume:
+                os.truncate(self._journal, keep)
+            else:
+                self._journal.parent.mkdir(parents=True, exist_ok=True)
+                self._journal.write_bytes(_line(self._header))
+        except OSError as error:
+            raise cannot_write(self._journal, error) from error
 
     def _finish(self) -> None:
         """The journal becomes a run."""
@@ -302,8 +293,7 @@ class Recorder:
         self.store.drop_partial(self.run)
 
     def _rows(self) -> Iterator[Rows]:
-        assert self._file is not None  # noqa: S101 (within the block)
-        events = (event for event, _ in islice(_events(self._file, self._journal), 1, None))
+        events = (event for event, _ in islice(_events(self._journal), 1, None))
         size = max(1, BLOCK_NUMBERS // (len(self.test) * (1 + len(self.measures))))
         times, start = _times(events), 0
         while block := list(islice(times, size)):
@@ -348,22 +338,24 @@ def _line(event: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(content), content)
 
 
-def _events(file: io.BufferedRandom, path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def _events(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """The journal's events, each with the place where its line ends. A last line that is not whole is left out.
 
     Raises:
         StoreError: a line before the last is damaged.
     """
-    file.seek(0)
+    if not path.is_file():
+        return
     end = 0
-    for line in iter(file.readline, b""):
-        checksum, content = line[:8], line[9:-1]
-        if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
-            if file.read(1):
-                raise StoreError(f"{path} is damaged at byte {end}: move it elsewhere and record again")
-            return
-        end += len(line)
-        yield json.loads(content), end
+    with open(path, "rb") as file:
+        for line in file:
+            checksum, content = line[:8], line[9:-1]
+            if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
+                if file.read(1):
+                    raise StoreError(f"{path} is damaged at byte {end}: move it elsewhere and record again")
+                return
+            end += len(line)
+            yield json.loads(content), end
 
 
 def _checked_name(run: str) -> str:
