@@ -105,6 +105,7 @@ class Recorder:
         self._dtype = np.dtype(recipe.dtype if recipe else "float32")
         self._claim = contextlib.ExitStack()
         self._under_way = False
+        self._unwritten = b""  # header and first reading, until there is a step
         self.steps = 0
         self._is_read = self._diverged = self._any_example = False
 
@@ -122,12 +123,18 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._under_way = False
-        with self._claim:
-            if self.steps == 0:  # nothing to go on with
-                self.store.drop_partial(self.run)
-            if kind is None:
+        try:
+            if kind is None and self._under_way:
                 self._finish()
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Record no further. What was recorded stays as a journal, to be gone on with; there is no run of it."""
+        if self._under_way and self.steps == 0:  # nothing to go on with
+            self.store.drop_partial(self.run)
+        self._under_way = False
+        self._claim.close()
 
     def read(self, losses: Any, measures: Mapping[str, Any] | None = None) -> None:
         """The test side at the present time: before any update, or after the steps so far.
@@ -215,15 +222,19 @@ class Recorder:
     def _append(self, event: Mapping[str, Any]) -> None:
         if not self._under_way:
             raise InvalidInput("a recorder records within its block only: with store.recorder(…) as rec: …")
+        if self.steps == 0 and "batch" not in event:  # a journal begins with its first step
+            self._unwritten += _line(event)
+            return
         try:
             with open(self._journal, "ab") as file:
-                file.write(_line(event))
+                file.write(self._unwritten + _line(event))
                 if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
                     file.flush()
                     os.fsync(file.fileno())
                     self._synced = time.monotonic()
         except OSError as error:
             raise cannot_write(self._journal, error) from error
+        self._unwritten = b""
 
     def _count(self, event: Mapping[str, Any]) -> None:
         if "batch" in event:
@@ -273,7 +284,8 @@ class Recorder:
                 os.truncate(self._journal, keep)
             else:
                 self._journal.parent.mkdir(parents=True, exist_ok=True)
-                self._journal.write_bytes(_line(self._header))
+                self._journal.unlink(missing_ok=True)
+                self._unwritten = _line(self._header)
         except OSError as error:
             raise cannot_write(self._journal, error) from error
 
