@@ -166,11 +166,12 @@ def test_losses_are_the_same(name):
     assert np.abs(kept.losses - each_time.losses).max() < 1e-6
     assert np.ptp(kept.losses, axis=1).min() > 1e-3  # something was learned
     trial = 15  # three examples: together, each alone, disturbed in training and in evaluation, and stood in for
-    visits = 29  # of training examples in both runs
+    visits = 28  # of training examples in both runs
     if expected is None:
         assert calls <= calls_each_time + trial
     elif in_training:
-        assert calls == trial + N_TRAIN + N_TEST  # each once, for both runs
+        again = 3 if name == "skipping" else 0  # stood in for with all leaves, as some are needed that get no gradient
+        assert calls == trial + again + N_TRAIN + N_TEST  # each once, for both runs
     else:
         assert calls == trial + visits + N_TEST
 
@@ -311,11 +312,10 @@ def test_language_models(kind):
         assert [name for name in names if name in below] == below
         assert [any(trunk.needed[f"model.{name}"]) for name in below] == [False] * (len(below) - 1) + [True]
     else:
-        assert "encoder" in names
-        assert "decoder.block.0" in names
+        assert "encoder" in names  # whole; a decoder's block also gives positions that all examples share
     kept = sf.record(task, RECIPE, CURRICULA, engine="loop")
     each_time = sf.record(whole, RECIPE, CURRICULA, engine="loop", trunk_bytes=0)
-    assert np.abs(kept.losses - each_time.losses).max() < 3e-6
+    assert np.abs(kept.losses - each_time.losses).max() < 1e-6
     assert np.ptp(kept.losses, axis=1).min() > 1e-3
 
 
