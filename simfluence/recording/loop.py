@@ -24,10 +24,10 @@ class LoopTraining(Training):
         self.optimizer = job.recipe.build_optimizer(self.parameters)
         places = torch.tensor(curriculum.indices, dtype=torch.int64, device=job.device)
         self.batches = places.split(curriculum.sizes.tolist())
-        self.rows = [batch.tolist() for batch in curriculum]
         self.gradients_of_mean: dict[int, Tensor] = {}
         self.mode = ModeSwitch(self.model)
         self.stand_in = job.stand_in(self.model)
+        self.rows = [batch.tolist() for batch in curriculum] if self.stand_in else []
         self.start()
 
     def moments(self) -> list[Checkpoint]:

@@ -29,9 +29,12 @@ class SideReader:
 
     def __init__(self, task: Task, data: Data, measures: Sequence[str]) -> None:
         self.task, self.measures = task, measures
-        rows = _batches(task.sizes(data) if task.trim else [0] * len(data[1]), len(data[1]))
-        self.batches = [task.some(data, some) for some in rows] if len(rows) > 1 or task.trim else [data]
-        self.place = torch.argsort(torch.cat(rows)).to(data[1].device)  # of each example among the sorted ones
+        self.place: Tensor | None = None  # of each example among the sorted ones
+        self.batches = [data]
+        if task.trim or len(data[1]) > EVALUATION_BATCH:
+            rows = _batches(task.sizes(data) if task.trim else [0] * len(data[1]))
+            self.batches = [task.some(data, some) for some in rows]
+            self.place = torch.argsort(torch.cat(rows)).to(data[1].device)
 
     def read(self, model: nn.Module, stand_in: StandIn | None, first: bool) -> dict[str, Tensor]:
         """Loss and measures of every test example, each ``[test]``, in the model's present mode.
@@ -46,12 +49,14 @@ class SideReader:
             for number, data in enumerate(self.batches):
                 with stand_in.reading(number) if stand_in else contextlib.nullcontext():
                     parts.append(self.task.evaluate(model, data, self.measures))
+            if self.place is None:
+                return parts[0]
             return {name: torch.cat([part[name] for part in parts])[self.place] for name in parts[0]}
 
 
-def _batches(sizes: Sequence[int], count: int) -> list[Tensor]:
+def _batches(sizes: Sequence[int]) -> list[Tensor]:
     """Rows of each batch, from the shortest example to the longest."""
-    order = sorted(range(count), key=lambda row: sizes[row])
+    order = sorted(range(len(sizes)), key=lambda row: sizes[row])
     batches: list[list[int]] = [[]]
     for row in order:
         here = len(batches[-1])
