@@ -312,3 +312,23 @@ def test_bad_recorders(tmp_path, store, task):
         first.read(np.zeros(5))
         first.step([0], np.zeros(5))
     assert "b" in store
+
+
+def blocks(heading):
+    """The Python of a section of the page on loops of one's own."""
+    page = (Path(__file__).parents[1] / "docs" / "your_own_loop.md").read_text()
+    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return "\n".join(part.split("\n```")[0] for part in section.split("```python\n")[1:])
+
+
+def test_the_page_runs(tmp_path, capsys):
+    X, y = np.random.default_rng(0).normal(size=(45, 3)), np.arange(45) % 7
+    names = {
+        "folder": tmp_path,
+        "test_losses": lambda weights: (X[40:] @ weights - y[40:]) ** 2,
+        "update": lambda weights, rows: weights - 0.01 * X[rows].T @ (X[rows] @ weights - y[rows]),
+    }
+    exec(blocks("Any loop"), names)  # noqa: S102 (our own page)
+    assert len(names["runs"]) == 6
+    assert names["store"].read("long").steps == 100
+    assert "['long']" in capsys.readouterr().out

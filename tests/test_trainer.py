@@ -14,6 +14,8 @@ from simfluence.errors import InvalidInput, StoreError
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from test_recorder import blocks  # noqa: E402
+
 from simfluence.recording.trainer import TrainerRecorder  # noqa: E402 (after the packages that it needs)
 
 N_TRAIN, N_TEST = 12, 5
@@ -214,6 +216,10 @@ def stream(bert):
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size starts training over"),
         ({"dataloader_num_workers": 2, "dataloader_in_order": False}, {}, "out of order"),
         ({}, {"every": 0}, "every must be 1 or more"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, {"every": 2},
+            "record with every=1",
+        ),
         ({}, {"train": ["a", "b"]}, "has 12 rows, but 2 training examples are known"),
         ({}, {"test": ["a", "b"]}, "has 5 rows, but 2 ids are known"),
         ({}, {"curriculum": sf.Curriculum([[0]] * 5, N_TRAIN)}, "set max_steps=5"),
@@ -235,6 +241,15 @@ def test_what_cannot_be_recorded_is_refused(bert, make, tmp_path, settings, reco
     assert not store.exists or store.ids() == store.unfinished() == []
 
 
+def test_a_second_recorder_takes_the_place_of_the_first(make, tmp_path):
+    trainer = make(max_steps=2)
+    TrainerRecorder(trainer, tmp_path / "runs", "first")
+    TrainerRecorder(trainer, tmp_path / "runs", "second")
+    trainer.train()
+    assert sf.RunStore(tmp_path / "runs").ids() == ["second"]
+    assert sf.RunStore(tmp_path / "runs").read("second").curriculum.sizes.tolist() == [4, 4]
+
+
 def test_of_other_examples_or_without_transformers(bert, make, tmp_path, monkeypatch):
     with sf.RunStore(tmp_path / "runs").recorder("a", train=range(12), test=range(5)) as rec:
         rec.read(np.zeros(5))
@@ -250,3 +265,8 @@ def test_of_other_examples_or_without_transformers(bert, make, tmp_path, monkeyp
     monkeypatch.setattr("simfluence.recording.trainer._Callback", object)
     with pytest.raises(InvalidInput, match=r"pip install 'simfluence\[hf\]'"):
         TrainerRecorder(make(), tmp_path / "runs")
+
+
+def test_the_page_runs(make, tmp_path):
+    exec(blocks("A `transformers.Trainer`"), {"make_trainer": make, "folder": tmp_path / "runs", "sf": sf})  # noqa: S102
+    assert sf.RunStore(tmp_path / "runs").ids() == ["curriculum-0", "seed-0"]

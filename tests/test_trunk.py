@@ -224,6 +224,53 @@ def test_gradients_of_trained_layers_are_the_same():
     assert not any("forward" in vars(module) for module in model.modules())  # nothing stays behind
 
 
+@pytest.fixture(scope="module")
+def split():
+    """A frozen layer below a trained one; and the trained one alone, on what the frozen one gives."""
+    torch.manual_seed(0)
+    whole = frozen(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), "2").double()
+    task = task_of(whole)
+    with torch.no_grad():
+        below = [whole[:2](side[0].double()) for side in (task.train_data, task.test_data)]
+    sides = [(X, side[1]) for X, side in zip(below, (task.train_data, task.test_data), strict=True)]
+    return task, sf.Task("arrays", whole[2], *sides, task.loss, task.train, task.test)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_frozen_parameters_stay_as_they_are(split, engine):
+    task, _ = split
+    for changes in ({"clip_norm": 0.05}, {"optimizer": "sgd", "momentum": 0.9}):
+        recipe = RECIPE.replace(dtype="float64", **changes)  # with weight decay
+        curricula = sf.random_curricula(N_TRAIN, 2, 6, 3)
+        runs = [sf.record(each, recipe, curricula, engine=engine) for each in split]
+        assert np.allclose(runs[0].losses, runs[1].losses, rtol=1e-10, atol=1e-12)
+        assert {run.engine for run in runs[0]} == {engine}
+        before, after = task.build_model(0), sf.trained_model(task, runs[0][0])
+        assert torch.equal(before[0].weight, after[0].weight)
+        assert not torch.equal(before[2].weight, after[2].weight)
+
+
+@pytest.mark.parametrize("method", ["ekfac", "exact", "dot", "tracin"])
+def test_attribution_is_of_what_is_trained(split, method):
+    damping = {"damping": 0.1} if method in ("ekfac", "exact") else {}
+    scores = []
+    for task in split:
+        run = sf.record(task, RECIPE.replace(dtype="float64"), [sf.Curriculum([[1, 2], [3, 4]] * 3, N_TRAIN)])[0]
+        scores.append(sf.attribution.of_run(method, task, run, checkpoints=3, **damping).scores().values)
+    assert np.ptp(scores[1]) > 0
+    assert np.allclose(*scores, rtol=1e-6, atol=1e-9)
+
+
+def test_the_tangent_kernel_is_of_what_is_trained(split):
+    curricula = sf.random_curricula(N_TRAIN, 3, 6, 3, subset=0.7)
+    simulated = []
+    for task in split:
+        runs = sf.record(task, RECIPE.replace(dtype="float64", clip_norm=None), curricula)
+        simulator = sf.TangentKernelSimulator(task).fit(runs[:1])
+        simulated.append(simulator.simulate(runs[1:].curricula, runs[1:].initial_losses))
+    assert np.allclose(*simulated, rtol=1e-5, atol=1e-6)
+
+
 def test_interrupted_runs_go_on_bit_for_bit(tmp_path, monkeypatch):
     from simfluence.recording import session
     from simfluence.recording.training import Training

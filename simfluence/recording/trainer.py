@@ -32,7 +32,7 @@ _Callback: Any = _callback_class()
 
 
 class TrainerRecorder(_Callback):
-    """Records a ``Trainer``'s curriculum and test losses as a run of a store; attaches itself to the trainer.
+    """Records a ``Trainer``'s curriculum and test losses as a run of a store; attaches itself, in place of another one.
 
         TrainerRecorder(trainer, "runs/mine", "seed-0")
         trainer.train()
@@ -87,6 +87,9 @@ class TrainerRecorder(_Callback):
         self.losses = losses or (_OfTask(task) if task else _OneByOne(trainer))
         self._recorder: Recorder | None = None
         self._rate: float | None = None
+        for other in [each for each in trainer.callback_handler.callbacks if isinstance(each, TrainerRecorder)]:
+            trainer.remove_callback(other)
+            trainer.get_train_dataloader = other._plain_loader
         self._plain_loader = trainer.get_train_dataloader
         trainer.get_train_dataloader = self._loader
         trainer.add_callback(self)
@@ -110,6 +113,7 @@ class TrainerRecorder(_Callback):
             self.batches.skip = self._parts_of_epoch_before(state)
         if self.recorder.steps == 0:
             self.recorder.read(self._read())
+        self._is_read = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Note the learning rate, before the schedule moves on."""
@@ -288,6 +292,8 @@ def _check(trainer: Any, every: int) -> None:
         raise InvalidInput("auto_find_batch_size starts training over with other batches: turn it off to record")
     if args.dataloader_num_workers and not args.dataloader_in_order:
         raise InvalidInput("workers that deliver out of order hide which examples come when: set dataloader_in_order")
+    if args.load_best_model_at_end and every > 1:
+        raise InvalidInput("load_best_model_at_end may leave another model than the last step's: record with every=1")
     if every < 1:
         raise InvalidInput(f"every must be 1 or more, got {every}")
 
