@@ -213,9 +213,9 @@ def test_resuming_keeps_what_it_is_told(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder_module, "BLOCK_NUMBERS", 50_000)
+    monkeypatch.setattr(recorder_module, "BLOCK_NUMBERS", 20_000)
     peaks = []
-    for steps in (50, 800):
+    for steps in (40, 800):
         store = sf.RunStore(tmp_path / str(steps))
         test, losses = range(1000), np.random.default_rng(0).normal(size=1000)
         tracemalloc.start()

@@ -63,6 +63,9 @@ class TrainerRecorder(_Callback):
             training starts, a curriculum that does not go into the trainer's steps.
     """
 
+    batches: _Noted
+    _plain_loader: Callable[[], DataLoader]
+
     def __init__(
         self,
         trainer: Any,
