@@ -2,9 +2,10 @@
 
 The same runs are recorded three times in alternation: everything computed at every step on batches padded to the
 longest example of all (as a loop without further ado does), padding trimmed and the test side sorted by length, and
-frozen layers kept too. Losses must be the same to 1e-6.
+frozen layers kept too. Losses are compared in single precision, where rounding grows with every step of Adam, and in a
+few steps of double precision.
 
-    python benchmarks/frozen_trunk.py [--repetitions 3] [--runs 1] [--steps 24] [--threads 1]
+    python benchmarks/frozen_trunk.py [--repetitions 3] [--runs 1] [--steps 12] [--threads 1]
 """
 
 from __future__ import annotations
@@ -89,7 +90,6 @@ def images(trim: bool, *trained: str) -> sf.Task:
 CASES = {
     "transformer, head": (texts, ["head"]),
     "transformer, top layer and head": (texts, ["layers.5", "head"]),
-    "transformer, top two layers and head": (texts, ["layers.4", "layers.5", "head"]),
     "transformer, all (nothing to keep)": (texts, [""]),
     "CNN, head": (images, ["8"]),
     "CNN, top convolution and head": (images, ["4", "8"]),
@@ -100,15 +100,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = sf.Recipe(optimizer="adamw", lr=1e-3)
     curricula = sf.random_curricula(N_TRAIN, arguments.runs, arguments.steps, 8, subset=0.5)
     print(f"{arguments.runs} runs of {arguments.steps} steps, batches of 8, {N_TEST} test examples at every step")
-    print("seconds, median; times as fast as everything at every step; largest difference of a loss\n")
-    print(f"{'':40}{'each time':>10}{'trimmed':>16}{'and kept':>16}{'difference':>12}")
+    print(
+        "seconds, median; times as fast as everything at every step; largest difference of a loss, single and double precision\n"
+    )
+    print(f"{'':40}{'each time':>10}{'trimmed':>16}{'and kept':>16}{'single':>10}{'double':>10}")
     for name, (make, trained) in CASES.items():
         ways = {"each time": (False, 0), "trimmed": (True, 0), "and kept": (True, 2**30)}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -120,9 +122,21 @@ def main() -> None:
                 losses[way] = sf.record(task, recipe, curricula, engine="loop", trunk_bytes=room).losses
                 seconds[way].append(time.perf_counter() - start)
         median = {way: float(np.median(found)) for way, found in seconds.items()}
-        difference = max(np.abs(losses[way] - losses["each time"]).max() for way in ways)
+        exact = {
+            way: sf.record(
+                make(trim, *trained), recipe.replace(dtype="float64"), [sf.Curriculum(curricula[0].tolist()[:3], N_TRAIN)],
+                engine="loop", trunk_bytes=room,
+            ).losses
+            for way, (trim, room) in ways.items()
+        }  # fmt: skip
+        single, double = (
+            max(np.abs(found[way] - found["each time"]).max() for way in ways) for found in (losses, exact)
+        )
         ratios = [f"{median[way]:8.2f} {median['each time'] / median[way]:6.1f}×" for way in list(ways)[1:]]
-        print(f"{name:40}{median['each time']:10.2f}{ratios[0]:>16}{ratios[1]:>16}{difference:12.1e}", flush=True)
+        print(
+            f"{name:40}{median['each time']:10.2f}{ratios[0]:>16}{ratios[1]:>16}{single:10.1e}{double:10.1e}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from simfluence.curriculum import Curriculum
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.training import Job, Training
+from simfluence.recording.trunk import StandIn
+
+_NOTHING = contextlib.nullcontext()
 
 
 class LoopTraining(Training):
@@ -39,7 +42,7 @@ class LoopTraining(Training):
             return
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        frozen = self._frozen()
+        frozen = self._frozen(self.stand_in) if self.stand_in else _NOTHING
         self.mode.training(True)
         self.optimizer.zero_grad()
         with frozen:
@@ -53,15 +56,13 @@ class LoopTraining(Training):
             torch.nn.utils.clip_grad_norm_(self.parameters, self.job.recipe.clip_norm)
         self.optimizer.step()
 
-    def _frozen(self) -> contextlib.AbstractContextManager[None]:
+    def _frozen(self, stand_in: StandIn) -> contextlib.AbstractContextManager[None]:
         """In place of the frozen layers in a pass over the present batch."""
-        if self.stand_in is None:
-            return contextlib.nullcontext()
         rows = self.rows[self.step]
-        if missing := self.stand_in.missing(rows):
+        if missing := stand_in.missing(rows):
             self.mode.training(False)
-            self.stand_in.prepare(missing)
-        return self.stand_in.training(rows)
+            stand_in.prepare(missing)
+        return stand_in.training(rows)
 
     def _gradient_of_mean(self, losses: Tensor) -> Tensor:
         """What the backward pass of the batch's mean loss starts from; kept, as making it costs as much as a layer."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from simfluence.recording.trunk import StandIn
-from simfluence.task import EVALUATION_BATCH, Data, Task
+from simfluence.task import EVALUATION_BATCH, Data, Task, forward
 
 #: Numbers per input of a batch, padding included, where examples differ in length: small enough to waste little on it.
 BATCH_NUMBERS = 4096
@@ -44,14 +43,18 @@ class SideReader:
             first: of this model: what it keeps of its first pass (positions, say) must be fit for training, which what
                 is made in inference mode is not.
         """
-        parts = []
         with torch.no_grad() if first else torch.inference_mode():
-            for number, data in enumerate(self.batches):
-                with stand_in.reading(number) if stand_in else contextlib.nullcontext():
-                    parts.append(self.task.evaluate(model, data, self.measures))
+            parts = [self._read(model, stand_in, number) for number in range(len(self.batches))]
             if self.place is None:
                 return parts[0]
             return {name: torch.cat([part[name] for part in parts])[self.place] for name in parts[0]}
+
+    def _read(self, model: nn.Module, stand_in: StandIn | None, number: int) -> dict[str, Tensor]:
+        inputs, targets = self.batches[number]
+        if stand_in is None:
+            return self.task.read(forward(model, inputs), targets, self.measures)
+        with stand_in.reading(number):
+            return self.task.read(forward(model, inputs), targets, self.measures)
 
 
 def _batches(sizes: Sequence[int]) -> list[Tensor]:
