@@ -26,6 +26,7 @@ from simfluence.examples import Examples
 from simfluence.judging import LDS, agreement, brittleness, lds
 from simfluence.learning import learning_curve
 from simfluence.recipe import Recipe
+from simfluence.recorder import Recorder
 from simfluence.recording import Checkpoint, Observe, estimate, record, replay, trained_model
 from simfluence.removal import Removal, best_removal, forecast_removal, smallest_removal
 from simfluence.runs import Run, Runs
@@ -71,6 +72,7 @@ __all__ = [
     "Observe",
     "PersistenceSimulator",
     "Recipe",
+    "Recorder",
     "Removal",
     "Remove",
     "Reorder",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from simfluence.errors import StoreError
@@ -17,13 +20,26 @@ def write_whole(path: Path, content: bytes, aside: Path | None = None) -> None:
     Raises:
         StoreError: the disk is full, the folder read-only, …; nothing was changed.
     """
+    with whole_file(path, aside) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, aside: Path | None = None) -> Iterator[io.BufferedRandom]:
+    """A file to write and read; it becomes ``path`` when the block ends without an error, and is gone otherwise.
+
+    Arguments and errors as of ``write_whole``.
+    """
     aside = aside or path.parent
     unfinished = aside / f".{path.name}.{os.getpid()}.unfinished"
     try:
         for folder in (path.parent, aside):
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            _write_synced(unfinished, content)
+            with open(unfinished, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -52,13 +68,6 @@ def cannot_write(path: Path, error: OSError) -> StoreError:
         f"cannot write {path}: {error.strerror or error}. What is recorded is safe; "
         "mend that (free space, permissions) and start again"
     )
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,8 +8,10 @@ The file's metadata holds the SHA-256 of the whole file, taken with zeros in its
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,63 @@ _MEASURE = "measure."  # what the column of a measure is called before its name
 _UNSIGNED = b"0" * 64
 _CHECKSUM = "simfluence.sha256"
 _SIGNED = _CHECKSUM.encode() + b"\x18@"  # what stands before the checksum: its key, and the length 64 in Thrift
+_CHUNK = 2**20
 
 
-def run_to_bytes(run: Run) -> bytes:
-    """The file of a run."""
-    return to_bytes(_table(run))
+@dataclass(frozen=True)
+class About:
+    """What a run file says of its run beside the rows."""
+
+    id: str
+    fingerprint: str | None
+    n_train: int
+    recipe: Recipe | None
+    diverged: bool
+    verification: bool = False
+    engine: str | None = None
+
+    def to_json(self) -> str:
+        recipe = self.recipe.model_dump() if self.recipe else None
+        seed = self.recipe.seed if self.recipe else None
+        return json.dumps(asdict(self) | {"recipe": recipe, "seed": seed, "format": FORMAT, "library": __version__})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive times of a run.
+
+    Args:
+        start: the first of them.
+        batches: the batch before each time, end to end; ``sizes`` says where to cut, ``[times]``. Time 0 has none.
+        rates: learning rate before each time, ``[times]``; NaN where there is none.
+        recorded: at which times the test side was read, ``[times]``.
+        losses: ``[times, test]``.
+        measures: likewise, by name.
+    """
+
+    start: int
+    batches: np.ndarray
+    sizes: np.ndarray
+    rates: np.ndarray
+    recorded: np.ndarray
+    losses: np.ndarray
+    measures: Mapping[str, np.ndarray]
+
+
+def write_run(file: io.BufferedIOBase, run: Run) -> None:
+    """Write the file of a run."""
+    rates = np.full(run.steps, np.nan) if run.learning_rates is None else run.learning_rates
+    recorded = np.ones(run.steps + 1, bool) if run.recorded is None else run.recorded
+    sizes, rates = np.concatenate([[0], run.curriculum.sizes]), np.concatenate([[np.nan], rates])
+    rows = Rows(0, run.curriculum.indices, sizes, rates, recorded, run.losses, run.measures)
+    n_train, recipe = run.curriculum.n_train, run.recipe
+    about = About(run.id, run.fingerprint, n_train, recipe, run.diverged, run.verification, run.engine)
+    write_rows(file, about, [rows])
+
+
+def write_rows(file: io.BufferedIOBase, about: About, rows: Iterable[Rows]) -> None:
+    """Write the file of a run of any length, block by block."""
+    _write_signed(file, (_table(block).replace_schema_metadata({_ABOUT: about.to_json()}) for block in rows))
 
 
 def read_run(file: Path) -> Run:
@@ -67,14 +121,41 @@ def read_run(file: Path) -> Run:
 
 def to_bytes(table: pa.Table) -> bytes:
     """A Parquet file whose metadata holds the SHA-256 of the whole file, taken with zeros in its place."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table)
+    file = io.BytesIO()
+    _write_signed(file, [table])
+    return file.getvalue()
+
+
+def _write_signed(file: io.BufferedIOBase, tables: Iterable[pa.Table]) -> None:
+    """Write tables of one schema, one row group or more for each, and the checksum of it all."""
+    tables = iter(tables)
+    first = next(tables)
+    with pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)
         writer.add_key_value_metadata({_CHECKSUM: _UNSIGNED.decode()})
-    content = sink.getvalue().to_pybytes()
-    if content.count(_UNSIGNED) != 1 or content.count(_SIGNED) != 1:
+    digest, before, start = hashlib.sha256(), b"", 0
+    places: dict[bytes, list[int]] = {_UNSIGNED: [], _SIGNED: []}
+    file.seek(0)
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+        for text, found in places.items():
+            window = before[len(before) - len(text) + 1 :] + chunk  # a text may straddle two chunks
+            found += [start + len(chunk) - len(window) + place for place in _places(text, window)]
+        before, start = chunk, start + len(chunk)
+    if [len(found) for found in places.values()] != [1, 1]:
         raise StoreError("the file to be written contains 64 zeros in a row as text: rename what holds them")
-    return content.replace(_UNSIGNED, hashlib.sha256(content).hexdigest().encode())
+    file.seek(places[_UNSIGNED][0])
+    file.write(digest.hexdigest().encode())
+
+
+def _places(text: bytes, window: bytes) -> list[int]:
+    found, place = [], window.find(text)
+    while place >= 0:
+        found.append(place)
+        place = window.find(text, place + len(text))
+    return found
 
 
 def read_table(file: Path) -> tuple[pa.Table, Mapping[bytes, bytes]]:
@@ -96,26 +177,24 @@ def read_table(file: Path) -> tuple[pa.Table, Mapping[bytes, bytes]]:
     return table, table.schema.metadata or {}
 
 
-def _table(run: Run) -> pa.Table:
-    """A run as a table: a row per step from 0 to T, the rest in the schema's metadata."""
-    steps = run.steps
-    rates = np.full(steps, np.nan) if run.learning_rates is None else run.learning_rates
-    offsets = np.concatenate([[0], run.curriculum.offsets]).astype(np.int32)  # the row of step 0 has no batch
+def _table(rows: Rows) -> pa.Table:
+    offsets = np.concatenate([[0], np.cumsum(rows.sizes)]).astype(np.int32)
     columns = {
-        "step": pa.array(np.arange(steps + 1), pa.int32()),
-        "batch": pa.ListArray.from_arrays(offsets, pa.array(run.curriculum.indices, pa.int32())),
-        "lr": pa.array(np.concatenate([[np.nan], rates]), pa.float64(), from_pandas=True),
-        "losses": _column(run.losses, run.recorded),
+        "step": pa.array(np.arange(rows.start, rows.start + len(rows.sizes)), pa.int32()),
+        "batch": pa.ListArray.from_arrays(offsets, pa.array(rows.batches, pa.int32())),
+        "lr": pa.array(rows.rates, pa.float64(), from_pandas=True),
+        "losses": _column(rows.losses, rows.recorded),
     }
-    columns |= {_MEASURE + name: _column(values, run.recorded) for name, values in run.measures.items()}
-    return pa.table(columns).replace_schema_metadata({_ABOUT: json.dumps(_about(run))})
+    return pa.table(
+        columns | {_MEASURE + name: _column(values, rows.recorded) for name, values in rows.measures.items()}
+    )
 
 
-def _column(readings: np.ndarray, recorded: np.ndarray | None) -> pa.FixedSizeListArray:
+def _column(readings: np.ndarray, recorded: np.ndarray) -> pa.FixedSizeListArray:
     """Readings ``[times, test]`` as lists of the test side; null where not recorded."""
     value = pa.float64() if readings.dtype == np.float64 else pa.float32()
     flat = pa.array(np.ascontiguousarray(readings).reshape(-1), value)
-    mask = None if recorded is None else pa.array(~recorded)
+    mask = None if recorded.all() else pa.array(~recorded)
     return pa.FixedSizeListArray.from_arrays(flat, readings.shape[1], mask=mask)
 
 
@@ -127,21 +206,6 @@ def _readings(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     readings = np.full((len(table), column.type.list_size), np.nan, values.dtype)
     readings[recorded] = values.reshape(-1, column.type.list_size)
     return readings, recorded
-
-
-def _about(run: Run) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "id": run.id,
-        "fingerprint": run.fingerprint,
-        "n_train": run.curriculum.n_train,
-        "seed": run.recipe.seed if run.recipe else None,
-        "recipe": run.recipe.model_dump() if run.recipe else None,
-        "diverged": run.diverged,
-        "verification": run.verification,
-        "engine": run.engine,
-        "library": __version__,
-    }
 
 
 def check_format(found: Any, file: Path) -> None:

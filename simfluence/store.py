@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from simfluence._files import cannot_write, write_whole
+from simfluence._files import cannot_write, whole_file, write_whole
 from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
-from simfluence.run_file import FORMAT, check_format, read_run, read_table, run_to_bytes, to_bytes
+from simfluence.recorder import JOURNAL, Recorder
+from simfluence.run_file import FORMAT, About, Rows, check_format, read_run, read_table, to_bytes, write_rows, write_run
 from simfluence.runs import Run, Runs, combined
-from simfluence.task import Task, TaskInfo
+from simfluence.task import Outline, Task, TaskInfo
 
 _FEATURES, _TARGETS = "simfluence.features", "simfluence.targets"  # columns beside the metadata
 
@@ -62,7 +63,7 @@ class RunStore:
         except (KeyError, TypeError) as error:
             raise StoreError(f"{self.path / 'store.json'} is damaged: {error!r}") from None
 
-    def open_for(self, task: Task) -> None:
+    def open_for(self, task: Task | Outline) -> None:
         """Make the store, or check that it is of this very task.
 
         Raises:
@@ -85,9 +86,9 @@ class RunStore:
         content = {"format": FORMAT, "task": described, "n_train": info.n_train, "n_test": info.n_test}
         write_whole(self.path / "store.json", json.dumps(content, indent=2).encode() + b"\n")
 
-    def _complete(self, task: Task) -> None:
+    def _complete(self, task: Task | Outline) -> None:
         """Write down the features and targets that a store made before lacks."""
-        for side, here, given in zip(("train", "test"), self._sides(), (task.train, task.test), strict=True):
+        for side, here, given in zip(("train", "test"), self.sides(), (task.train, task.test), strict=True):
             features = given.features if here.features is None else here.features
             targets = given.targets if here.targets is None else here.targets
             if features is not here.features or targets is not here.targets:
@@ -128,8 +129,20 @@ class RunStore:
         """
         if run.fingerprint != self.info.fingerprint:
             raise StoreError(f"run {run.id} is of another task than {self.path}")
-        write_whole(self._file(run.id), run_to_bytes(run), aside=self.partial(run.id))
+        with whole_file(self._file(run.id), aside=self.partial(run.id)) as file:
+            write_run(file, run)
         self._drop_folder(run.id)
+
+    def write_rows(self, about: About, rows: Iterable[Rows]) -> None:
+        """Write one finished run block by block, so that it may be longer than memory holds.
+
+        Raises:
+            StoreError: the run's task is not this store's, or the system refuses the write.
+        """
+        if about.fingerprint != self.info.fingerprint:
+            raise StoreError(f"run {about.id} is of another task than {self.path}")
+        with whole_file(self._file(about.id), aside=self.partial(about.id)) as file:
+            write_rows(file, about, rows)
 
     def add(self, run: Run) -> Run:
         """Write ``run``, combined with what the store has of it by now; other processes wait meanwhile.
@@ -168,14 +181,14 @@ class RunStore:
             InvalidInput: there is no such run.
             StoreError: its file is damaged, foreign, or of another task.
         """
-        return self._read(run_id, self.info, *self._sides())
+        return self._read(run_id, self.info, *self.sides())
 
     def all_runs(self) -> Runs:
         """Every finished run, of whatever recipe, verification runs too, sorted by id."""
         return self._all_runs()
 
     def _all_runs(self, mapped: bool = False) -> Runs:
-        info, sides = self.info, self._sides()
+        info, sides = self.info, self.sides()
         runs = (self._read(run_id, info, *sides) for run_id in self.ids())
         return Runs(_mapped(runs) if mapped else runs)
 
@@ -269,6 +282,26 @@ class RunStore:
         finally:
             lock.release()
 
+    def recorder(
+        self,
+        run: str | None = None,
+        *,
+        train: Examples | Sequence[Any] | None = None,
+        test: Examples | Sequence[Any] | None = None,
+        task: Task | str | None = None,
+        recipe: Recipe | None = None,
+        measures: Sequence[str] = (),
+        resume: int | None = None,
+    ) -> Recorder:
+        """Record a training loop of your own as one run; see ``Recorder``."""
+        return Recorder(
+            self, run, train=train, test=test, task=task, recipe=recipe, measures=measures, resume=resume
+        )  # fmt: skip
+
+    def unfinished(self) -> list[str]:
+        """Runs that a ``Recorder`` began and did not finish: under way elsewhere, or broken off."""
+        return sorted(file.parent.name for file in (self.path / "partial").glob(f"*/{JOURNAL}"))
+
     def partial(self, name: str) -> Path:
         """Folder for a run, or a group of runs, under way."""
         return self.path / "partial" / name
@@ -309,7 +342,8 @@ class RunStore:
             raise StoreError(f"{file} is the run {run.id!r} of another task or name: it does not belong here")
         return dataclasses.replace(run, train=train, test=test, checkpoints=self.checkpoints(run_id))
 
-    def _sides(self) -> tuple[Examples, Examples]:
+    def sides(self) -> tuple[Examples, Examples]:
+        """The training and the test examples of the runs here."""
         return self._examples("train"), self._examples("test")
 
     def _examples(self, side: str) -> Examples:
@@ -334,7 +368,7 @@ class RunStore:
         return content
 
     @staticmethod
-    def _check_portable(task: Task) -> None:
+    def _check_portable(task: Task | Outline) -> None:
         try:
             json.dumps(dict(task.arguments))
         except TypeError as error:

@@ -40,6 +40,26 @@ class TaskInfo:
 
 
 @dataclass(frozen=True, eq=False)
+class Outline:
+    """A task that is trained elsewhere, as a store knows it: its name, and the examples of its two sides."""
+
+    name: str
+    train: Examples
+    test: Examples
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over name and ids: neither data nor model is known."""
+        described = {"outline": self.name, "ids": [self.train.ids, self.test.ids]}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def info(self) -> TaskInfo:
+        return TaskInfo(self.name, self.arguments, self.fingerprint, len(self.train), len(self.test))
+
+
+@dataclass(frozen=True, eq=False)
 class Task:
     """A model factory, training examples, test examples, and a per-example loss.
 
@@ -56,6 +76,8 @@ class Task:
         measures: further numbers to record of each test example, by name: ``measure(outputs, targets)`` → ``[batch]``.
         l2: the objective's own penalty: training minimises the batch's mean loss + ``l2/2 · ‖θ‖²``. Recorded losses
             are without it.
+        trim: ``trim(data)`` → the same examples without what is padding in all of them, at the end of any axis but
+            the first, such as ``tasks.padding.trimmed``; losses must not depend on it. Saves time, nothing else.
 
     Raises:
         InvalidInput: the number of examples, inputs and targets differ on a side.
@@ -71,6 +93,7 @@ class Task:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=dict)
     l2: float = 0.0
+    trim: Callable[[Data], Data] | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.l2) and self.l2 >= 0):
@@ -109,6 +132,16 @@ class Task:
                     "give one loss per example, [batch] (in torch: reduction='none', and a mean over further axes)"
                 )
         return readings
+
+    def some(self, data: Data, rows: Tensor) -> Data:
+        """The examples ``rows`` of ``data``, without the padding that they have in common."""
+        chosen: Data = take(data, rows)
+        return self.trim(chosen) if self.trim else chosen
+
+    def sizes(self, data: Data) -> list[int]:
+        """How many numbers the longest tensor of each example has without its padding."""
+        alone = (self.some(data, torch.tensor([row])) for row in range(len(data[1])))
+        return [max(tensor.numel() for tensor in tensors(example)) for example in alone]
 
     def batch_losses(self, model: nn.Module, data: Data) -> Tensor:
         """The loss of each example of ``data``, ``[batch]``, in the model's present mode."""

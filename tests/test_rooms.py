@@ -26,7 +26,7 @@ FLOORS = [
         "edits",
         "recipe",
     ],
-    ["task", "runs", "run_file", "store"],
+    ["task", "runs", "run_file", "recorder", "store"],
     ["tasks", "recording", "attribution"],
     ["simulators"],
     ["evaluation", "tuning", "learning", "verification", "whatif", "effects", "removal", "judging", "specs"],

@@ -248,6 +248,6 @@ def _of_run(value: Any, run: int) -> Any:
     return value[run] if isinstance(value, Tensor) and value.ndim > 0 else value
 
 
-def parameter_count(task: Task) -> int:
-    """Number of trained parameters of the task's model."""
-    return sum(math.prod(p.shape) for p in task.build_model(0).parameters() if p.requires_grad)
+def parameter_count(task: Task, frozen: bool = False) -> int:
+    """Number of parameters of the task's model that are trained, or of all."""
+    return sum(math.prod(p.shape) for p in task.build_model(0).parameters() if p.requires_grad or frozen)

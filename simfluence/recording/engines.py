@@ -91,7 +91,7 @@ def plan(task: Task, recipe: Recipe, curricula: Mapping[str, Curriculum], engine
 
 
 def _may_batch(task: Task, recipe: Recipe, runs: int, engine: str) -> bool:
-    if engine == "auto" and (runs < 2 or parameter_count(task) > AUTO_PARAMETERS):
+    if engine == "auto" and (runs < 2 or parameter_count(task, frozen=True) > AUTO_PARAMETERS):
         return False
     reason = obstacle(task, recipe)
     if reason and engine == "batched":

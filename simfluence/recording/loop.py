@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from simfluence.curriculum import Curriculum
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.training import Job, Training
-from simfluence.task import take
+from simfluence.recording.trunk import StandIn
+
+_NOTHING = contextlib.nullcontext()
 
 
 class LoopTraining(Training):
@@ -26,6 +29,8 @@ class LoopTraining(Training):
         self.batches = places.split(curriculum.sizes.tolist())
         self.gradients_of_mean: dict[int, Tensor] = {}
         self.mode = ModeSwitch(self.model)
+        self.stand_in = job.stand_in(self.model)
+        self.rows = [batch.tolist() for batch in curriculum] if self.stand_in else []
         self.start()
 
     def moments(self) -> list[Checkpoint]:
@@ -37,10 +42,12 @@ class LoopTraining(Training):
             return
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        frozen = self._frozen(self.stand_in) if self.stand_in else _NOTHING
         self.mode.training(True)
         self.optimizer.zero_grad()
-        losses = self.job.task.batch_losses(self.model, take(self.job.train_data, batch))
-        torch.autograd.backward((losses,), (self._gradient_of_mean(losses),))
+        with frozen:
+            losses = self.job.task.batch_losses(self.model, self.job.task.some(self.job.train_data, batch))
+            torch.autograd.backward((losses,), (self._gradient_of_mean(losses),))
         if self.job.task.l2:
             for parameter in self.parameters:
                 if parameter.grad is not None:
@@ -48,6 +55,14 @@ class LoopTraining(Training):
         if self.job.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.job.recipe.clip_norm)
         self.optimizer.step()
+
+    def _frozen(self, stand_in: StandIn) -> contextlib.AbstractContextManager[None]:
+        """In place of the frozen layers in a pass over the present batch."""
+        rows = self.rows[self.step]
+        if missing := stand_in.missing(rows):
+            self.mode.training(False)
+            stand_in.prepare(missing)
+        return stand_in.training(rows)
 
     def _gradient_of_mean(self, losses: Tensor) -> Tensor:
         """What the backward pass of the batch's mean loss starts from; kept, as making it costs as much as a layer."""
@@ -57,7 +72,7 @@ class LoopTraining(Training):
 
     def _read(self) -> Mapping[str, Tensor]:
         self.mode.training(False)
-        return self.job.task.evaluate(self.model, self.job.test_data, self.job.measures)
+        return self.job.test_side.read(self.model, self.stand_in, first=self.step == 0)
 
     def _state(self, extra: Mapping[str, Tensor]) -> Checkpoint:
         return Checkpoint(self.step, self.model.state_dict(), self.optimizer.state_dict()["state"], extra)

@@ -22,6 +22,7 @@ from simfluence.recording.engines import Group, plan
 from simfluence.recording.observe import Observe
 from simfluence.recording.progress import RecordingProgress
 from simfluence.recording.training import Job, Training
+from simfluence.recording.trunk import TRUNK_BYTES
 from simfluence.runs import Run, Runs
 from simfluence.store import RunStore
 from simfluence.task import Task
@@ -43,6 +44,7 @@ def record(
     engine: str = "auto",
     device: str | torch.device = "cpu",
     verification: bool = False,
+    trunk_bytes: int = TRUNK_BYTES,
 ) -> Runs:
     """Train under each curriculum and record every test example's loss before training and after every step.
 
@@ -60,6 +62,8 @@ def record(
         engine: "auto", "batched" (many runs at once) or "loop"; see ``recording.engines.plan``.
         device: where to train.
         verification: mark the runs as made to confirm a forecast: ``load()`` leaves them out.
+        trunk_bytes: memory for what frozen layers below the first trained one give for every example, so that the loop
+            computes it once; 0 computes it every time.
 
     Returns:
         The runs, in the order of ``curricula``.
@@ -80,7 +84,7 @@ def record(
     if observe.checkpoints and store is None:
         raise InvalidInput("checkpoints are files: give store= a folder to keep them in")
     wanted = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
-    session = _Session(task, recipe, _opened(store, task), observe, device, verification)
+    session = _Session(task, recipe, _opened(store, task), observe, device, verification, trunk_bytes)
     with torch.random.fork_rng(devices=[]):
         found = session.all(plan(task, recipe, wanted, engine))
     return Runs(found[run_id(task, recipe, curriculum)] for curriculum in curricula)
@@ -124,9 +128,11 @@ class _Session:
         observe: Observe,
         device: str | torch.device,
         verification: bool,
+        trunk_bytes: int,
     ) -> None:
         self.task, self.recipe, self.store, self.observe = task, recipe, store, observe
-        self.device, self.verification = device, verification
+        self.device, self.verification, self.trunk_bytes = device, verification, trunk_bytes
+        self.jobs: dict[tuple[str, ...], Job] = {}
         self.found: dict[str, Run] = {}
 
     def all(self, groups: Sequence[Group]) -> Mapping[str, Run]:
@@ -190,8 +196,7 @@ class _Session:
         times = self.observe.times(group.steps)
         for run in there:  # what a run has is read again, to be compared
             times[run.times] = True
-        job = Job.of(self.task, self.recipe, self.device, tuple(measures))
-        training = group.start(job, times)
+        training = group.start(self._job(tuple(measures)), times)
         self._resume(training, group)
         progress.step(training.step)
         saved = time.monotonic()
@@ -206,6 +211,12 @@ class _Session:
         for (name, curriculum), readings in zip(group.curricula.items(), training.recorded(), strict=True):
             self.found[name] = self._kept(self._run(name, curriculum, training, group.engine, readings, times))
             progress.run_finished()
+
+    def _job(self, measures: tuple[str, ...]) -> Job:
+        """One for all groups that read the same, so that what it keeps is kept for all."""
+        if measures not in self.jobs:
+            self.jobs[measures] = Job.of(self.task, self.recipe, self.device, measures, self.trunk_bytes)
+        return self.jobs[measures]
 
     def _run(
         self,

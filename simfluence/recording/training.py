@@ -6,14 +6,17 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simfluence.errors import InvalidInput, StoreError
 from simfluence.recipe import Recipe
 from simfluence.recording.checkpoints import Checkpoint
+from simfluence.recording.reading import SideReader
+from simfluence.recording.trunk import TRUNK_BYTES, StandIn, find_trunk
 from simfluence.task import Data, Task, cast, set_seed
 
 
@@ -26,6 +29,7 @@ class Job:
         measures: names of the task's measures to read beside the loss.
         device: where.
         train_data, test_data: the task's, on the device and in the recipe's dtype.
+        trunk_bytes: what kept outputs of frozen layers may take.
     """
 
     task: Task
@@ -34,9 +38,17 @@ class Job:
     device: torch.device
     train_data: Data
     test_data: Data
+    trunk_bytes: int = TRUNK_BYTES
 
     @classmethod
-    def of(cls, task: Task, recipe: Recipe, device: str | torch.device = "cpu", measures: Sequence[str] = ()) -> Job:
+    def of(
+        cls,
+        task: Task,
+        recipe: Recipe,
+        device: str | torch.device = "cpu",
+        measures: Sequence[str] = (),
+        trunk_bytes: int = TRUNK_BYTES,
+    ) -> Job:
         """The job on this device.
 
         Raises:
@@ -47,7 +59,19 @@ class Job:
             train, test = (cast(data, device, recipe.torch_dtype) for data in (task.train_data, task.test_data))
         except (RuntimeError, AssertionError) as error:
             raise InvalidInput(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
-        return cls(task, recipe, tuple(measures), device, train, test)
+        return cls(task, recipe, tuple(measures), device, train, test, trunk_bytes)
+
+    @cached_property
+    def test_side(self) -> SideReader:
+        """The test side, ready to be read."""
+        return SideReader(self.task, self.test_data, self.measures)
+
+    def stand_in(self, model: nn.Module) -> StandIn | None:
+        """For the frozen layers of one of the job's models, which all start from the same weights."""
+        if "trunk" not in self.__dict__:  # found in the first of them
+            self.__dict__["trunk"] = find_trunk(self.task, model, self.train_data, self.trunk_bytes)
+        trunk = self.__dict__["trunk"]
+        return trunk and StandIn(trunk, model, self.task, self.train_data)
 
 
 @contextlib.contextmanager

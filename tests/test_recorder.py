@@ -1,0 +1,334 @@
+"""Loops of a user's own, recorded: the same runs as ``record``'s, whatever happens to the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import simfluence as sf
+from simfluence import recorder as recorder_module
+from simfluence.errors import InvalidInput, StoreError
+from simfluence.run_file import Rows
+
+TRAIN, TEST = [f"t{i}" for i in range(6)], ["x", "y", "z"]
+
+
+def loop(task, curriculum, rec, lr=0.3, every=1):
+    """A training loop as a person writes it, with a recorder in it."""
+    model = task.build_model(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    X, y = task.train_data
+
+    def evaluate():
+        with torch.no_grad():
+            return nn.functional.cross_entropy(model(task.test_data[0]), task.test_data[1], reduction="none")
+
+    rec.read(evaluate())
+    for step, batch in enumerate(curriculum):
+        rows = torch.tensor(batch).long()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X[rows]), y[rows]).backward()
+        optimizer.step()
+        read = (step + 1) % every == 0 or step + 1 == len(curriculum)
+        rec.step([task.train.ids[i] for i in batch], evaluate() if read else None, lr=lr)
+
+
+@pytest.fixture(scope="module")
+def recorded(task, curricula, tmp_path_factory):
+    store = sf.RunStore(tmp_path_factory.mktemp("own") / "store")
+    for number, curriculum in enumerate(curricula):
+        sides = {"train": task.train, "test": task.test} if number == 0 else {}
+        with store.recorder(f"run-{number}", task="mine", **sides) as rec:
+            loop(task, curriculum, rec)
+    return store.load()
+
+
+def test_the_same_as_record(recorded, runs, curricula, task):
+    assert recorded.ids == [f"run-{number}" for number in range(6)]
+    assert recorded.curricula == curricula
+    assert np.allclose(recorded.losses, runs.losses, rtol=1e-5, atol=1e-6)
+    assert recorded.losses.dtype == np.float32
+    run = recorded[0]
+    assert run.learning_rates.tolist() == [0.3] * 10
+    assert (run.engine, run.recipe, run.diverged) == ("recorder", None, False)
+    assert run.train.table.equals(task.train.table)
+    assert np.array_equal(run.train.features, task.train.features)
+
+
+def test_every_simulator_takes_them(recorded, task):
+    fit, held = recorded.split(held_out=2, seed=0)
+    simulators = {
+        "linear": sf.LinearSimulator(l2=10.0), "additive": sf.AdditiveSimulator(), "mean": sf.MeanTrajectorySimulator(),
+        "featurized": sf.FeaturizedSimulator(), "persistence": sf.PersistenceSimulator(),
+        "boosted": sf.BoostedSimulator(),
+    }  # fmt: skip
+    fitted = {name: simulator.fit(fit) for name, simulator in simulators.items()}
+    table = sf.evaluate(fitted, held, reference=fit)
+    assert np.isfinite(table["mse"]).all()
+    forecast = sf.what_if(fitted["linear"], held[0], sf.Remove("label == 1"))
+    assert np.isfinite(forecast.what_if).all()
+    with pytest.raises(InvalidInput, match="give task="):
+        forecast.verify()
+
+
+def test_into_the_store_of_a_task(store, task, recipe, curricula, runs):
+    with store.recorder("by-hand", task=task, recipe=recipe) as rec:
+        loop(task, curricula[0], rec)
+    run = store.read("by-hand")
+    assert (run.fingerprint, run.recipe) == (task.fingerprint, recipe)
+    assert np.allclose(run.losses, runs[0].losses, rtol=1e-5, atol=1e-6)
+    forecast = sf.what_if(sf.LinearSimulator(l2=10.0).fit(store.load()), run, sf.Remove([0]), task=task)
+    assert np.isfinite(forecast.verify().actual).all()
+
+
+def test_gaps_measures_ragged_and_empty_batches(tmp_path):
+    store = sf.RunStore(tmp_path)
+    measures = [{"margin": np.array([m, 0.0, -m])} for m in (0.25, 0.5)]
+    with store.recorder("a", train=TRAIN, test=TEST, measures=["margin"], recipe=sf.Recipe(dtype="float64")) as rec:
+        rec.read(np.array([1 / 3, 2.0, 3.0]), measures[0])
+        rec.step(["t3", "t3", "t0"])
+        rec.step([])
+        rec.step(torch.tensor([5, 1]), lr=0.5)
+        rec.read(torch.tensor([-1.0, float("nan"), 1e-300], dtype=torch.float64), measures[1])
+    run = store.read("a")
+    assert run.curriculum.tolist() == [[3, 3, 0], [], [5, 1]]
+    assert run.curriculum.n_train == 6
+    assert run.times.tolist() == [0, 3]
+    assert run.losses.dtype == np.float64
+    assert np.array_equal(run.losses[[0, 3]], [[1 / 3, 2.0, 3.0], [-1.0, np.nan, 1e-300]], equal_nan=True)
+    assert run.measures["margin"][3].tolist() == [0.5, 0.0, -0.5]
+    assert np.isnan(run.measures["margin"][1:3]).all()
+    assert np.array_equal(run.learning_rates, [np.nan, np.nan, 0.5], equal_nan=True)
+    assert run.diverged
+    assert store.unfinished() == []
+    assert not (tmp_path / "partial").exists()
+
+
+def long_loop(path, resume, said=lambda steps: None):
+    """2,000 steps of a loop that goes on from its own checkpoint where there is something to go on with."""
+    rng = np.random.default_rng(0)
+    with sf.RunStore(path).recorder("long", train=TRAIN, test=TEST, resume=resume) as rec:
+        for step in range(2000):
+            batch, losses = rng.integers(6, size=3), rng.normal(size=3)
+            if step < rec.steps:
+                continue
+            if step == 0:
+                rec.read(np.ones(3))
+            rec.step(batch, losses)
+            said(rec.steps)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_recorder import long_loop
+long_loop(sys.argv[2], 0, lambda steps: print(steps, flush=True))
+"""
+
+
+def test_killed_and_gone_on_with(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "killed")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        said = [int(process.stdout.readline()) for _ in range(50)][-1]
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    store = sf.RunStore(tmp_path / "killed")
+    assert store.ids() == []  # no run by halves
+    assert len(store.load()) == 0
+    assert store.unfinished() == ["long"]
+    broken_off = r"broke off after \d+ recorded steps.*resume="
+    with pytest.raises(InvalidInput, match=broken_off) as broken, store.recorder("long"):
+        pass
+    there = int(str(broken.value).split("after ")[1].split()[0])
+    assert said <= there < 2000  # what it said it had recorded is there
+    long_loop(store.path, there - 7)
+    long_loop(tmp_path / "whole", None)
+    run, whole = store.read("long"), sf.RunStore(tmp_path / "whole").read("long")
+    assert run.steps == 2000
+    assert np.array_equal(run.losses, whole.losses)
+    assert run.curriculum == whole.curriculum
+    assert store.unfinished() == []
+    assert (store.path / "run-long.parquet").read_bytes() == (tmp_path / "whole" / "run-long.parquet").read_bytes()
+
+
+def broken_off(path, steps=5):
+    store = sf.RunStore(path)
+
+    class Crash(Exception):
+        pass
+
+    with pytest.raises(Crash), store.recorder("a", train=TRAIN, test=TEST) as rec:  # noqa: PT012
+        rec.read([0.0, 0.0, 0.0])
+        for step in range(steps):
+            rec.step([step % 6], [float(step + 1)] * 3)
+        raise Crash
+    return store, store.partial("a") / "journal.jsonl"
+
+
+def test_a_torn_last_line_is_cut_off_a_damaged_one_found(tmp_path):
+    store, journal = broken_off(tmp_path)
+    content = journal.read_bytes()
+    for cut in range(1, len(content.splitlines()[-1]) + 1):
+        journal.write_bytes(content[:-cut])
+        with pytest.raises(InvalidInput, match="after 4 recorded steps"), store.recorder("a"):
+            pass
+    with store.recorder("a", resume=4) as rec:
+        rec.step([4], [5.0] * 3)
+    assert store.read("a").losses[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    store, journal = broken_off(tmp_path / "other")
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    journal.write_bytes(flipped)
+    with pytest.raises(StoreError, match="damaged"), store.recorder("a", resume=2):
+        pass
+
+
+def test_resuming_keeps_what_it_is_told(tmp_path):
+    store, journal = broken_off(tmp_path)
+    with pytest.raises(InvalidInput, match="5 steps are recorded"), store.recorder("a", resume=6):
+        pass
+    with pytest.raises(StoreError, match="another recipe"), store.recorder("a", resume=2, recipe=sf.Recipe(lr=1.0)):
+        pass
+    assert len(journal.read_bytes().splitlines()) == 7  # refusing changed nothing
+    with store.recorder("a", resume=2) as rec:
+        assert rec.steps == 2
+        rec.step([5], [-1.0] * 3)
+    run = store.read("a")
+    assert run.curriculum.tolist() == [[0], [1], [5]]
+    assert run.losses[:, 0].tolist() == [0, 1, 2, -1]
+    store, _ = broken_off(tmp_path / "anew")
+    with store.recorder("a", resume=0, recipe=sf.Recipe(lr=1.0)) as rec:
+        rec.read([0.5] * 3)
+        rec.step([5], [-1.0] * 3)
+    assert store.read("a").losses[:, 0].tolist() == [0.5, -1.0]
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder_module, "BLOCK_NUMBERS", 20_000)
+    peaks = []
+    for steps in (40, 800):
+        store = sf.RunStore(tmp_path / str(steps))
+        test, losses = range(1000), np.random.default_rng(0).normal(size=1000)
+        tracemalloc.start()
+        with store.recorder("a", train=TRAIN, test=test) as rec:
+            rec.read(losses)
+            for _ in range(steps):
+                rec.step([1, 2], losses)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        run = store.read("a")  # of several row groups
+        assert run.steps == steps
+        assert np.array_equal(run.losses, np.tile(losses.astype(np.float32), (steps + 1, 1)))
+    assert 2 * peaks[1] < 800 * 1000 * 4
+    assert peaks[1] < 1.5 * peaks[0] + 50_000
+
+
+def test_blocks_and_one_block_are_the_same_run(runs, store, monkeypatch):
+    run = runs[0]
+    whole = store.read(run.id)
+    about = recorder_module.About("b", store.info.fingerprint, 12, run.recipe, False)
+    cut = [
+        Rows(
+            start,
+            np.concatenate([run.curriculum[t - 1] for t in times if t]), np.array([3 if t else 0 for t in times]),
+            np.array([0.3 if t else np.nan for t in times]), np.ones(len(times), bool), run.losses[times], {},
+        )
+        for start, times in [(0, list(range(4))), (4, list(range(4, 11)))]
+    ]  # fmt: skip
+    store.write_rows(about, cut)
+    again = store.read("b")
+    assert np.array_equal(again.losses, whole.losses)
+    assert again.curriculum == whole.curriculum
+    assert again.learning_rates.tolist() == whole.learning_rates.tolist()
+    with pytest.raises(StoreError, match="another task"):
+        store.write_rows(recorder_module.About("b", "other", 12, None, False), cut)
+
+
+def started(path, **arguments):
+    return sf.RunStore(path).recorder("a", train=TRAIN, test=TEST, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (lambda rec: rec.step(["t0"], [1, 2, 3]), "losses before any update are missing"),
+        (lambda rec: rec.read([1, 2]), r"one number for each of the 3 test examples, got int64\[2\]"),
+        (lambda rec: rec.read(["a", "b", "c"]), "one number for each"),
+        (lambda rec: rec.read(0.5), "reduction='none'"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.read([1, 2, 3])), "recorded already"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step(["t00"])), "no training example 't00', did you mean 't0'"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([6])), "indices from 0 to 5; got 6"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([-1])), "got -1"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([True])), "got True"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0.5])), "got 0.5"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], measures={"m": [1, 2, 3]})), "measures without losses"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], [1, 2, 3], measures={"m": [1, 2, 3]})), "name them all"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0])), "losses after the last step .* are missing"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([], [1, 2, 3])), "no step with an example"),
+        (lambda rec: None, "no step with an example"),
+    ],
+)
+def test_bad_input(tmp_path, action, said):
+    with pytest.raises(InvalidInput, match=said), started(tmp_path) as rec:
+        action(rec)
+    assert sf.RunStore(tmp_path).ids() == []
+
+
+def test_bad_recorders(tmp_path, store, task):
+    new = sf.RunStore(tmp_path / "new")
+    with pytest.raises(InvalidInput, match="new store: say of which examples"):
+        new.recorder("a")
+    for name in ("", "../up", "a/b", ".hidden", "x" * 65, "ä"):
+        with pytest.raises(InvalidInput, match="a run's name is a file's"):
+            new.recorder(name, train=TRAIN, test=TEST)
+    with pytest.raises(InvalidInput, match="which by its name"):
+        new.recorder(train=TRAIN, test=TEST, resume=3)
+    with pytest.raises(InvalidInput, match="another name"):
+        new.recorder("a", train=TRAIN, test=TEST, measures=["loss"])
+    with pytest.raises(InvalidInput, match="stands twice"):
+        new.recorder("a", train=["t0", "t0"], test=TEST)
+    assert not new.exists
+    with pytest.raises(StoreError, match="other train examples"):
+        store.recorder("a", train=TRAIN)
+    with pytest.raises(InvalidInput, match="leave them out"):
+        store.recorder("a", task=task, test=TEST)
+    with pytest.raises(InvalidInput, match="has a finished run"), store.recorder(store.ids()[0]):
+        pass
+    rec = store.recorder("a")
+    with pytest.raises(InvalidInput, match="within its block only"):
+        rec.read(np.zeros(5))
+    with store.recorder("b") as first:
+        with pytest.raises(StoreError, match="being recorded by another"), store.recorder("b"):
+            pass
+        first.read(np.zeros(5))
+        first.step([0], np.zeros(5))
+    assert "b" in store
+
+
+def blocks(heading):
+    """The Python of a section of the page on loops of one's own."""
+    page = (Path(__file__).parents[1] / "docs" / "your_own_loop.md").read_text()
+    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return "\n".join(part.split("\n```")[0] for part in section.split("```python\n")[1:])
+
+
+def test_the_page_runs(tmp_path, capsys):
+    X, y = np.random.default_rng(0).normal(size=(45, 3)), np.arange(45) % 7
+    names = {
+        "folder": tmp_path,
+        "test_losses": lambda weights: (X[40:] @ weights - y[40:]) ** 2,
+        "update": lambda weights, rows: weights - 0.01 * X[rows].T @ (X[rows] @ weights - y[rows]),
+    }
+    exec(blocks("Any loop"), names)  # noqa: S102 (our own page)
+    assert len(names["runs"]) == 6
+    assert names["store"].read("long").steps == 100
+    assert "['long']" in capsys.readouterr().out
