@@ -26,6 +26,8 @@ from simfluence.task import Data, forward
 
 #: Numbers that formed gradients may take at a time: bounds memory, does not change results.
 FORMED = 2**25
+#: Products that are formed at a time, few enough to stay in a processor's cache.
+CACHED = 2**20
 
 
 def tangent_kernel(
@@ -117,11 +119,13 @@ def _add_factored(kernel: Tensor, factors: list[Factors], columns: int) -> None:
     a = factors[0].inputs[:, 0]  # [examples, in]: the same for each output
     s = torch.stack([part.gradients[:, 0] for part in factors], 1)  # [examples, outputs, out]
     count, outputs = s.shape[:2]
-    size = max(1, FORMED // (outputs * count * outputs))
-    view = kernel.view(columns, outputs, count, outputs)
+    size = max(1, CACHED // (outputs * count * outputs))
+    view, every = kernel.view(columns, outputs, count, outputs), s.flatten(0, 1).T
+    products = kernel.new_empty(size * outputs, count * outputs)  # the same memory for each block
     for start in range(0, columns, size):
         some = slice(start, min(start + size, columns))
-        gram = (s[some].flatten(0, 1) @ s.flatten(0, 1).T).view(-1, outputs, count, outputs)
+        rows = s[some].flatten(0, 1)
+        gram = torch.mm(rows, every, out=products[: len(rows)]).view(-1, outputs, count, outputs)
         view[some].addcmul_(gram, (a[some] @ a.T)[:, None, :, None])
 
 
