@@ -17,7 +17,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from simfluence._files import write_whole
-from simfluence._types import RunLosses
+from simfluence._html import card, picture
+from simfluence._types import RunLosses, Target
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit, apply_all
 from simfluence.errors import InvalidInput
@@ -26,7 +27,7 @@ from simfluence.recipe import Recipe
 from simfluence.runs import Run
 from simfluence.simulators import ConformalSimulator, Simulator
 from simfluence.task import Task
-from simfluence.verification import Verification, Verifications, retrained
+from simfluence.verification import Verification, Verifications, about, drawn_changes, drawn_fan, retrained
 
 _AT_ONCE = 50  # edited curricula whose intervals are asked for together
 
@@ -116,6 +117,20 @@ class Forecast:
                 f"  test {index}{known}: {row['base']:.3f} → {row['what_if']:.3f} ({row['change']:+.3f}){within}"
             )
         return "\n".join(lines)
+
+    def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
+        """The mean loss along training: base and edited, as forecast (with its interval), and the base as recorded.
+
+        Args:
+            ax: matplotlib's axes to draw on; by default those of a new figure. They are returned.
+            title: by default the question.
+            test: whose losses: a filter over the test examples, indices or ids; all of them by default.
+        """
+        return drawn_fan(self, None, ax, title, test)
+
+    def _repr_html_(self) -> str:
+        question, _, answer = str(self).partition("? ")
+        return card(f"{question}?", {self.run.task_name or "forecast": answer}, picture(self.plot))
 
     def to_parquet(self, path: str | Path) -> None:
         """Write ``frame`` to a Parquet file."""
@@ -232,6 +247,14 @@ class Forecasts(Sequence[Forecast]):
             nothing = " (nothing changes)" if row["unchanged_runs"] == len(self.runs) else ""
             lines.append(f"  {name}: {row['change']:+.3f}{nothing}")
         return "\n".join(lines)
+
+    def plot(self, ax: Any = None, title: str = "") -> Any:
+        """The forecast change of the mean final loss, a row per query."""
+        return drawn_changes(self, None, ax, title)
+
+    def _repr_html_(self) -> str:
+        rows = 1.8 + 0.25 * min(len(self.queries), 40)
+        return card(about(self), {"Mean final loss": f"{self.base.mean():.3f}"}, picture(self.plot, 7, rows))
 
     def to_parquet(self, path: str | Path) -> None:
         """Write ``frame`` to a Parquet file."""

@@ -241,18 +241,7 @@ class _Answer:
 
     def draw(self, path: Path) -> None:
         """One query: the mean trajectory. Many: their mean changes, beside the retrained ones."""
-        forecast, verified = self.forecast, self.verified
-        if isinstance(forecast, Forecast):
-            losses = {"base, forecast": forecast.base, "edited, forecast": forecast.what_if}
-            losses |= {"base, recorded": forecast.run.losses} | (
-                {"edited, retrained": verified.actual} if verified else {}
-            )
-            means = {name: each.mean(1) for name, each in losses.items()}
-            draw(path, lambda ax: plots.fan(means, ax, str(forecast).partition("?")[0] + "?"))
-            return
-        predicted = forecast.change.mean((1, 2))
-        actual = verified.actual_change.mean((1, 2)) if verified else None
-        draw(path, lambda ax: plots.changes(list(forecast.queries), predicted, actual, ax, str(forecast)))
+        draw(path, (self.verified or self.forecast).plot)
 
 
 def _edits(

@@ -10,6 +10,7 @@ import pandas as pd
 import typer
 
 from simfluence import simulators
+from simfluence._tables import cell, readable
 from simfluence.cli.options import (
     AsJson,
     HeldOut,
@@ -28,7 +29,7 @@ from simfluence.demo import run_demo
 from simfluence.evaluation import METRICS
 from simfluence.evaluation import evaluate as evaluate_simulators
 from simfluence.learning import learning_curve as curve
-from simfluence.printing import cell, print_json, print_table, readable, records
+from simfluence.printing import print_json, print_table, records
 from simfluence.simulators import SIMULATORS, ConformalSimulator
 from simfluence.store import RunStore
 from simfluence.tuning import Search, search
