@@ -120,7 +120,7 @@ class Verification:
 
     def _repr_html_(self) -> str:
         facts = {"truth": self.summary().replace("\n", ". ")}
-        return card(str(self.forecast), facts, picture(self.plot), picture(self.plot_changes, 3.2, 3.2))
+        return card(str(self.forecast), facts, picture(self.plot), picture(self.plot_changes, 5, 4.4))
 
     def __str__(self) -> str:
         return f"{self.forecast}\n{self.summary()}"

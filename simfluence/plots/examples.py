@@ -154,7 +154,7 @@ def counts(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes
         at = np.arange(len(first)) + (index - (len(table.columns) - 1) / 2) * width
         ax.bar(at, first[side].astype(float), width, color=COLOURS[index % 6], label=named([side])[0])
     ax.set_xticks(range(len(first)), named(first.index), rotation=45 if len(first) > 12 else 0)
-    ax.legend(frameon=False)
+    legend(ax)
     name = str(table.index.name or "value")
     part = "" if len(first) == len(table) else f" ({of(len(first), len(table), 'values')})"
     return finished(ax, title, xlabel=f"{name}{part}", ylabel="examples")
