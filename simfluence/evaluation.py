@@ -165,6 +165,13 @@ def evaluate(
 
     Raises:
         InvalidInput: an unknown metric, no run, or runs in both ``held`` and ``reference``.
+
+    >>> rng = np.random.default_rng(0)
+    >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
+    >>> fit, held = runs.split(held_out=3)
+    >>> mean = MeanTrajectorySimulator().fit(fit)
+    >>> evaluate({"mean": mean}, held, reference=fit)[["skill", "final_skill", "runs"]].loc["mean"].tolist()
+    [0.0, 0.0, 3.0]
     """
     for metric in metrics:
         if metric not in METRICS:

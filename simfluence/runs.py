@@ -40,6 +40,13 @@ class Run:
         measures: further readings by name, ``[steps + 1, test]`` like the losses.
         verification: made to confirm a forecast, so not for fitting.
         engine: that trained it, if known.
+
+    Raises:
+        InvalidInput: there is not one row of losses more than there are steps.
+
+    >>> run = Run("a", Curriculum([[0, 1], [2]]), np.ones((3, 5)))
+    >>> run.steps, run.initial_losses.shape, run.diverged
+    (2, (5,), False)
     """
 
     id: str
@@ -119,6 +126,10 @@ class Runs(Sequence[Run]):
 
     Raises:
         InvalidInput: the runs are of different tasks, or of different numbers of examples.
+
+    >>> runs = Runs.from_arrays([[[0], [1]], [[1], [1]]], np.zeros((2, 3, 5)))
+    >>> runs[:1], runs.losses.shape, runs[0].curriculum.tolist()
+    (Runs(1: train=2, test=5), (2, 3, 5), [[0], [1]])
     """
 
     def __init__(self, runs: Iterable[Run]) -> None:

@@ -86,6 +86,14 @@ class Task:
 
     Raises:
         InvalidInput: the number of examples, inputs and targets differ on a side.
+
+    ``tasks.from_arrays`` makes one of arrays with less to write.
+
+    >>> X, y = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> loss = nn.CrossEntropyLoss(reduction="none")
+    >>> sides = Examples(["a", "b", "c"]), Examples(["d"])
+    >>> Task("mine", lambda: nn.Linear(3, 2), (X, y), (X[:1], y[:1]), loss, *sides)
+    Task('mine', train=3, test=1)
     """
 
     name: str

@@ -38,6 +38,14 @@ class Verification:
         forecast: what was predicted.
         actual: losses of the retrained run, ``[steps + 1, test]``.
         seed_changes: change of the final losses, retrained from the base's seed and from others, ``[seeds, test]``.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> curricula = sf.random_curricula(n_train=20, runs=3, steps=4, batch_size=4)
+    >>> runs = sf.record(task, sf.Recipe(lr=0.1), curricula)
+    >>> verified = sf.what_if(sf.AdditiveSimulator().fit(runs), runs[0], sf.Truncate(2), task=task).verify()
+    >>> verified.actual.shape, bool(-1 <= verified.delta_correlation <= 1)
+    ((3, 5), True)
     """
 
     forecast: Forecast
@@ -135,6 +143,15 @@ class Verifications(Sequence[Verification]):
         losses: of the retrained runs, ``[queries][runs]`` of ``[steps + 1, test]``.
         final: the last of them, ``[queries, runs, test]``.
         seed_changes: change of the final losses from several seeds, ``[queries, runs, seeds, test]``, if asked for.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> curricula = sf.random_curricula(n_train=20, runs=3, steps=4, batch_size=4)
+    >>> runs = sf.record(task, sf.Recipe(lr=0.1), curricula)
+    >>> queries = {"half": sf.Truncate(2), "no 0": sf.Remove([0])}
+    >>> verified = sf.what_if(sf.AdditiveSimulator().fit(runs), runs, queries, task=task).verify()
+    >>> verified.table.index.tolist(), verified.final.shape
+    (['half', 'no 0', 'all'], (2, 3, 5))
     """
 
     forecasts: Forecasts

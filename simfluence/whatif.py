@@ -50,6 +50,14 @@ class Forecast:
         what_if: the same under the edited one, with as many rows as it has steps, and one.
         low, high: ends of the interval of each loss in ``what_if``, where the simulator gives them.
         task: for ``verify``, if known.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> forecast = what_if(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], sf.Remove([1]))
+    >>> print(forecast)
+    What if we remove examples 1 (1)? Mean final loss 1.500 → 1.000
+    >>> forecast.final.round(2).loc[0].tolist()  # base, what_if, change
+    [1.5, 1.0, -0.5]
     """
 
     run: Run
@@ -183,6 +191,12 @@ class Forecasts(Sequence[Forecast]):
         low, high: ends of the intervals of the final losses, where the simulator gives them.
         confidence: of the intervals.
         task: for ``verify``, if known.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> fitted = sf.AdditiveSimulator(l2=1e-6).fit(runs)
+    >>> what_if(fitted, runs, {"no 0": sf.Remove([0]), "no 1": sf.Remove([1])}).ranking()["change"].round(2).to_dict()
+    {'no 0': 2.0, 'no 1': -0.5}
     """
 
     simulator: Simulator

@@ -147,6 +147,10 @@ class TopScores:
         indices: of training examples.
         values: their scores.
         unit, method: as of ``Scores``.
+
+    >>> best = TopScores(np.array([[4, 0]]), np.array([[0.9, 0.2]]), "loss", "EKFAC")
+    >>> best.indices[0, 0]
+    np.int64(4)
     """
 
     indices: Int[np.ndarray, "test k"]

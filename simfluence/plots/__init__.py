@@ -9,11 +9,12 @@ from simfluence.plots.comparison import changes, evaluation, scatter
 from simfluence.plots.curves import learning_curve, removal_curve, skill_over_steps
 from simfluence.plots.examples import counts, heat_map, plane, ranked
 from simfluence.plots.influence import by_layer, distribution, tokens
-from simfluence.plots.style import COLOURS
+from simfluence.plots.style import COLOURS, DASHES
 from simfluence.plots.trajectories import fan, recorded, trajectories
 
 __all__ = [
     "COLOURS",
+    "DASHES",
     "by_layer",
     "changes",
     "counts",
