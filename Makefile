@@ -7,7 +7,8 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table wheel runs clean
+.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table notebooks docs wheel runs \
+	clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +66,16 @@ what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by
 
 attribution-table: $(READY)  ## attributors against retraining, PBRF, runs on subsets and removals, five minutes
 	$(BIN)/python benchmarks/attribution.py --markdown docs/attribution.md
+
+$(VENV)/.shown: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,notebooks]"
+	touch $(VENV)/.shown
+
+notebooks: $(VENV)/.shown  ## execute the notebooks and keep their outputs, five minutes
+	$(BIN)/python notebooks/execute.py
+
+docs: $(VENV)/.shown  ## the documentation site, in build/site; any warning stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 runs: $(READY)  ## the recorded runs that the repository ships
 	for name in digits digits_cnn digits_adamw breast_cancer breast_cancer_mlp diabetes; do \
