@@ -5,7 +5,7 @@ Without ``ax`` a figure of pyplot's is opened, as notebooks show it; with ``ax``
 too much of is drawn in part, and the picture says so. Names may hold anything: nothing in them is read as markup.
 """
 
-from simfluence.plots.comparison import changes, evaluation, scatter
+from simfluence.plots.comparison import changes, evaluation, heading, scatter
 from simfluence.plots.curves import learning_curve, removal_curve, skill_over_steps
 from simfluence.plots.examples import counts, heat_map, plane, ranked
 from simfluence.plots.influence import by_layer, distribution, tokens
@@ -21,6 +21,7 @@ __all__ = [
     "distribution",
     "evaluation",
     "fan",
+    "heading",
     "heat_map",
     "learning_curve",
     "plane",

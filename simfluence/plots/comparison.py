@@ -138,7 +138,13 @@ def evaluation(table: pd.DataFrame, ax: Axes | None = None, title: str = "", *, 
 
 
 def heading(table: pd.DataFrame) -> str:
-    """What a table of an evaluation is about: its task, and how many runs went in."""
+    """What a table of an evaluation is about: its task, and how many runs went in.
+
+    >>> table = pd.DataFrame()
+    >>> table.attrs |= {"task": "digits", "fit": 24, "held": 8}
+    >>> heading(table)
+    'digits: 24 runs to fit on, 8 runs held out'
+    """
     parts = [str(table.attrs["task"])] if table.attrs.get("task") else []
     parts += [f"{table.attrs['fit']} runs to fit on"] if table.attrs.get("fit") else []
     parts += [f"{table.attrs['held']} runs held out"] if table.attrs.get("held") else []
