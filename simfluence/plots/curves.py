@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from simfluence.plots.comparison import heading
 from simfluence.plots.style import COLOURS, DASHES, empty, finished, legend, named, opened, plain
@@ -66,7 +66,6 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None, title: str = "")
     ax.set_xscale("log", base=2)
     ax.set_xticks(runs, [str(count) for count in runs])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.set_ylim(top=1.05)
     ax.legend(frameon=False, loc="lower right")
     return finished(ax, title, xlabel="runs to fit on", ylabel="skill, 95 % intervals")
