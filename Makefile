@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table notebooks docs wheel runs \
+.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table notebooks docs front-page wheel runs \
 	clean
 
 $(READY): pyproject.toml constraints.txt
@@ -57,6 +57,9 @@ bench-peers: $(PEERS)/.ready  ## attribution against published packages, about 1
 
 table: $(READY)  ## how good each simulator is on the recorded runs; goes on where it stopped
 	$(BIN)/python benchmarks/table.py
+
+front-page: $(READY)  ## the picture and the table of simulators in the README, three minutes
+	$(BIN)/python benchmarks/front_page.py
 
 tangent-table: $(READY)  ## the tangent kernel simulator from one, two and twelve runs, ten minutes
 	$(BIN)/python benchmarks/tangent.py
