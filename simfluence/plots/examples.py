@@ -41,7 +41,10 @@ def heat_map(
     image = ax.imshow(array, aspect="auto", cmap=cmap, vmin=-largest, vmax=largest, interpolation="nearest")
     if len(columns) <= 30:
         crowded = len(columns) > 12 or max(len(str(name)) for name in drawn.columns) > 6
-        ax.set_xticks(range(len(columns)), named(drawn.columns), rotation=45 if crowded else 0)
+        turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        ax.set_xticks(range(len(columns)), named(drawn.columns), **turned)
+    if len(rows) <= 30:
+        ax.set_yticks(range(len(rows)), named(drawn.index))
     names = str(values.columns.name or "column"), str(values.index.name or "row")
     full = [{"train": "training example", "test": "test example"}.get(name, name) for name in names]
     ax.figure.colorbar(image, ax=ax, label=label, extend="both")
