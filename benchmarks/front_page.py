@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 import simfluence as sf
 from simfluence import plots
-from simfluence._tables import cell
 from simfluence.demo import COMPARED
 
 NAMES = {
@@ -30,6 +29,7 @@ NAMES = {
 }
 METRICS = {"mse": "all-steps MSE", "final_spearman": "final ρ"}
 INTERVALS = {"skill": "skill", "final_skill": "final skill", "run_correlation": "run correlation"}
+DECIMALS = {"mse": 4, "skill": 2, "final_skill": 2}
 LABEL = 3
 
 
@@ -46,17 +46,22 @@ def markdown(table: pd.DataFrame) -> str:
     for name, shown in (METRICS | INTERVALS).items():
         best = table[name].min() if name == "mse" else table[name].max()
         rows = [(row[name], spread(name, row)) for _, row in table.iterrows()]
-        columns[shown] = ["–" if np.isnan(v) else f"{f'**{cell(v)}**' if v == best else cell(v)} {s}" for v, s in rows]
+        columns[shown] = [
+            "–" if np.isnan(v) else f"{f'**{number(name, v)}**' if v == best else number(name, v)} {s}" for v, s in rows
+        ]
     lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(name: str, row: pd.Series) -> str:
-    return (
-        f"± {cell(row[f'{name}_sd'])}"
-        if name in METRICS
-        else f"[{cell(row[f'{name}_low'])}, {cell(row[f'{name}_high'])}]"
-    )
+    if name in METRICS:
+        return f"± {number(name, row[f'{name}_sd'])}"
+    return f"[{number(name, row[f'{name}_low'])}, {number(name, row[f'{name}_high'])}]"
+
+
+def number(name: str, value: float) -> str:
+    """As many decimals as its column needs, and a true minus."""
+    return f"{value:.{DECIMALS.get(name, 3)}f}".replace("-", "−")
 
 
 def draw(path: Path, task: sf.Task, simulators: dict[str, sf.Simulator], held: sf.Runs) -> None:
@@ -75,7 +80,7 @@ def draw(path: Path, task: sf.Task, simulators: dict[str, sf.Simulator], held: s
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     plots.trajectories(
         verified[0].actual[:, mine].mean(axis=1), said, left,
-        f"digits: one unseen run, had there been no {LABEL} in training; mean of {mine.sum()} test {LABEL}s",
+        f"digits: an unseen run without any {LABEL}; mean of {mine.sum()} test {LABEL}s",
     )  # fmt: skip
     left.plot(held[0].losses[:, mine].mean(axis=1), color="grey", linewidth=1, label=f"real, with {LABEL}s")
     left.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
