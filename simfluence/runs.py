@@ -315,7 +315,8 @@ class Runs(Sequence[Run]):
         facts: dict[str, object] = {"task": self.task_name or "not known", "runs": len(self)}
         if len(self):
             facts |= {"steps": _range(run.steps for run in self), "training examples": self.n_train}
-            facts |= {"test examples": self.n_test, "recipe": " and ".join({str(run.recipe or "not known") for run in self})}
+            recipes = {str(run.recipe or "not known") for run in self}
+            facts |= {"test examples": self.n_test, "recipe": " and ".join(sorted(recipes))}
         if lost := sum(run.diverged for run in self):
             facts["diverged"] = lost
         return card("Runs", facts, picture(self.plot))
