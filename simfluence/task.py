@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -214,6 +214,8 @@ class Task:
 
         for name in self.train.table.columns.intersection(self.test.table.columns):
             sides = {"train": self.train.table[name], "test": self.test.table[name]}
+            if not all(isinstance(value, Hashable) for values in sides.values() for value in values):
+                continue  # lists, say
             table = pd.DataFrame({side: values.value_counts() for side, values in sides.items()}).fillna(0)
             if len(table) <= _MOST_VALUES:
                 table = table.sort_index(key=lambda index: index if index.dtype.kind in "biuf" else index.astype(str))

@@ -72,6 +72,11 @@ def test_task(evil, task):
     assert "training examples: 12" in page
     assert len(pictures) == 1
     checked(evil)
+    lists = pd.DataFrame({"tags": [["a"], ["b"]] * 3, "mixed": ["x", 1, None] * 2})
+    odd = sf.tasks.from_arrays(
+        nn.Linear(2, 1), np.ones((6, 2)), np.ones((6, 1)), "squared_error", metadata=lists, test=2
+    )  # fmt: skip
+    assert "metadata: id, tags, mixed" in checked(odd)[0]
     plain = sf.tasks.diabetes(n_train=30, n_test=20)
     assert "squared" in checked(plain)[0]
 

@@ -16,10 +16,6 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-#: What some of them are about, and need.
-NEEDED = {"06_your_own_training_loop": "simfluence.recorder"}
-
-
 def code(path: Path) -> list[dict]:
     return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
 
@@ -38,8 +34,6 @@ def execute(source: str, names: dict) -> None:
 @each_notebook
 def test_it_runs(path, monkeypatch, capsys):
     """In one process, as to start a kernel for each takes longer than what they do. Warnings are as in a kernel."""
-    if path.stem in NEEDED:
-        pytest.importorskip(NEEDED[path.stem])
     monkeypatch.setenv("SIMFLUENCE_SMALL", "1")
     monkeypatch.chdir(path.parent)
     with warnings.catch_warnings():
