@@ -7,7 +7,8 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table wheel runs clean
+.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table notebooks docs front-page wheel runs \
+	clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +58,9 @@ bench-peers: $(PEERS)/.ready  ## attribution against published packages, about 1
 table: $(READY)  ## how good each simulator is on the recorded runs; goes on where it stopped
 	$(BIN)/python benchmarks/table.py
 
+front-page: $(READY)  ## the picture and the table of simulators in the README, three minutes
+	$(BIN)/python benchmarks/front_page.py
+
 tangent-table: $(READY)  ## the tangent kernel simulator from one, two and twelve runs, ten minutes
 	$(BIN)/python benchmarks/tangent.py
 
@@ -65,6 +69,16 @@ what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by
 
 attribution-table: $(READY)  ## attributors against retraining, PBRF, runs on subsets and removals, five minutes
 	$(BIN)/python benchmarks/attribution.py --markdown docs/attribution.md
+
+$(VENV)/.shown: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,notebooks]"
+	touch $(VENV)/.shown
+
+notebooks: $(VENV)/.shown  ## execute the notebooks and keep their outputs, five minutes
+	$(BIN)/python notebooks/execute.py
+
+docs: $(VENV)/.shown  ## the documentation site, in build/site; any warning stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 runs: $(READY)  ## the recorded runs that the repository ships
 	for name in digits digits_cnn digits_adamw breast_cancer breast_cancer_mlp diabetes; do \

@@ -107,12 +107,12 @@ def _draw(
     left, right = figure.subplots(1, 2)
     plots.trajectories(
         held[0].losses.mean(1), {name: losses.mean(1) for name, losses in simulated.items()}, left,
-        f"An unseen run: mean of {held.n_test} test examples",
+        f"An unseen run: mean of {held.n_test} test examples", names=False,
     )  # fmt: skip
     plots.trajectories(
         truth[:, removed].mean(1),
         {name: answer.forecast.what_if[:, removed].mean(1) for name, answer in verified.items()}, right,
-        f"The same without any {LABEL} in training: mean of {removed.sum()} test {LABEL}s",
+        f"The same without any {LABEL} in training: mean of {removed.sum()} test {LABEL}s", names=False,
     )  # fmt: skip
     left.set_ylim(0, 2 * held[0].losses.mean(1).max())
     right.set_ylim(0, 2 * truth[:, removed].mean(1).max())

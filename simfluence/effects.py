@@ -76,6 +76,11 @@ def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
 
     Raises:
         NotFittedError, InvalidInput: as ``leave_one_out``; a step beyond the end.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> move_each(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], to=-1).round(2)  # [[], [1], [0, 0]] for 0
+    array([[1.  , 0.25]])
     """
     check_base(simulator, run)
     shown = np.unique(run.curriculum.indices)
@@ -91,6 +96,11 @@ def show_again(simulator: Simulator, run: Run, at: int = -1) -> Changes:
 
     Raises:
         NotFittedError, InvalidInput: as ``leave_one_out``; a step beyond the end.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], []]], [[[3.0], [2.0], [2.5], [2.5]]])
+    >>> show_again(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).round(2)
+    array([[-1. ,  0.5]])
     """
     check_base(simulator, run)
     edited = [Insert([index], at).apply(run.curriculum) for index in range(run.curriculum.n_train)]

@@ -15,6 +15,8 @@ import scipy.stats
 import sklearn.base
 from jaxtyping import Float
 
+from simfluence._html import card, picture
+from simfluence._tables import as_html, readable
 from simfluence._types import Losses
 from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
 from simfluence.runs import Runs
@@ -32,6 +34,26 @@ HOPELESS = -1e6
 
 _COVERED = 0.9  # the confidence whose coverage ``evaluate`` reports
 _BOOTSTRAP_ENTRIES = 2_000_000  # of resampled losses ranked at a time
+
+
+class EvaluationTable(pd.DataFrame):
+    """What ``evaluate`` returns: a DataFrame that notebooks show with the first of its metrics as bars.
+
+    Its ``attrs`` say which task it is of, and how many runs the reference has. Whatever is made of it (a part, a
+    rounded copy) is a plain DataFrame.
+    """
+
+    def plot_metric(self, metric: str = "skill", ax: Any = None, title: str = "") -> Any:
+        """A bar per simulator: ``plots.evaluation``."""
+        from simfluence import plots
+
+        return plots.evaluation(self, ax, title, metric=metric)
+
+    def _repr_html_(self) -> str:
+        drawn = [name for name in ("skill", *METRICS) if name in self.columns][:1]
+        facts = {"task": self.attrs.get("task") or "not known", "runs to fit on": self.attrs.get("fit", "not known")}
+        bars = [picture(lambda ax: self.plot_metric(drawn[0], ax), 6.5, 1.4 + 0.3 * len(self))] if drawn else []
+        return card("Evaluation on runs that were held out", facts, as_html(readable(self)), *bars)
 
 
 def all_steps_mse(simulated: Losses, true: Losses) -> PerRun:
@@ -125,7 +147,7 @@ def evaluate(
     bootstrap: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> pd.DataFrame:
+) -> EvaluationTable:
     """Score fitted simulators on runs they have not seen: one row per simulator.
 
     Args:
@@ -143,17 +165,18 @@ def evaluate(
 
     Raises:
         InvalidInput: an unknown metric, no run, or runs in both ``held`` and ``reference``.
+
+    >>> rng = np.random.default_rng(0)
+    >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
+    >>> fit, held = runs.split(held_out=3)
+    >>> mean = MeanTrajectorySimulator().fit(fit)
+    >>> evaluate({"mean": mean}, held, reference=fit)[["skill", "final_skill", "runs"]].loc["mean"].tolist()
+    [0.0, 0.0, 3.0]
     """
-    if not isinstance(simulators, Mapping):
-        raise InvalidInput('simulators must be a mapping from row names to simulators, such as {"linear": linear}')
-    if not 0 < confidence < 1:
-        raise InvalidInput(f"confidence must be between 0 and 1, got {confidence}")
     for metric in metrics:
         if metric not in METRICS:
             raise InvalidInput(f"unknown metric {metric!r}, {did_you_mean(metric, METRICS)}")
-    held, reference = usable(held, "evaluate on"), usable(reference, "compare with")
-    if shared := set(held.ids) & set(reference.ids):
-        raise InvalidInput(f"{len(shared)} runs are both held out and in the reference: split(…) gives disjoint parts")
+    held, reference = _checked(simulators, held, reference, confidence)
     true = held.losses.astype(np.float64)
     mean = MeanTrajectorySimulator().fit(reference).simulate(held.curricula, held.initial_losses)
     resamples = np.random.default_rng(seed).integers(len(held), size=(bootstrap, len(held)))
@@ -166,7 +189,71 @@ def evaluate(
         if isinstance(simulator, ConformalSimulator):
             scores["coverage"] = coverage(*simulator.interval(held.curricula, held.initial_losses, _COVERED), true)
         rows[name] = scores | {"runs": len(held), "test_examples": held.n_test}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulator")
+    table = EvaluationTable(pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulator"))
+    table.attrs |= {"task": held.task_name, "fit": len(reference), "held": len(held)}
+    return table
+
+
+def skill_over_steps(
+    simulators: Mapping[str, Simulator],
+    held: Runs,
+    reference: Runs,
+    *,
+    bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Where along training is a forecast good? The skill at each step, pooled over runs and test examples.
+
+    Args:
+        simulators, held, reference, bootstrap, confidence, seed: as of ``evaluate``.
+
+    Returns:
+        A row per simulator and step that was read: simulator, step, skill and its bootstrap interval over runs,
+        ``low`` and ``high``. Where the mean trajectory is exact there is no skill, and no row.
+
+    Raises:
+        InvalidInput: as ``evaluate``.
+
+    >>> rng = np.random.default_rng(0)
+    >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
+    >>> table = skill_over_steps({"mean": MeanTrajectorySimulator().fit(runs[:4])}, runs[4:], runs[:4])
+    >>> table[["step", "skill"]].to_numpy().tolist()
+    [[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0], [5.0, 0.0]]
+    """
+    held, reference = _checked(simulators, held, reference, confidence)
+    true = held.losses.astype(np.float64)
+    mean = MeanTrajectorySimulator().fit(reference).simulate(held.curricula, held.initial_losses)
+    theirs = np.nansum(_squares(mean, true), axis=2)  # [runs, times]
+    steps = 1 + np.flatnonzero(theirs[:, 1:].sum(axis=0) > 0)
+    draws = np.random.default_rng(seed).multinomial(len(held), np.full(len(held), 1 / len(held)), size=bootstrap)
+    tables = []
+    for name, simulator in simulators.items():
+        ours = np.nansum(_squares(simulator.simulate(held.curricula, held.initial_losses), true), axis=2)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no run that goes so far
+            resampled = 1 - (draws @ ours[:, steps]) / (draws @ theirs[:, steps])
+        low, high = np.array([_interval(column, confidence) for column in resampled.T]).reshape(-1, 2).T
+        values = 1 - ours[:, steps].sum(axis=0) / theirs[:, steps].sum(axis=0)
+        tables.append(pd.DataFrame({"simulator": name, "step": steps, "skill": values, "low": low, "high": high}))
+    table = pd.concat(tables, ignore_index=True)
+    table.attrs |= {"task": held.task_name, "fit": len(reference), "held": len(held)}
+    return table
+
+
+def _checked(simulators: Mapping[str, Simulator], held: Runs, reference: Runs, confidence: float) -> tuple[Runs, Runs]:
+    """The runs that can be used.
+
+    Raises:
+        InvalidInput: no mapping of simulators, no run, runs in both parts, or a confidence out of range.
+    """
+    if not isinstance(simulators, Mapping) or not simulators:
+        raise InvalidInput('simulators must be a mapping from row names to simulators, such as {"linear": linear}')
+    if not 0 < confidence < 1:
+        raise InvalidInput(f"confidence must be between 0 and 1, got {confidence}")
+    held, reference = usable(held, "evaluate on"), usable(reference, "compare with")
+    if shared := set(held.ids) & set(reference.ids):
+        raise InvalidInput(f"{len(shared)} runs are both held out and in the reference: split(…) gives disjoint parts")
+    return held, reference
 
 
 def _scored(

@@ -28,6 +28,9 @@ class LDS:
         value: mean over test examples of Spearman's ρ over runs.
         low, high: bootstrap interval over runs.
         runs, test_examples: how many went in.
+
+    >>> print(LDS(0.71, 0.67, 0.74, runs=64, test_examples=100))
+    0.710 [0.670, 0.740]
     """
 
     value: float
@@ -98,6 +101,13 @@ def brittleness(
 
     Raises:
         InvalidInput: scores of other examples, a k that leaves nothing, a run of another task or without a recipe.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> run = sf.record(task, sf.Recipe(lr=0.1), sf.random_curricula(n_train=20, runs=1, steps=6, batch_size=4))[0]
+    >>> scores = sf.attribution.TracInIdeal().fit(run).scores()
+    >>> brittleness(scores, task, run, k=[1, 3]).columns.tolist()
+    ['rise', 'rise_se', 'random_rise', 'random_rise_se', 'test_examples']
     """
     values = checked(scores, len(task.test), len(task.train))
     if run.recipe is None or run.fingerprint not in (None, task.fingerprint):

@@ -66,7 +66,9 @@ def learning_curve(
             row |= _spread("skill", ours[:, 0], theirs[:, 0], seed)
             rows.append(row | _spread("final_skill", ours[:, 1], theirs[:, 1], seed))
             advance()
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs |= {"task": runs.task_name, "held": len(held)}
+    return table
 
 
 def _sizes(sizes: Iterable[int] | None, most: int) -> list[int]:

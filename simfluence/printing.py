@@ -14,21 +14,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from simfluence._tables import cell
 from simfluence.errors import InvalidInput
-
-
-def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """An evaluation table with each metric and its spread in one column."""
-    columns = {}
-    for name in table.columns:
-        if f"{name}_sd" in table:
-            columns[name] = [f"{cell(a)} ± {cell(b)}" for a, b in table[[name, f"{name}_sd"]].to_numpy()]
-        elif f"{name}_low" in table:
-            rows = table[[name, f"{name}_low", f"{name}_high"]].to_numpy()
-            columns[name] = ["–" if math.isnan(v) else f"{cell(v)} [{cell(a)}, {cell(b)}]" for v, a, b in rows]
-        elif not name.endswith(("_sd", "_low", "_high")):
-            columns[name] = table[name].tolist()
-    return pd.DataFrame(columns, index=table.index)
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
@@ -45,13 +32,6 @@ def print_table(table: pd.DataFrame, title: str) -> None:
     console = console if console.is_terminal else Console(width=200)  # a pipe has no width to keep to
     console.print(f"\n{title}", highlight=False)
     console.print(shown)
-
-
-def cell(value: Any) -> str:
-    """A number with three decimals, or three figures where it is large; "–" where there is none."""
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
-    return str(value)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

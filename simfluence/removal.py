@@ -42,6 +42,9 @@ class Removal:
             where the exact search found better ones, before and after all of them, ``[2]``.
         reached: whether the loss got where it was wanted.
         exact: whether it is proved that no other removal is smaller (or better), by this simulator.
+
+    >>> print(Removal(np.array([4, 1]), np.array([0.5, 0.8, 1.2]), reached=True, exact=False))
+    2 examples: loss 0.500 → 1.200 (not proved best)
     """
 
     examples: Indices
@@ -130,6 +133,12 @@ def smallest_removal(
     Raises:
         NotFittedError: before ``fit``.
         InvalidInput: ``exact`` for another simulator, an unknown test example, a run of another task.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [2]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> fitted = sf.AdditiveSimulator(l2=1e-6).fit(runs)
+    >>> smallest_removal(fitted, runs[0], test=0, past=3.0, exact=True).examples.tolist()
+    [0, 2]
     """
     problem = _Problem.of(simulator, run, test, sign=1.0)
     limit = problem.limit(most)
@@ -140,6 +149,11 @@ def best_removal(simulator: Simulator, run: Run, test: int | Target, k: int, *, 
     """At most ``k`` training examples whose removal lowers a test loss most. Batches shrink.
 
     Arguments, errors and the two ways as of ``smallest_removal``; ``reached`` is whether the loss falls at all.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [2]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> print(best_removal(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], test=0, k=2, exact=True))
+    1 examples: loss 1.500 → 1.000 (proved best)
     """
     problem = _Problem.of(simulator, run, test, sign=-1.0)
     limit = problem.limit(k)

@@ -14,6 +14,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from simfluence import filters
+from simfluence._html import card, picture
 from simfluence._types import InitialLosses, Losses, RunLosses
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
@@ -32,12 +33,20 @@ class Run:
         learning_rates: of each step, ``[steps]``.
         recipe: how it was trained, if known.
         fingerprint: of its task, if known.
+        task_name: of its task, for people, if known.
         train, test: ids and metadata of the task's two sides, if known.
         checkpoints: files of the saved steps.
         recorded: at which times the test side was read, ``[steps + 1]``; all of them by default.
         measures: further readings by name, ``[steps + 1, test]`` like the losses.
         verification: made to confirm a forecast, so not for fitting.
         engine: that trained it, if known.
+
+    Raises:
+        InvalidInput: there is not one row of losses more than there are steps.
+
+    >>> run = Run("a", Curriculum([[0, 1], [2]]), np.ones((3, 5)))
+    >>> run.steps, run.initial_losses.shape, run.diverged
+    (2, (5,), False)
     """
 
     id: str
@@ -53,6 +62,7 @@ class Run:
     measures: Mapping[str, RunLosses] = field(default_factory=dict)
     verification: bool = False
     engine: str | None = None
+    task_name: str | None = None
 
     def __post_init__(self) -> None:
         if self.losses.shape[0] != len(self.curriculum) + 1:
@@ -116,6 +126,10 @@ class Runs(Sequence[Run]):
 
     Raises:
         InvalidInput: the runs are of different tasks, or of different numbers of examples.
+
+    >>> runs = Runs.from_arrays([[[0], [1]], [[1], [1]]], np.zeros((2, 3, 5)))
+    >>> runs[:1], runs.losses.shape, runs[0].curriculum.tolist()
+    (Runs(1: train=2, test=5), (2, 3, 5), [[0], [1]])
     """
 
     def __init__(self, runs: Iterable[Run]) -> None:
@@ -213,6 +227,29 @@ class Runs(Sequence[Run]):
     def test(self) -> Examples | None:
         return self[0].test if len(self) else None
 
+    @property
+    def task_name(self) -> str | None:
+        return self[0].task_name if len(self) else None
+
+    def plot(self, ax: Any = None, title: str = "") -> Any:
+        """The mean loss of the test examples along training, a thin line per run, and the mean of the runs.
+
+        Args:
+            ax: matplotlib's axes to draw on; by default those of a new figure. They are returned.
+            title: by default the task, and how many runs and test examples there are.
+
+        >>> from matplotlib.figure import Figure
+        >>> Runs.from_arrays([[[0], [1]]], np.ones((1, 3, 5))).plot(Figure().subplots()).get_title()
+        '1 runs, mean of 5 test examples'
+        """
+        from simfluence import plots
+
+        means = self.losses.astype(np.float64).mean(axis=2) if len(self) else np.empty((0, 0))
+        middle = np.ma.masked_invalid(means).mean(axis=0).filled(np.nan) if len(self) else None
+        name = f"{self.task_name}: " if self.task_name else ""
+        title = title or f"{name}{len(self)} runs, mean of {self.n_test} test examples"
+        return plots.recorded(means, ax, title, mean=middle, unit="mean test loss")
+
     def select(self, name: str) -> Runs:
         """The runs with the measure ``name`` in place of the losses: simulators and ``evaluate`` take it as such.
 
@@ -274,6 +311,16 @@ class Runs(Sequence[Run]):
     def __repr__(self) -> str:
         return f"Runs({len(self)}: train={self.n_train}, test={self.n_test})"
 
+    def _repr_html_(self) -> str:
+        facts: dict[str, object] = {"task": self.task_name or "not known", "runs": len(self)}
+        if len(self):
+            facts |= {"steps": _range(run.steps for run in self), "training examples": self.n_train}
+            recipes = {str(run.recipe or "not known") for run in self}
+            facts |= {"test examples": self.n_test, "recipe": " and ".join(sorted(recipes))}
+        if lost := sum(run.diverged for run in self):
+            facts["diverged"] = lost
+        return card("Runs", facts, picture(self.plot))
+
 
 def combined(before: Run, again: Run) -> Run:
     """One run of two recordings of the same training: ``before`` stays, ``again`` fills what it lacks.
@@ -301,6 +348,11 @@ def combined(before: Run, again: Run) -> Run:
         checkpoints=dict(again.checkpoints) | dict(before.checkpoints),
         verification=before.verification and again.verification,
     )
+
+
+def _range(numbers: Iterable[int]) -> str:
+    found = sorted(numbers)
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
 
 
 def _described(run: Run) -> dict[str, Any]:

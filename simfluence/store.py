@@ -340,7 +340,9 @@ class RunStore:
         run = read_run(file)
         if run.id != run_id or run.fingerprint != info.fingerprint:
             raise StoreError(f"{file} is the run {run.id!r} of another task or name: it does not belong here")
-        return dataclasses.replace(run, train=train, test=test, checkpoints=self.checkpoints(run_id))
+        return dataclasses.replace(
+            run, task_name=info.name, train=train, test=test, checkpoints=self.checkpoints(run_id)
+        )
 
     def sides(self) -> tuple[Examples, Examples]:
         """The training and the test examples of the runs here."""

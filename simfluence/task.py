@@ -6,14 +6,16 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from simfluence._html import card, picture
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.examples import Examples
 
@@ -26,6 +28,9 @@ EVALUATION_BATCH = 1024
 
 #: Inputs of at most so many numbers are their examples' features, unless a task gives others.
 _MOST_FEATURES = 4096
+
+#: Values of a column that a notebook's summary counts.
+_MOST_VALUES = 20
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,14 @@ class Task:
 
     Raises:
         InvalidInput: the number of examples, inputs and targets differ on a side.
+
+    ``tasks.from_arrays`` makes one of arrays with less to write.
+
+    >>> X, y = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> loss = nn.CrossEntropyLoss(reduction="none")
+    >>> sides = Examples(["a", "b", "c"]), Examples(["d"])
+    >>> Task("mine", lambda: nn.Linear(3, 2), (X, y), (X[:1], y[:1]), loss, *sides)
+    Task('mine', train=3, test=1)
     """
 
     name: str
@@ -184,6 +197,30 @@ class Task:
 
     def __repr__(self) -> str:
         return f"Task({self.name!r}, train={len(self.train)}, test={len(self.test)})"
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, object] = {"training examples": len(self.train), "test examples": len(self.test)}
+        facts["loss"] = getattr(self.loss, "__name__", type(self.loss).__name__)
+        facts |= {"measures": ", ".join(self.measures)} if self.measures else {}
+        facts["metadata"] = ", ".join(self.train.table.columns)
+        return card(f"Task {self.name}", facts, self._counts_as_html())
+
+    def _counts_as_html(self) -> str:
+        """How many examples have each value of the first column of metadata with few of them."""
+        from simfluence import plots
+
+        def drawn(table: pd.DataFrame) -> str:
+            return picture(lambda ax: plots.counts(table, ax))
+
+        for name in self.train.table.columns.intersection(self.test.table.columns):
+            sides = {"train": self.train.table[name], "test": self.test.table[name]}
+            if not all(isinstance(value, Hashable) for values in sides.values() for value in values):
+                continue  # lists, say
+            table = pd.DataFrame({side: values.value_counts() for side, values in sides.items()}).fillna(0)
+            if len(table) <= _MOST_VALUES:
+                table = table.sort_index(key=lambda index: index if index.dtype.kind in "biuf" else index.astype(str))
+                return drawn(table.rename_axis(name))
+        return ""
 
 
 def _described(examples: Examples, data: Data) -> Examples:

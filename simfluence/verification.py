@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from simfluence._types import RunLosses
+from simfluence._html import card, picture
+from simfluence._types import RunLosses, Target
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.evaluation import delta_correlation, hit_rate, relative_error, seed_share
+from simfluence.examples import Examples
 from simfluence.recipe import Recipe
 from simfluence.recording import record
 from simfluence.runs import Run
@@ -36,6 +38,14 @@ class Verification:
         forecast: what was predicted.
         actual: losses of the retrained run, ``[steps + 1, test]``.
         seed_changes: change of the final losses, retrained from the base's seed and from others, ``[seeds, test]``.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> curricula = sf.random_curricula(n_train=20, runs=3, steps=4, batch_size=4)
+    >>> runs = sf.record(task, sf.Recipe(lr=0.1), curricula)
+    >>> verified = sf.what_if(sf.AdditiveSimulator().fit(runs), runs[0], sf.Truncate(2), task=task).verify()
+    >>> verified.actual.shape, bool(-1 <= verified.delta_correlation <= 1)
+    ((3, 5), True)
     """
 
     forecast: Forecast
@@ -104,6 +114,22 @@ class Verification:
             lines.append(f"{self.seed_share:.1%} of the change is the seed's ({len(self.seed_changes)} seeds)")
         return "\n".join(lines)
 
+    def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
+        """The forecast's picture with the retrained losses in it; arguments as of ``Forecast.plot``."""
+        return drawn_fan(self.forecast, self.actual, ax, title, test)
+
+    def plot_changes(self, ax: Any = None, title: str = "") -> Any:
+        """Forecast against retrained change of the final loss, a point per test example."""
+        from simfluence import plots
+
+        metrics = {"delta correlation": self.delta_correlation, "relative error": self.relative_error}
+        title = title or f"{asked(self.forecast)} {len(self.actual_change)} test examples"
+        return plots.scatter(self.forecast.change, self.actual_change, ax, title, metrics=metrics)
+
+    def _repr_html_(self) -> str:
+        facts = {"truth": self.summary().replace("\n", ". ")}
+        return card(str(self.forecast), facts, picture(self.plot), picture(self.plot_changes, 5, 4.4))
+
     def __str__(self) -> str:
         return f"{self.forecast}\n{self.summary()}"
 
@@ -117,6 +143,15 @@ class Verifications(Sequence[Verification]):
         losses: of the retrained runs, ``[queries][runs]`` of ``[steps + 1, test]``.
         final: the last of them, ``[queries, runs, test]``.
         seed_changes: change of the final losses from several seeds, ``[queries, runs, seeds, test]``, if asked for.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> curricula = sf.random_curricula(n_train=20, runs=3, steps=4, batch_size=4)
+    >>> runs = sf.record(task, sf.Recipe(lr=0.1), curricula)
+    >>> queries = {"half": sf.Truncate(2), "no 0": sf.Remove([0])}
+    >>> verified = sf.what_if(sf.AdditiveSimulator().fit(runs), runs, queries, task=task).verify()
+    >>> verified.table.index.tolist(), verified.final.shape
+    (['half', 'no 0', 'all'], (2, 3, 5))
     """
 
     forecasts: Forecasts
@@ -171,6 +206,26 @@ class Verifications(Sequence[Verification]):
             f"delta correlation {scores['delta_correlation']:.3f}"
         )
 
+    def plot(self, ax: Any = None, title: str = "") -> Any:
+        """Forecast and retrained change of the mean final loss, a row per query."""
+        return drawn_changes(self.forecasts, self.actual_change, ax, title)
+
+    def plot_changes(self, ax: Any = None, title: str = "") -> Any:
+        """Forecast against retrained change of the final loss: a point per base run and test example, the queries in
+        colours of their own."""
+        from simfluence import plots
+
+        scores = self._scores(slice(None))
+        metrics = {name.replace("_", " "): scores[name] for name in ("delta_correlation", "relative_error")}
+        predicted, actual = (side.reshape(len(side), -1) for side in (self.forecasts.change, self.actual_change))
+        title, names = title or about(self.forecasts), list(self.forecasts.queries)
+        return plots.scatter(predicted, actual, ax, title, metrics=metrics, groups=names)
+
+    def _repr_html_(self) -> str:
+        size = 1.8 + 0.25 * min(len(self.forecasts.queries), 40)
+        pictures = picture(self.plot, 7, size), picture(self.plot_changes, 6.5, 4)
+        return card("Forecasts beside the truth", {about(self.forecasts): self.summary()}, *pictures)
+
     def __len__(self) -> int:
         return len(self.forecasts)
 
@@ -220,6 +275,49 @@ def retrained(
         ends = np.array([run.losses[-1] for run in again], np.float64)
         changes.append(ends[len(runs) :].reshape(final.shape) - ends[: len(runs)])
     return after, np.stack(changes, axis=2)
+
+
+def asked(forecast: Forecast) -> str:
+    """The question, with the task's name where it is known."""
+    name = forecast.run.task_name
+    return f"{name + ': w' if name else 'W'}{str(forecast).partition('?')[0][1:]}?"
+
+
+def about(forecasts: Forecasts) -> str:
+    """How many questions, of how many runs."""
+    queries, runs, tests = forecasts.change.shape
+    name = forecasts.runs[0].task_name
+    return f"{name + ': ' if name else ''}{queries} queries of {runs} base runs, {tests} test examples"
+
+
+def drawn_fan(forecast: Forecast, actual: np.ndarray | None, ax: Any, title: str, test: Target | None) -> Any:
+    """The mean losses of the chosen test examples, with the interval where there is one."""
+    from simfluence import plots
+
+    run = forecast.run
+    everyone = run.test or Examples.numbered(run.losses.shape[1])
+    chosen = np.arange(len(everyone)) if test is None else everyone.select(test)
+    losses = {"base, forecast": forecast.base, "edited, forecast": forecast.what_if, "base, recorded": run.losses}
+    losses |= {} if actual is None else {"edited, retrained": actual}
+    interval = None
+    if forecast.low is not None and forecast.high is not None:
+        interval = forecast.low[:, chosen].mean(1), forecast.high[:, chosen].mean(1)
+    of = "test example" if len(chosen) == 1 else "test examples"
+    return plots.fan(
+        {name: each[:, chosen].astype(np.float64).mean(1) for name, each in losses.items()}, ax,
+        title or f"{asked(forecast)} {'Mean of ' if len(chosen) > 1 else ''}{len(chosen)} {of}",
+        interval=interval,
+        ylabel="test loss" if len(chosen) == 1 else "mean test loss",
+        interval_name="interval of the forecast" if len(chosen) == 1 else "intervals, averaged",
+    )  # fmt: skip
+
+
+def drawn_changes(forecasts: Forecasts, actual: np.ndarray | None, ax: Any, title: str) -> Any:
+    """The mean change by query."""
+    from simfluence import plots
+
+    predicted, retrained = forecasts.change.mean((1, 2)), None if actual is None else actual.mean((1, 2))
+    return plots.changes(list(forecasts.queries), predicted, retrained, ax, title or about(forecasts))
 
 
 def _within(low: Any, high: Any, actual: np.ndarray, some: slice) -> float:

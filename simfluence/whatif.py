@@ -17,7 +17,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from simfluence._files import write_whole
-from simfluence._types import RunLosses
+from simfluence._html import card, picture
+from simfluence._types import RunLosses, Target
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit, apply_all
 from simfluence.errors import InvalidInput
@@ -26,7 +27,7 @@ from simfluence.recipe import Recipe
 from simfluence.runs import Run
 from simfluence.simulators import ConformalSimulator, Simulator
 from simfluence.task import Task
-from simfluence.verification import Verification, Verifications, retrained
+from simfluence.verification import Verification, Verifications, about, drawn_changes, drawn_fan, retrained
 
 _AT_ONCE = 50  # edited curricula whose intervals are asked for together
 
@@ -49,6 +50,14 @@ class Forecast:
         what_if: the same under the edited one, with as many rows as it has steps, and one.
         low, high: ends of the interval of each loss in ``what_if``, where the simulator gives them.
         task: for ``verify``, if known.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> forecast = what_if(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], sf.Remove([1]))
+    >>> print(forecast)
+    What if we remove examples 1 (1)? Mean final loss 1.500 → 1.000
+    >>> forecast.final.round(2).loc[0].tolist()  # base, what_if, change
+    [1.5, 1.0, -0.5]
     """
 
     run: Run
@@ -117,6 +126,20 @@ class Forecast:
             )
         return "\n".join(lines)
 
+    def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
+        """The mean loss along training: base and edited, as forecast (with its interval), and the base as recorded.
+
+        Args:
+            ax: matplotlib's axes to draw on; by default those of a new figure. They are returned.
+            title: by default the question.
+            test: whose losses: a filter over the test examples, indices or ids; all of them by default.
+        """
+        return drawn_fan(self, None, ax, title, test)
+
+    def _repr_html_(self) -> str:
+        question, _, answer = str(self).partition("? ")
+        return card(f"{question}?", {self.run.task_name or "forecast": answer}, picture(self.plot))
+
     def to_parquet(self, path: str | Path) -> None:
         """Write ``frame`` to a Parquet file."""
         write_whole(Path(path), self.frame.to_parquet(index=False))
@@ -168,6 +191,12 @@ class Forecasts(Sequence[Forecast]):
         low, high: ends of the intervals of the final losses, where the simulator gives them.
         confidence: of the intervals.
         task: for ``verify``, if known.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> fitted = sf.AdditiveSimulator(l2=1e-6).fit(runs)
+    >>> what_if(fitted, runs, {"no 0": sf.Remove([0]), "no 1": sf.Remove([1])}).ranking()["change"].round(2).to_dict()
+    {'no 0': 2.0, 'no 1': -0.5}
     """
 
     simulator: Simulator
@@ -232,6 +261,14 @@ class Forecasts(Sequence[Forecast]):
             nothing = " (nothing changes)" if row["unchanged_runs"] == len(self.runs) else ""
             lines.append(f"  {name}: {row['change']:+.3f}{nothing}")
         return "\n".join(lines)
+
+    def plot(self, ax: Any = None, title: str = "") -> Any:
+        """The forecast change of the mean final loss, a row per query."""
+        return drawn_changes(self, None, ax, title)
+
+    def _repr_html_(self) -> str:
+        rows = 1.8 + 0.25 * min(len(self.queries), 40)
+        return card(about(self), {"Mean final loss": f"{self.base.mean():.3f}"}, picture(self.plot, 7, rows))
 
     def to_parquet(self, path: str | Path) -> None:
         """Write ``frame`` to a Parquet file."""

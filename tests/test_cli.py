@@ -129,7 +129,9 @@ def test_evaluate_several_stores(run, folder, tmp_path):
     both = [{"store": str(store)} | row for store, rows in zip(stores, alone, strict=True) for row in rows]
     assert json.loads(out) == both
     assert [row["test_examples"] for row in both] == [4, 4, 12, 12]
-    code, out, _ = run("evaluate", *stores, *options, "--metric", "mse", "--metric", "final_spearman")
+    picture = ["--plot", tmp_path / "stores.png"]
+    code, out, _ = run("evaluate", *stores, *options, "--metric", "mse", "--metric", "final_spearman", *picture)
+    assert (tmp_path / "stores.png").stat().st_size > 5000
     titles, header = out.strip().splitlines()[:2], out.splitlines()[4].split("┃")
     assert code == 0
     assert titles[0].endswith("other: 3 held-out runs, 3 to fit on")
@@ -194,15 +196,16 @@ def test_tune_interrupted(run, folder, tmp_path, monkeypatch):
     assert (code, err.strip()) == (130, "Stopped.")
 
 
-def test_learning_curve(run, folder):
+def test_learning_curve(run, folder, tmp_path):
     options = ["--held-out", 3, "--repeats", 2, "--set", "l2=10", "--set", "around=mean"]
     code, out, _ = run("learning-curve", folder / "runs", *options, "--json")
     assert code == 0
     simulator = sf.LinearSimulator(l2=10, around="mean")
     expected = sf.learning_curve(simulator, sf.RunStore(folder / "runs").load(), held_out=3, repeats=2)
     assert json.loads(out) == expected.to_dict("records")
-    code, out, _ = run("learning-curve", folder / "runs", *options)
+    code, out, _ = run("learning-curve", folder / "runs", *options, "--plot", tmp_path / "curve.svg")
     assert code == 0
+    assert "digits: 3 runs held out, linear" in (tmp_path / "curve.svg").read_text()
     assert "final skill" in out
 
 
@@ -328,8 +331,9 @@ def test_attribute_and_lds(run, folder, tmp_path):
     assert run("lds", folder / "runs", "--method", "tracin", "--checkpoints", 3)[0] == 0
 
 
-def test_runs(run, folder):
-    code, out, _ = run("runs", "ls", folder / "runs", "--json")
+def test_runs(run, folder, tmp_path):
+    code, out, _ = run("runs", "ls", folder / "runs", "--json", "--plot", tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 5000
     listed = [row for row in json.loads(out) if not row["verification"]]
     assert (code, len(listed)) == (0, 8)
     code, out, _ = run("runs", "show", folder / "runs", listed[0]["run"], "--json")

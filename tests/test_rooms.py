@@ -20,6 +20,9 @@ FLOORS = [
         "_files",
         "_progress",
         "_spec",
+        "_html",
+        "_tables",
+        "plots",
         "filters",
         "curriculum",
         "examples",
@@ -30,7 +33,7 @@ FLOORS = [
     ["tasks", "recording", "attribution"],
     ["simulators"],
     ["evaluation", "tuning", "learning", "verification", "whatif", "effects", "removal", "judging", "specs"],
-    ["plots", "printing", "demo", "cli", "__main__", "__init__"],
+    ["printing", "demo", "cli", "__main__", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

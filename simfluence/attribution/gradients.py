@@ -30,7 +30,11 @@ Calls = list[tuple[nn.Module, Tensor, Tensor]]
 
 
 def attention_mask(inputs: Any) -> Bool[Tensor, "batch positions"] | None:
-    """The padding mask that a mapping of inputs carries under the name that Hugging Face's models give it."""
+    """The padding mask that a mapping of inputs carries under the name that Hugging Face's models give it.
+
+    >>> attention_mask({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])}).tolist()
+    [[True, False]]
+    """
     found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return found.bool() if isinstance(found, Tensor) and found.ndim == 2 else None
 

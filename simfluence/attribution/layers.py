@@ -31,6 +31,10 @@ class Factors:
         valid: which positions are no padding; all of them where None. Padding has no part in Kronecker
             factors; gradients are what they are.
         calls: how often the layer was applied; the positions of the calls stand one after the other.
+
+    >>> one = Factors(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]]))
+    >>> one.matrices().tolist()
+    [[[3.0, 6.0]]]
     """
 
     inputs: Float[Tensor, "batch positions columns"]

@@ -10,6 +10,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from simfluence.errors import InvalidInput
+
+_FEWEST = 20  # scores that a tail's exponent is estimated from
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -59,9 +63,80 @@ class Scores:
         index = pd.MultiIndex.from_product(list(names.values()), names=list(names))
         return pd.DataFrame({"score": self.values.reshape(-1)}, index=index).reset_index()
 
+    def by_layer(self) -> pd.DataFrame:
+        """Each layer's share of the influence: of the sum of its scores' sizes over training examples.
+
+        Returns:
+            A row per layer: ``share``, the mean over test examples, and ``low`` and ``high``, the 10th and 90th
+            percentile over them. Test examples whose scores are all 0 do not count.
+
+        Raises:
+            InvalidInput: these scores are not by layer.
+
+        >>> Scores(np.array([[[1.0, -2.0]], [[0.0, 1.0]]]), "raw", "GradientDot", ["0", "2"]).by_layer().share.tolist()
+        [0.75, 0.25]
+        """
+        if self.layers is None:
+            raise InvalidInput("these scores are not by layer: ask for scores(by_layer=True)")
+        sizes = np.abs(self.values.astype(np.float64)).sum(axis=2)  # [layer, test]
+        total = sizes.sum(axis=0)
+        shares = (sizes / np.where(total > 0, total, 1.0))[:, total > 0]
+        if shares.shape[1] == 0:
+            shares = np.full((len(sizes), 1), np.nan)
+        low, high = np.quantile(shares, [0.1, 0.9], axis=1)
+        return pd.DataFrame(
+            {"share": shares.mean(axis=1), "low": low, "high": high}, pd.Index(self.layers, name="layer")
+        )
+
+    def tail(self, top: float = 0.01) -> Tail:
+        """How unevenly positive influence is spread (Grosse et al. 2023, section 5.2).
+
+        Args:
+            top: which share of the training examples (for ``share``) and of the scores (for ``exponent``) is the top.
+
+        Raises:
+            InvalidInput: ``top`` is not between 0 and 1.
+
+        >>> scores = Scores(np.array([[0.0, 1.0, 1.0, 8.0]]), "raw", "GradientDot")
+        >>> scores.tail(top=0.25).share
+        0.8
+        """
+        if not 0 < top < 1:
+            raise InvalidInput(f"top must be between 0 and 1, got {top}")
+        values = self.values.astype(np.float64)
+        values = values.sum(axis=0) if values.ndim == 3 else values
+        ordered = -np.sort(-np.maximum(values, 0.0), axis=1)  # [test, train]
+        total = ordered.sum(axis=1)
+        first = ordered[:, : max(1, round(top * ordered.shape[1]))].sum(axis=1)
+        share = float((first[total > 0] / total[total > 0]).mean()) if (total > 0).any() else float("nan")
+        positive = -np.sort(-values[values > 0])
+        count = max(_FEWEST, round(top * values.size))
+        if len(positive) <= count or positive[0] == positive[count]:
+            return Tail(share, float("nan"), float("nan"), 0)
+        start = float(positive[count])
+        return Tail(share, count / float(np.log(positive[:count] / start).sum()), start, count)
+
     def __repr__(self) -> str:
         axes = "layer × test × train" if self.layers is not None else "test × train"
         return f"Scores({self.method}, {' × '.join(map(str, self.shape))} ({axes}), unit={self.unit!r})"
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How unevenly positive scores are spread.
+
+    Args:
+        share: of a test example's positive influence that its top training examples carry; mean over test examples.
+        exponent: a of ``P(score > s) ∝ s^−a`` among the largest scores of all pairs, by Hill's estimator (Hill 1975);
+            NaN where they are too few.
+        start: the score above which it is estimated.
+        count: from how many scores.
+    """
+
+    share: float
+    exponent: float
+    start: float
+    count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +147,10 @@ class TopScores:
         indices: of training examples.
         values: their scores.
         unit, method: as of ``Scores``.
+
+    >>> best = TopScores(np.array([[4, 0]]), np.array([[0.9, 0.2]]), "loss", "EKFAC")
+    >>> best.indices[0, 0]
+    np.int64(4)
     """
 
     indices: Int[np.ndarray, "test k"]

@@ -125,7 +125,8 @@ def leave_one_out(
     if out:
         changes.rename_axis("test").melt(ignore_index=False, value_name="change").reset_index().to_parquet(out)
     if plot:
-        draw(plot, lambda ax: plots.heat_map(changes, ax, f"Change of the final loss without each, {fitted.name}"))
+        title = f"{base.task_name}: {fitted.name}, {len(part)} runs to fit on, base run {base.id}"
+        draw(plot, lambda ax: plots.heat_map(changes.rename_axis("test"), ax, title))
     if as_json:
         print_json({"run": base.id, "simulator": str(fitted), "ranking": records(table)})
         return
@@ -186,7 +187,7 @@ def removal(
     if out:
         table.to_parquet(out, index=False)
     if plot:
-        draw(plot, lambda ax: plots.removal_curve(found.losses, past, ax, f"{fitted.name}: {found}"))
+        draw(plot, lambda ax: plots.removal_curve(found.losses, past, ax, f"{base.task_name}: {fitted.name}: {found}"))
     if as_json:
         content = {"run": base.id, "simulator": str(fitted), "removed": records(table)}
         print_json(content | {"losses": found.losses.tolist(), "reached": found.reached, "exact": found.exact})
@@ -241,18 +242,7 @@ class _Answer:
 
     def draw(self, path: Path) -> None:
         """One query: the mean trajectory. Many: their mean changes, beside the retrained ones."""
-        forecast, verified = self.forecast, self.verified
-        if isinstance(forecast, Forecast):
-            losses = {"base, forecast": forecast.base, "edited, forecast": forecast.what_if}
-            losses |= {"base, recorded": forecast.run.losses} | (
-                {"edited, retrained": verified.actual} if verified else {}
-            )
-            means = {name: each.mean(1) for name, each in losses.items()}
-            draw(path, lambda ax: plots.fan(means, ax, str(forecast).partition("?")[0] + "?"))
-            return
-        predicted = forecast.change.mean((1, 2))
-        actual = verified.actual_change.mean((1, 2)) if verified else None
-        draw(path, lambda ax: plots.changes(list(forecast.queries), predicted, actual, ax, str(forecast)))
+        draw(path, (self.verified or self.forecast).plot)
 
 
 def _edits(

@@ -46,7 +46,13 @@ def attribute(
         scores.to_frame().to_parquet(out, index=False)
     if plot:
         matrix = pd.DataFrame(np.asarray(scores), columns=pd.RangeIndex(scores.shape[1], name="train"))
-        draw(plot, lambda ax: plots.heat_map(matrix, ax, f"Scores, {method}, run {base.id}", f"score ({scores.unit})"))
+        matrix = matrix.rename_axis("test")
+        draw(
+            plot,
+            lambda ax: plots.heat_map(
+                matrix, ax, f"{base.task_name}: {method}, run {base.id}", f"score ({scores.unit})"
+            ),
+        )
     if as_json:
         about = {"run": base.id, "method": method, "unit": scores.unit}
         print_json(about | {"ranking": records(ranked.sort_values("score", ascending=False))})

@@ -11,9 +11,9 @@ import pandas as pd
 import typer
 
 from simfluence import tasks
-from simfluence.cli.options import AsJson, OwnTask, StorePath
+from simfluence.cli.options import AsJson, OwnTask, Plot, StorePath
 from simfluence.errors import InvalidInput
-from simfluence.printing import print_json, print_table
+from simfluence.printing import draw, print_json, print_table
 from simfluence.recording import estimate
 from simfluence.recording import record as record_runs
 from simfluence.runs import Run
@@ -57,9 +57,11 @@ def record(
         print(f"{len(runs)} runs in {store} ({diverged} diverged)")
 
 
-def runs_ls(store: StorePath, as_json: AsJson = False) -> None:
-    """List the runs of STORE."""
+def runs_ls(store: StorePath, plot: Plot = None, as_json: AsJson = False) -> None:
+    """List the runs of STORE; draw their mean losses."""
     opened = RunStore(store)
+    if plot:
+        draw(plot, opened.load().plot)
     info = opened.info
     rows = [_row(opened.read(run_id)) for run_id in opened.ids()]
     if as_json:

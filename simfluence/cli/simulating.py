@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from simfluence import simulators
+from simfluence import plots, simulators
+from simfluence._tables import cell, readable
 from simfluence.cli.options import (
     AsJson,
     HeldOut,
@@ -17,6 +18,7 @@ from simfluence.cli.options import (
     Named,
     OwnTask,
     Parameters,
+    Plot,
     Seed,
     StorePath,
     fitted_all,
@@ -28,7 +30,7 @@ from simfluence.demo import run_demo
 from simfluence.evaluation import METRICS
 from simfluence.evaluation import evaluate as evaluate_simulators
 from simfluence.learning import learning_curve as curve
-from simfluence.printing import cell, print_json, print_table, readable, records
+from simfluence.printing import draw, print_json, print_table, records
 from simfluence.simulators import SIMULATORS, ConformalSimulator
 from simfluence.store import RunStore
 from simfluence.tuning import Search, search
@@ -83,6 +85,7 @@ def evaluate(
     metric: Annotated[list[str] | None, typer.Option(help="One metric; again for more. All if none.")] = None,
     intervals: Intervals = False,
     task: OwnTask = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Score simulators on the held-out runs of each STORE against the mean trajectory of the others.
@@ -100,6 +103,10 @@ def evaluate(
             chosen = {name: ConformalSimulator(each, seed=seed).fit(part) for name, each in chosen.items()}
         tables[store] = evaluate_simulators(chosen, held, part, metrics=metric or METRICS)
     table = pd.concat(tables, names=["store"]) if len(tables) > 1 else tables[str(stores[0])]
+    if plot:
+        shown = table.set_axis([": ".join(name) for name in table.index]) if len(tables) > 1 else table
+        first = (metric or ["skill"])[0]
+        draw(plot, lambda ax: plots.evaluation(shown, ax, "" if len(tables) == 1 else "by store", metric=first))
     if as_json:
         print_json(records(table))
     else:
@@ -150,11 +157,14 @@ def learning_curve(
     repeats: Annotated[int, typer.Option(help="Random sets of fitting runs of each size.")] = 5,
     held_out: HeldOut = 8,
     seed: Seed = 0,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a simulator fitted on 2, 4, 8, … runs of STORE: how many are needed?"""
     chosen = simulators.build(simulator, **parsed(parameters))
     table = curve(chosen, RunStore(store).load(), held_out=held_out, repeats=repeats, seed=seed)
+    if plot:
+        draw(plot, lambda ax: plots.learning_curve(table, ax, f"{plots.heading(table)}, {chosen.name}"))
     if as_json:
         print_json(table.to_dict("records"))
     else:

@@ -241,6 +241,7 @@ class _Session:
             measures={measure: values for measure, values in readings.items() if measure != "loss"},
             verification=self.verification,
             engine=engine,
+            task_name=self.task.name,
         )
 
     def _kept(self, run: Run) -> Run:

@@ -38,6 +38,9 @@ def build(name: str, **parameters: object) -> Simulator:
 
     Raises:
         InvalidInput: there is none of that name, or it has no such parameter.
+
+    >>> build("additive", l2=3.0)
+    AdditiveSimulator(l2=3.0)
     """
     kinds = {**SIMULATORS, **OF_TASK}
     if name not in kinds:

@@ -12,7 +12,12 @@ from simfluence.simulators.base import Simulator
 
 
 class PersistenceSimulator(Simulator):
-    """The losses stay as they started: ``L_t = L_0``."""
+    """The losses stay as they started: ``L_t = L_0``.
+
+    >>> runs = Runs.from_arrays([[[0], [1]]], [[[3.0], [2.0], [1.0]]])
+    >>> PersistenceSimulator().fit(runs).simulate(runs.curricula, [5.0]).ravel()
+    array([5., 5., 5.])
+    """
 
     name = "persistence"
 
@@ -30,6 +35,10 @@ class MeanTrajectorySimulator(Simulator):
 
     Attributes:
         mean_: ``[steps + 1, test]``, over the runs that have that step.
+
+    >>> runs = Runs.from_arrays([[[0], [1]], [[1], [1]]], [[[3.0], [2.0], [1.0]], [[3.0], [2.5], [2.0]]])
+    >>> MeanTrajectorySimulator().fit(runs).simulate(runs.curricula[:1], [3.0]).ravel()
+    array([3.  , 2.25, 1.5 ])
     """
 
     name = "mean_trajectory"

@@ -1,0 +1,170 @@
+"""Forecasts beside the truth: point by point, query by query, simulator by simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.plots.style import COLOURS, MARKERS, empty, finished, legend, named, of, opened, some
+
+_POINTS = 2000  # of a group
+_ROWS = 40
+_LEAST = -1.0  # the worst skill that is drawn to scale
+
+
+def scatter(
+    predicted: np.ndarray,
+    actual: np.ndarray,
+    ax: Axes | None = None,
+    title: str = "",
+    *,
+    metrics: Mapping[str, float] | None = None,
+    groups: Sequence[str] = (),
+    what: str = "change of the final loss",
+) -> Axes:
+    """Predicted against retrained values, on the diagonal where they agree.
+
+    Args:
+        predicted, actual: ``[points]``, or ``[groups, points]``, a row per run or query.
+        metrics: numbers to stand in the picture, by name.
+        groups: names of the rows; up to six have a colour and a marker of their own.
+        what: is predicted; its unit, where it has one.
+
+    Of more than 2,000 points of a group some are drawn, evenly spread, and the picture says so.
+
+    >>> from matplotlib.figure import Figure
+    >>> ax = scatter(np.array([0.1, 0.4]), np.array([0.2, 0.3]), Figure().subplots(), metrics={"r": 1.0})
+    >>> ax.collections[0].get_offsets().tolist()
+    [[0.1, 0.2], [0.4, 0.3]]
+    """
+    ax = opened(ax)
+    if predicted.shape != actual.shape:
+        raise InvalidInput(f"predicted {predicted.shape} and actual {actual.shape} values differ in shape")
+    if predicted.size == 0:
+        return empty(ax, title, "points")
+    rows = list(zip(np.atleast_2d(predicted), np.atleast_2d(actual), strict=True))
+    chosen = some(len(rows[0][0]), _POINTS)
+    several = 1 < len(rows) <= len(COLOURS)
+    names = named(groups) if several and groups else [None] * len(rows)
+    for index, ((x, y), name) in enumerate(zip(rows, names, strict=True)):
+        style = index if several else 0
+        ax.scatter(x[chosen], y[chosen], s=14, color=COLOURS[style], marker=MARKERS[style], alpha=0.6, label=name)
+    ends = _ends(predicted, actual)
+    ax.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
+    ax.set(xlim=ends, ylim=ends, aspect="equal")
+    notes = [f"{name} {value:.3g}" for name, value in (metrics or {}).items()]
+    notes += [f"{of(len(chosen), len(rows[0][0]), 'points')} drawn"] if len(chosen) < len(rows[0][0]) else []
+    if names[0] is not None:
+        legend(ax)
+    lines = [title.replace("\n", " "), *([", ".join(notes)] if notes else [])]
+    return finished(ax, "\n".join(lines), xlabel=f"forecast {what}", ylabel=f"retrained {what}")
+
+
+def changes(
+    names: Sequence[str],
+    predicted: np.ndarray,
+    actual: np.ndarray | None = None,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Changes of a loss by query, forecast and, if known, retrained: a row each; the first 40 of more.
+
+    >>> from matplotlib.figure import Figure
+    >>> ax = changes(["no 3s"], np.array([0.4]), np.array([0.5]), Figure().subplots())
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['no 3s']
+    """
+    ax = opened(ax)
+    if len(names) == 0:
+        return empty(ax, title, "queries")
+    shown = min(len(names), _ROWS)
+    rows = np.arange(shown)
+    ax.axvline(0, color="grey", linewidth=0.8)
+    ax.plot(predicted[:shown], rows, "o", color=COLOURS[0], label="forecast")
+    if actual is not None:
+        ax.hlines(rows, predicted[:shown], actual[:shown], color="lightgrey", zorder=0)
+        ax.plot(actual[:shown], rows, "D", color=COLOURS[1], markerfacecolor="none", label="retrained")
+        legend(ax)
+    ax.set_yticks(rows, named(list(names)[:shown]))
+    ax.invert_yaxis()
+    label = "" if shown == len(names) else of(shown, len(names), "queries")
+    return finished(ax, title, xlabel="change of the mean final loss", ylabel=label)
+
+
+def evaluation(table: pd.DataFrame, ax: Axes | None = None, title: str = "", *, metric: str = "skill") -> Axes:
+    """A bar per simulator, with its interval (or ± a standard deviation) where the table has one, and its number.
+
+    A bar of skill that is worse than −1 is cut there, and its number says how bad it is.
+
+    Args:
+        table: as ``evaluate`` gives it. Without a title, the table's task and numbers of runs are it.
+        metric: a column of it.
+
+    Raises:
+        InvalidInput: there is no such column.
+
+    >>> from matplotlib.figure import Figure
+    >>> table = pd.DataFrame({"skill": [0.5], "skill_low": [0.4], "skill_high": [0.6]}, index=["linear"])
+    >>> [float(bar.get_width()) for bar in evaluation(table, Figure().subplots()).patches]
+    [0.5]
+    """
+    ax = opened(ax)
+    title = title or heading(table)
+    if metric not in table.columns:
+        raise InvalidInput(f"the table has no column {metric!r}, {did_you_mean(metric, map(str, table.columns))}")
+    known = table[table[metric].notna()]
+    if known.empty:
+        return empty(ax, title, metric.replace("_", " "))
+    least = _LEAST if "skill" in metric else -np.inf
+    values, ends = known[metric].to_numpy(np.float64), _spread(known, metric)
+    shown = np.maximum(values, least)
+    rows = np.arange(len(known))
+    ax.barh(rows, shown, color=COLOURS[0], alpha=0.8)
+    low, high = np.maximum(ends, least)
+    ax.hlines(rows, low, high, color="black", linewidth=1.5)
+    for row, value, end in zip(rows, values, np.fmax(np.fmax(shown, high), 0), strict=True):
+        cut = " (bar cut at −1)" if value < least else ""
+        ax.annotate(f"{value:.3g}{cut}", (end, row), (4, 0), textcoords="offset points", va="center", fontsize="small")
+    ax.axvline(0, color="grey", linewidth=0.8)
+    ax.set_yticks(rows, named(known.index))
+    ax.invert_yaxis()
+    ax.margins(x=0.2)
+    name = metric.replace("_", " ")
+    return finished(ax, title, xlabel=f"{name} (1 is perfect, 0 the mean trajectory)" if "skill" in metric else name)
+
+
+def heading(table: pd.DataFrame) -> str:
+    """What a table of an evaluation is about: its task, and how many runs went in.
+
+    >>> table = pd.DataFrame()
+    >>> table.attrs |= {"task": "digits", "fit": 24, "held": 8}
+    >>> heading(table)
+    'digits: 24 runs to fit on, 8 runs held out'
+    """
+    parts = [str(table.attrs["task"])] if table.attrs.get("task") else []
+    parts += [f"{table.attrs['fit']} runs to fit on"] if table.attrs.get("fit") else []
+    parts += [f"{table.attrs['held']} runs held out"] if table.attrs.get("held") else []
+    return f"{parts[0]}: {', '.join(parts[1:])}" if len(parts) > 1 else "".join(parts)
+
+
+def _spread(table: pd.DataFrame, metric: str) -> np.ndarray:
+    """Lower and upper ends ``[2, rows]``; NaN where there are none."""
+    if f"{metric}_low" in table and f"{metric}_high" in table:
+        return table[[f"{metric}_low", f"{metric}_high"]].to_numpy(np.float64).T
+    if f"{metric}_sd" in table:
+        middle, sd = table[[metric, f"{metric}_sd"]].to_numpy(np.float64).T
+        return np.stack([middle - sd, middle + sd])
+    return np.full((2, len(table)), np.nan)
+
+
+def _ends(predicted: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
+    """Where both axes begin and end."""
+    both = np.concatenate([predicted.ravel(), actual.ravel()])
+    both = both[np.isfinite(both)]
+    low, high = (float(both.min()), float(both.max())) if both.size else (0.0, 1.0)
+    room = 0.05 * (high - low) or 0.5
+    return low - room, high + room

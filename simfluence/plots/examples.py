@@ -1,0 +1,170 @@
+"""Training and test examples: what each does to each, which stand out, what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+from simfluence.plots.style import COLOURS, MARKERS, empty, finished, legend, named, of, opened, some
+
+_ROWS = 1000  # of a heat map
+_VALUES = 20  # bars of counts
+
+
+def heat_map(
+    values: pd.DataFrame, ax: Axes | None = None, title: str = "", label: str = "change of the final loss"
+) -> Axes:
+    """Values by test example (rows) and training example or group (columns); orange: above 0, purple: below.
+
+    Colours end at the 99th percentile of sizes, so that a few large ones do not hide the rest; what is not known (NaN)
+    is grey. Of more than 1,000 rows or columns some are drawn, evenly spread, and the axes say so.
+
+    >>> from matplotlib.figure import Figure
+    >>> heat_map(pd.DataFrame([[0.5, -0.5]]), Figure().subplots()).images[0].get_array().tolist()
+    [[0.5, -0.5]]
+    """
+    ax = opened(ax)
+    if values.size == 0:
+        return empty(ax, title, "values")
+    rows, columns = (some(count, _ROWS) for count in values.shape)
+    drawn = values.iloc[rows, columns]
+    array = np.ma.masked_invalid(drawn.to_numpy(np.float64))
+    largest = float(np.quantile(np.abs(array.compressed()), 0.99)) if array.count() else 0.0
+    largest = largest or 1.0
+    cmap = colormaps["PuOr_r"].with_extremes(bad="lightgrey")
+    image = ax.imshow(array, aspect="auto", cmap=cmap, vmin=-largest, vmax=largest, interpolation="nearest")
+    if len(columns) <= 30:
+        crowded = len(columns) > 12 or max(len(str(name)) for name in drawn.columns) > 6
+        turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        ax.set_xticks(range(len(columns)), named(drawn.columns), **turned)
+    if len(rows) <= 30:
+        ax.set_yticks(range(len(rows)), named(drawn.index))
+    names = str(values.columns.name or "column"), str(values.index.name or "row")
+    full = [{"train": "training example", "test": "test example"}.get(name, name) for name in names]
+    ax.figure.colorbar(image, ax=ax, label=label, extend="both")
+    x, y = (
+        name if len(chosen) == count else f"{name} ({of(len(chosen), count, 'drawn')})"
+        for name, chosen, count in zip(full, (columns, rows), values.shape[::-1], strict=True)
+    )
+    return finished(ax, title, xlabel=x, ylabel=y)
+
+
+def ranked(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    title: str = "",
+    *,
+    column: str = "gain",
+    k: int = 10,
+    images: np.ndarray | None = None,
+    texts: Sequence[str] | None = None,
+    label: str = "",
+) -> Axes:
+    """Bars of the first ``k`` rows of a ranking, with each example's picture or text beside its bar.
+
+    Args:
+        table: ranked, indexed by the examples' numbers, such as ``rank_suspects`` gives; an ``id`` names them.
+        column: the bars' lengths.
+        k: how many.
+        images: of all examples, ``[examples, height, width]`` or with a last axis of colours.
+        texts: of all examples; long ones are cut.
+        label: of the axis; by default the column's name.
+
+    >>> from matplotlib.figure import Figure
+    >>> table = pd.DataFrame({"gain": [0.5, 0.2]}, index=[7, 3])
+    >>> [label.get_text() for label in ranked(table, Figure().subplots()).get_yticklabels()]
+    ['7', '3']
+    """
+    ax = opened(ax)
+    first = table.head(k)
+    if first.empty:
+        return empty(ax, title, "examples")
+    rows = np.arange(len(first))
+    ax.barh(rows, first[column], color=COLOURS[0])
+    ax.axvline(0, color="grey", linewidth=0.8)
+    labels = [str(index) for index in first.index]
+    if texts is not None:
+        labels = [f"{index}: {texts[int(str(index))]}" for index in first.index]
+    elif "id" in first:
+        labels = first["id"].tolist()
+    ax.set_yticks(rows, named(labels))
+    ax.invert_yaxis()
+    if images is not None:
+        ax.tick_params(axis="y", length=0, pad=26)
+        for row, index in zip(rows, first.index, strict=True):
+            _thumbnail(ax, np.asarray(images[int(str(index))]), float(row))
+    return finished(ax, title, xlabel=label or column.replace("_", " "))
+
+
+def plane(
+    A: np.ndarray,
+    B: np.ndarray,
+    ax: Axes | None = None,
+    title: str = "",
+    *,
+    groups: Any = None,
+    name: str = "group",
+) -> Axes:
+    """What a linear simulator learned of each training example: its effect on the slope, and on the intercept.
+
+    Args:
+        A, B: of one test example, or means over several, ``[train]``.
+        groups: what each training example is, such as whether it has the test example's label; the six most frequent
+            have colours and markers of their own.
+        name: of the groups.
+
+    >>> from matplotlib.figure import Figure
+    >>> plane(np.array([0.1]), np.array([-0.2]), Figure().subplots()).collections[0].get_offsets().tolist()
+    [[0.1, -0.2]]
+    """
+    ax = opened(ax)
+    if A.size == 0:
+        return empty(ax, title, "training examples")
+    values = pd.Series(["training examples"] * len(A) if groups is None else [str(value) for value in groups])
+    frequent = values.value_counts().index[: len(COLOURS)]
+    for index, value in enumerate(frequent):
+        mine = (values == value).to_numpy()
+        label = named([value if groups is None else f"{name} {value}"])[0]
+        ax.scatter(A[mine], B[mine], s=16, color=COLOURS[index], marker=MARKERS[index], alpha=0.7, label=label)
+    if rest := (~values.isin(frequent)).to_numpy().sum():
+        others = (~values.isin(frequent)).to_numpy()
+        ax.scatter(A[others], B[others], s=10, color="grey", marker="x", alpha=0.7, label=f"{rest} others")
+    ax.axhline(0, color="grey", linewidth=0.8, zorder=0)
+    legend(ax)
+    return finished(ax, title, xlabel="A: effect on the slope", ylabel="B: effect on the intercept (loss per step)")
+
+
+def counts(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """How many examples have each value (rows) on each side (columns); the first 20 values of more.
+
+    >>> from matplotlib.figure import Figure
+    >>> table = pd.DataFrame({"train": [3, 1]}, index=pd.Index(["cat", "dog"], name="label"))
+    >>> [float(bar.get_height()) for bar in counts(table, Figure().subplots()).patches]
+    [3.0, 1.0]
+    """
+    ax = opened(ax)
+    if table.empty:
+        return empty(ax, title, "examples")
+    first = table.head(_VALUES)
+    width = 0.8 / len(table.columns)
+    for index, side in enumerate(table.columns):
+        at = np.arange(len(first)) + (index - (len(table.columns) - 1) / 2) * width
+        ax.bar(at, first[side].astype(float), width, color=COLOURS[index % 6], label=named([side])[0])
+    ax.set_xticks(range(len(first)), named(first.index), rotation=45 if len(first) > 12 else 0)
+    legend(ax)
+    name = str(table.index.name or "value")
+    part = "" if len(first) == len(table) else f" ({of(len(first), len(table), 'values')})"
+    return finished(ax, title, xlabel=f"{name}{part}", ylabel="examples")
+
+
+def _thumbnail(ax: Axes, image: np.ndarray, row: float) -> None:
+    """The example's picture, left of its bar."""
+    box = OffsetImage(image, zoom=18 / image.shape[0], cmap="gray_r", interpolation="nearest")
+    at, beside = ("axes fraction", "data"), "offset points"
+    ax.add_artist(AnnotationBbox(box, (0, row), (-13, 0), xycoords=at, boxcoords=beside, frameon=False, pad=0))
