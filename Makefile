@@ -11,7 +11,7 @@ PEERS = .venv-peers
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,hf,test-hf]"
 	touch $(READY)
 
 demo: $(READY)  ## record, fit, score, ask a what-if, retrain to confirm it

@@ -10,6 +10,10 @@ from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.task import Task, TaskInfo
 from simfluence.tasks.arrays import from_arrays
 from simfluence.tasks.digits import digits
+from simfluence.tasks.docstrings import docstrings
+from simfluence.tasks.huggingface import classification, language_modelling, multiple_choice
+from simfluence.tasks.pretrained import Pretrained
+from simfluence.tasks.prompted import boolq, copa, rte, sst2, winogrande
 from simfluence.tasks.synthetic import synthetic, synthetic_optimum
 from simfluence.tasks.tabular import breast_cancer, diabetes
 
@@ -19,6 +23,12 @@ READY_MADE: Mapping[str, Callable[..., Task]] = {
     "breast_cancer": breast_cancer,
     "diabetes": diabetes,
     "synthetic": synthetic,
+    "docstrings": docstrings,
+    "copa": copa,
+    "rte": rte,
+    "winogrande": winogrande,
+    "sst2": sst2,
+    "boolq": boolq,
 }
 
 
@@ -80,12 +90,17 @@ def imported(reference: str) -> Task:
 
 __all__ = [
     "READY_MADE",
+    "Pretrained",
     "breast_cancer",
     "build",
+    "classification",
     "diabetes",
     "digits",
+    "docstrings",
     "from_arrays",
     "imported",
+    "language_modelling",
+    "multiple_choice",
     "rebuild",
     "synthetic",
     "synthetic_optimum",
