@@ -29,12 +29,12 @@ def tokenizer(ending: bool) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def saved(kind: str, folder: Path) -> str:
+def saved(kind: str, folder: Path, seed: int = 0) -> str:
     """The folder of a tiny model: "gpt2", "t5" or "bert"."""
     words = tokenizer(ending=kind == "t5")
     size = len(words)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(seed)
         if kind == "gpt2":
             model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
                 vocab_size=size, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=2,
@@ -50,6 +50,7 @@ def saved(kind: str, folder: Path) -> str:
                 vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                 max_position_embeddings=48, pad_token_id=0,
             ))  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return str(folder)
