@@ -30,7 +30,7 @@ FLOORS = [
     ["tasks", "recording", "attribution"],
     ["simulators"],
     ["evaluation", "tuning", "learning", "verification", "whatif", "effects", "removal", "judging", "specs"],
-    ["plots", "printing", "demo", "cli", "__main__", "__init__"],
+    ["plots", "printing", "demo", "demo_docstrings", "cli", "__main__", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
