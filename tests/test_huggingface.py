@@ -197,9 +197,10 @@ def test_per_example_gradients_are_autograds(models, folders, kind, tuning):
     task = sf.tasks.copa(model=models[kind], source=folders["copa"], n_train=5, n_test=2, tuning=tuning)
     model = moved(task)
     with warnings.catch_warnings():
-        if tuning == "full":  # positions and T5's norms have no rule
+        if tuning == "full":  # positions, and T5's relative ones, have no rule
             warnings.simplefilter("ignore", PlainGradientsWarning)
         found = sf.attribution.per_example(model, task.loss, task.train_data)
+    assert all(layer.sources or "wpe" in name or "relative" in name for name, layer in found.layers.items())
     factors, named = found.factors(task.train_data), found.parameters
     for row in range(5):
         loss = task.batch_losses(model, take(task.train_data, torch.tensor([row]))).sum()
@@ -261,6 +262,23 @@ def test_the_fingerprint_sees_the_pretrained_weights(models, tmp_path):
     tiny_models.saved("bert", tmp_path, seed=1)
     assert classified(models).fingerprint == classified(models).fingerprint
     assert classified(models).fingerprint != classified({"bert": str(tmp_path)}).fingerprint
+
+
+def test_a_head_of_its_own_is_kept_where_it_knows_the_labels(models, tmp_path):
+    names = {0: "dog", 1: "fish", 2: "cat"}
+    head = transformers.AutoModelForSequenceClassification.from_pretrained(
+        models["bert"], id2label=names, label2id={name: number for number, name in names.items()}
+    )
+    head.save_pretrained(tmp_path)
+    tiny_models.tokenizer(ending=False).save_pretrained(tmp_path)
+    task = classified({"bert": str(tmp_path)})
+    assert task.train_data[1].tolist() == [0, 2, 2, 0] * 2
+    torch.testing.assert_close(task.build_model(1).model.classifier.weight, head.classifier.weight)
+    other = classified({"bert": str(tmp_path)}, classes=["cat", "dog"])  # a new one is drawn
+    assert other.build_model(1).model.classifier.weight.shape == (2, 16)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InvalidInput, match="cannot be loaded"):
+        task.build_model(0)
 
 
 def test_dropout_is_off_unless_asked_for(models):

@@ -220,6 +220,8 @@ def _kind(module: nn.Module) -> _Kind | None:
         return _Kind(_embedding)
     if isinstance(module, nn.LayerNorm):
         return _Kind(_norm, _norm_bias, vector=True)
+    if isinstance(getattr(module, "variance_epsilon", None), float):  # RMSNorm of transformers
+        return _Kind(_root_mean_square, vector=True)
     scales = getattr(module, "ia3_l", None)  # of peft
     if isinstance(scales, nn.ParameterDict) and len(scales) == 1 and hasattr(module, "is_feedforward"):
         return _Kind(_scaled, vector=True, local="ia3_l")
@@ -282,6 +284,12 @@ def _norm(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor,
 def _norm_bias(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(module, nn.LayerNorm)  # noqa: S101 (for the type checker)
     return _column(gradients.reshape(len(inputs), -1, math.prod(module.normalized_shape)).sum(1))
+
+
+def _root_mean_square(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    epsilon: Any = module.variance_epsilon
+    normed = inputs * (inputs.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return _column(_positions(normed * gradients).sum(1))
 
 
 def _scaled(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:

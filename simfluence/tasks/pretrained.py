@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from simfluence.errors import InvalidInput, did_you_mean
@@ -116,9 +117,9 @@ class Pretrained:
         with self._loading():
             model, found = loader.from_pretrained(
                 self.name, config=settings, use_safetensors=True, dtype=torch.float32,
-                attn_implementation="eager", output_loading_info=True, **self._source,
+                attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True, **self._source,
             )  # fmt: skip
-        return model, set(found["missing_keys"])
+        return model, set(found["missing_keys"]) | {key[0] for key in found["mismatched_keys"]}  # a head of other size
 
     def embedded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean last hidden states of the untouched model, ``[batch, width]``, over the tokens that are no padding."""
@@ -180,7 +181,7 @@ class Pretrained:
         logging.disable_progress_bar()
         try:
             yield
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise InvalidInput(f"model {name!r} cannot be loaded: {_advice(name, error)}") from error
         finally:
             logging.set_verbosity(level)
