@@ -77,7 +77,7 @@ def rows(store: sf.RunStore, part: sf.Runs, options: argparse.Namespace) -> dict
         "boosted": lambda: sf.BoostedSimulator().fit(part),
         "TracIn-CP(10)": lambda: played(task(), states(), tenth, part),
         "tangent kernel": lambda: sf.TangentKernelSimulator(
-            task(), checkpoints=options.checkpoints, references=options.references
+            task(), checkpoints=options.checkpoints, references=options.references, features=options.features
         ).fit(part),
         "TracIn-CP(all)": lambda: played(task(), states(), 1, part),
     }
@@ -118,8 +118,9 @@ def main() -> None:
     parser.add_argument("--stores", type=Path, nargs="+", default=STORES)
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--trials", type=int, default=20, help="of each choice of an l2")
-    parser.add_argument("--checkpoints", type=int, default=6, help="of the tangent kernel")
+    parser.add_argument("--checkpoints", type=int, default=4, help="of the tangent kernel")
     parser.add_argument("--references", type=int, default=1, help="of the tangent kernel")
+    parser.add_argument("--features", type=int, default=2, help="of the tangent kernel, beside those of the outputs")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

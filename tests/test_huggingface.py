@@ -77,7 +77,7 @@ def language_tasks(models):
 )  # fmt: skip
 def test_rank_classification_goes_from_record_to_what_if(models, folders, kind, data, tuning, tmp_path):
     task = getattr(sf.tasks, data)(model=models[kind], source=folders[data], n_train=24, n_test=8, tuning=tuning)
-    curricula = sf.random_curricula(n_train=24, runs=3, steps=4, batch_size=4, subset=0.5, seed=0)
+    curricula = sf.random_curricula(n_train=24, runs=2, steps=4, batch_size=4, subset=0.5, seed=0)
     runs = sf.record(task, sf.Recipe(optimizer="adamw", lr=0.02), curricula, tmp_path / "runs", engine="loop")
     names = {name: parameter.requires_grad for name, parameter in task.build_model(0).named_parameters()}
     mark = {"ia3": ".ia3_l.", "lora": ".lora_", "full": ""}[tuning]
@@ -211,15 +211,15 @@ def test_per_example_gradients_are_autograds(models, folders, kind, tuning):
                 torch.testing.assert_close(made[row].reshape(true[part].shape), true[part], rtol=1e-3, atol=1e-5)
 
 
-def recorded(task, **recipe):
-    curricula = sf.random_curricula(n_train=len(task.train), runs=3, steps=5, batch_size=4, subset=0.75, seed=0)
+def recorded(task, runs=1, **recipe):
+    curricula = sf.random_curricula(n_train=len(task.train), runs=runs, steps=5, batch_size=4, subset=0.75, seed=0)
     return sf.record(task, sf.Recipe(**({"lr": 0.1} | recipe)), curricula, engine="loop")
 
 
 @pytest.mark.parametrize("tuning", ["lora", "ia3"])
 def test_attribution_and_tangent_kernel_work_on_adapters(models, folders, tuning):
     task = sf.tasks.copa(model=models["gpt2"], source=folders["copa"], n_train=8, n_test=3, tuning=tuning)
-    runs = recorded(task, lr=0.5)
+    runs = recorded(task, runs=2, lr=0.5)
     model = sf.trained_model(task, runs[0])
     scores = np.asarray(sf.attribution.EKFAC(damping=0.1, labels="sampled").fit(model, task).scores(task.test_data))
     by_hand = np.asarray(sf.attribution.GradientDot().fit(model, task).scores(task.test_data))
