@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from simfluence.errors import InvalidInput
+from simfluence.tasks.padding import IGNORED
 from simfluence.tasks.pretrained import Pretrained
-
-#: The target of a token that is none: a prompt's, or padding.
-IGNORED = -100
 
 #: What is read and what is said, as token numbers.
 _Pair = tuple[list[int], list[int]]

@@ -19,6 +19,7 @@ from simfluence.examples import Examples
 from simfluence.task import Data, Task
 from simfluence.tasks.encoding import continuations, padded_alike, texts
 from simfluence.tasks.losses import CLASSIFICATION, LANGUAGE, cross_entropy, token_cross_entropy, token_losses
+from simfluence.tasks.padding import trimmed
 from simfluence.tasks.pretrained import Factory, Pretrained
 from simfluence.tasks.text_data import Rows, chosen, described, read_rows
 
@@ -75,7 +76,7 @@ def classification(
     factory = Factory(pretrained, "AutoModelForSequenceClassification", numbered)
     return Task(
         name, factory, (inputs[0], targets[0]), (inputs[1], targets[1]), cross_entropy, train_side, test_side,
-        arguments or {}, CLASSIFICATION,
+        arguments or {}, CLASSIFICATION, trim=trimmed,
     )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def multiple_choice(
     factory = Factory(pretrained, _language_model(pretrained), wrap=RankedChoices)
     return Task(
         name, factory, (inputs[0], targets[0]), (inputs[1], targets[1]), cross_entropy, train_side, test_side,
-        arguments or {}, CLASSIFICATION,
+        arguments or {}, CLASSIFICATION, trim=trimmed,
     )  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def language_modelling(
     factory = Factory(pretrained, _language_model(pretrained))
     return Task(
         name, factory, (inputs[0], targets[0]), (inputs[1], targets[1]), token_cross_entropy, train_side, test_side,
-        arguments or {}, LANGUAGE,
+        arguments or {}, LANGUAGE, trim=trimmed,
     )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Data, Task
-from simfluence.tasks.encoding import IGNORED
 from simfluence.tasks.losses import LANGUAGE, token_cross_entropy
+from simfluence.tasks.padding import IGNORED
 from simfluence.tasks.pretrained import Outputs, extra
 
 #: Bytes, and where T5's decoder starts.
