@@ -7,12 +7,12 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table what-if-table attribution-table notebooks docs front-page wheel runs \
-	clean
+.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table text-table what-if-table \
+	attribution-table notebooks docs front-page wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,hf,test-hf]"
 	touch $(READY)
 
 demo: $(READY)  ## record, fit, score, ask a what-if, retrain to confirm it
@@ -64,6 +64,9 @@ front-page: $(READY)  ## the picture and the table of simulators in the README, 
 tangent-table: $(READY)  ## the tangent kernel simulator from one, two and twelve runs, ten minutes
 	$(BIN)/python benchmarks/tangent.py
 
+text-table: $(READY)  ## the paper's table on fine-tuned MiniLM, an hour
+	$(BIN)/python benchmarks/text_table.py
+
 what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by retraining, five minutes
 	$(BIN)/python benchmarks/what_if.py --markdown docs/what_if.md
 
@@ -83,6 +86,8 @@ docs: $(VENV)/.shown  ## the documentation site, in build/site; any warning stop
 runs: $(READY)  ## the recorded runs that the repository ships
 	for name in digits digits_cnn digits_adamw breast_cancer breast_cancer_mlp diabetes; do \
 		$(BIN)/simfluence record curricula/$$name.yaml --store runs/$$name || exit 1; done
+	for tuning in ia3 lora; do $(BIN)/simfluence record curricula/docstrings_minilm_$$tuning.yaml \
+		--store runs/docstrings-minilm-$$tuning || exit 1; done
 
 wheel: $(READY)  ## build the wheel and try it in an empty environment
 	rm -rf dist build/wheel-env

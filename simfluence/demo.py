@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import sklearn.base
 from matplotlib.figure import Figure
@@ -16,7 +18,7 @@ from simfluence.edits import Edit, Remove
 from simfluence.evaluation import evaluate
 from simfluence.recipe import Recipe
 from simfluence.recording import record
-from simfluence.runs import Runs
+from simfluence.runs import Run, Runs
 from simfluence.simulators import (
     AdditiveSimulator,
     BoostedSimulator,
@@ -49,6 +51,7 @@ class Demo:
 
     Args:
         store: the recorded runs.
+        about: how many runs were fitted and judged.
         table: scores on the held-out runs, a row per simulator.
         edit: the what-if question.
         answers: what each simulator said, beside retraining; the row ``retrained`` is the truth.
@@ -56,6 +59,7 @@ class Demo:
     """
 
     store: RunStore
+    about: str
     table: pd.DataFrame
     edit: Edit
     answers: pd.DataFrame
@@ -72,51 +76,69 @@ def run_demo(folder: str | Path) -> Demo:
     simulators = {name: sklearn.base.clone(simulator).fit(fit) for name, simulator in COMPARED.items()}
     table = evaluate(simulators, held, reference=fit)
     edit = Remove(f"label == {LABEL}")
-    forecasts = {name: what_if(s, held[0], edit, task=task) for name, s in simulators.items()}
-    actual = forecasts["linear"].verify().actual  # the same training answers all of them
-    verified = {name: Verification(forecast, actual) for name, forecast in forecasts.items()}
-    picture = _draw(folder / "demo.png", task, simulators, held, verified)
-    return Demo(store, table, edit, _answers(task, verified), picture)
+    verified = retrained(task, simulators, held[0], edit)
+    picture = draw(folder / "demo.png", task, LABEL, simulators, held, verified)
+    about = "Forecasts of 8 unseen runs, from 24 recorded ones"
+    return Demo(store, about, table, edit, answers(task, LABEL, verified), picture)
 
 
-def _answers(task: Task, verified: Mapping[str, Verification]) -> pd.DataFrame:
+def retrained(
+    task: Task, simulators: Mapping[str, Simulator], base: Run, edit: Edit, store: str | Path | None = None
+) -> dict[str, Verification]:
+    """What each simulator forecasts of an edit, beside one retraining that answers all of them."""
+    forecasts = {name: what_if(simulator, base, edit, task=task) for name, simulator in simulators.items()}
+    actual = next(iter(forecasts.values())).verify(store=store).actual
+    return {name: Verification(forecast, actual) for name, forecast in forecasts.items()}
+
+
+def answers(task: Task, label: Any, verified: Mapping[str, Verification]) -> pd.DataFrame:
     """Change of the final loss, mean over the test examples of the removed label and over the others."""
-    removed = (task.test.table["label"] == LABEL).to_numpy()
-    truth = verified["linear"].actual_change
+    removed = (task.test.table["label"] == label).to_numpy()
+    truth = next(iter(verified.values())).actual_change
     rows = {
         name: {
-            f"change_of_{LABEL}s": answer.forecast.change[removed].mean(),
+            f"change_of_{label}s": answer.forecast.change[removed].mean(),
             "change_of_others": answer.forecast.change[~removed].mean(),
             "delta_correlation": answer.delta_correlation,
             "final_mse": answer.final_mse,
         }
         for name, answer in verified.items()
     }
-    rows["retrained"] = {f"change_of_{LABEL}s": truth[removed].mean(), "change_of_others": truth[~removed].mean()}
+    rows["retrained"] = {f"change_of_{label}s": truth[removed].mean(), "change_of_others": truth[~removed].mean()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulator")
 
 
-def _draw(
-    path: Path, task: Task, simulators: Mapping[str, Simulator], held: Runs, verified: Mapping[str, Verification]
+def draw(
+    path: Path,
+    task: Task,
+    label: Any,
+    simulators: Mapping[str, Simulator],
+    held: Runs,
+    verified: Mapping[str, Verification],
 ) -> Path:
     """Left: a held-out run as it was. Right: the same run without the label, on the test examples of the label."""
     simulated = {name: s.simulate(held.curricula[:1], held.initial_losses[:1])[0] for name, s in simulators.items()}
-    removed = (task.test.table["label"] == LABEL).to_numpy()
-    truth = verified["linear"].actual
+    removed = (task.test.table["label"] == label).to_numpy()
+    truth = next(iter(verified.values())).actual
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     plots.trajectories(
-        held[0].losses.mean(1), {name: losses.mean(1) for name, losses in simulated.items()}, left,
+        _joined(held[0].losses.mean(1)), {name: losses.mean(1) for name, losses in simulated.items()}, left,
         f"An unseen run: mean of {held.n_test} test examples", names=False,
     )  # fmt: skip
     plots.trajectories(
-        truth[:, removed].mean(1),
+        _joined(truth[:, removed].mean(1)),
         {name: answer.forecast.what_if[:, removed].mean(1) for name, answer in verified.items()}, right,
-        f"The same without any {LABEL} in training: mean of {removed.sum()} test {LABEL}s", names=False,
+        f"The same without any {label} in training: mean of {removed.sum()} test {label}s", names=False,
     )  # fmt: skip
-    left.set_ylim(0, 2 * held[0].losses.mean(1).max())
-    right.set_ylim(0, 2 * truth[:, removed].mean(1).max())
+    left.set_ylim(0, 2 * np.nanmax(held[0].losses.mean(1)))
+    right.set_ylim(0, 2 * np.nanmax(truth[:, removed].mean(1)))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
-    figure.suptitle("digits: simulators fitted on 24 recorded runs (axes end at twice the real losses)")
+    figure.suptitle(f"{task.name}: simulators fitted on recorded runs (axes end at twice the real losses)")
     figure.savefig(path, dpi=120)
     return path
+
+
+def _joined(losses: np.ndarray) -> np.ndarray:
+    """With straight lines where nothing was read."""
+    return pd.Series(losses).interpolate().to_numpy()

@@ -39,6 +39,8 @@ class Recipe(Spec):
         horizon: number of steps of the whole schedule; needed unless it is constant.
         clip_norm: the gradient's norm over all parameters is clipped to this, if given.
         dtype: of parameters, inputs and losses.
+        micro_batch: most examples of a batch that pass through the model at once, their gradients added up: memory, not
+            results, but for rounding.
         seed: of the initial weights and of anything random in the model; all runs of a recipe share it.
 
     Raises:
@@ -58,6 +60,7 @@ class Recipe(Spec):
     horizon: int | None = Field(None, ge=1)
     clip_norm: float | None = Field(None, gt=0)
     dtype: Literal["float32", "float64"] = "float32"
+    micro_batch: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
 
     @field_validator("optimizer")

@@ -230,7 +230,8 @@ def _described(examples: Examples, data: Data) -> Examples:
     if features is None and isinstance(inputs, Tensor) and inputs.is_floating_point():
         flat = inputs.detach().reshape(len(inputs), -1)
         features = flat.cpu().float().numpy() if flat.shape[1] <= _MOST_FEATURES and flat.isfinite().all() else None
-    wanted = targets if examples.targets is None and targets.ndim <= 2 and targets.isfinite().all() else None
+    plain = targets.ndim == 1 or (targets.ndim == 2 and targets.is_floating_point())  # others are words of a text
+    wanted = targets if examples.targets is None and plain and targets.isfinite().all() else None
     if features is examples.features and wanted is None:
         return examples
     return examples.with_features(features, None if wanted is None else wanted.detach().cpu().numpy())

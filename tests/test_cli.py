@@ -364,6 +364,7 @@ def test_demo(run, tmp_path, monkeypatch):
     ("arguments", "said"),
     [
         (["runs", "ls", "nowhere"], "no run store at nowhere"),
+        (["demo", "--task", "docstring"], "did you mean 'docstrings'"),
         (["runs", "show", "{runs}", "abc"], "no run 'abc'"),
         (["evaluate", "{runs}", "--simulator", "linera", "--held-out", "3"], "did you mean 'linear'"),
         (["evaluate", "{runs}", "--metric", "skil", "--held-out", "3"], "did you mean 'skill'"),

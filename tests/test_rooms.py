@@ -33,7 +33,7 @@ FLOORS = [
     ["tasks", "recording", "attribution"],
     ["simulators"],
     ["evaluation", "tuning", "learning", "verification", "whatif", "effects", "removal", "judging", "specs"],
-    ["printing", "demo", "cli", "__main__", "__init__"],
+    ["printing", "demo", "demo_docstrings", "cli", "__main__", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -32,11 +32,13 @@ Calls = list[tuple[nn.Module, Tensor, Tensor]]
 def attention_mask(inputs: Any) -> Bool[Tensor, "batch positions"] | None:
     """The padding mask that a mapping of inputs carries under the name that Hugging Face's models give it.
 
+    Several texts of one example, ``[batch, texts, positions]``, stand one after the other.
+
     >>> attention_mask({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])}).tolist()
     [[True, False]]
     """
     found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return found.bool() if isinstance(found, Tensor) and found.ndim == 2 else None
+    return found.bool().flatten(1) if isinstance(found, Tensor) and found.ndim in (2, 3) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,14 +188,11 @@ def gathered(layer: Layer, calls: Calls, mask: Tensor | None, batch: int) -> Fac
         WrongBatch: the first axis of a call does not count the examples.
     """
     parts = [
-        extract(module, inputs, gradient)
+        _by_example(layer, extract(module, inputs, gradient), batch)
         for owner, extract in layer.sources
         for module, inputs, gradient in calls
         if module is owner
     ]
-    for a, s in parts:
-        if not len(a) == len(s) == batch:
-            raise WrongBatch(layer.name, len(a), batch)
     if not parts:
         raise InvalidInput(f"the model never called layer {layer.name!r}: leave it out by layers=[…]")
     a, s = parts[0] if len(parts) == 1 else (torch.cat(column, 1) for column in zip(*parts, strict=True))
@@ -202,6 +201,20 @@ def gathered(layer: Layer, calls: Calls, mask: Tensor | None, batch: int) -> Fac
     if mask is None or any(inputs.shape[1] != mask.shape[1] for inputs, _ in parts):
         return Factors(a, s, None, len(parts))
     return Factors(a, s, mask.to(a.device).repeat(1, len(parts)), len(parts))
+
+
+def _by_example(layer: Layer, factors: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:
+    """Several rows of an example (the choices that it has, say) as its positions, one after the other.
+
+    Raises:
+        WrongBatch: the rows are not some for each example.
+    """
+    a, s = factors
+    if len(a) == len(s) == batch:
+        return a, s
+    if len(a) != len(s) or len(a) % batch or not len(a):
+        raise WrongBatch(layer.name, len(a), batch)
+    return a.reshape(batch, -1, a.shape[-1]), s.reshape(batch, -1, s.shape[-1])
 
 
 def rows_of(data: Data, rows: slice) -> Data:

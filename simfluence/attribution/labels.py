@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from simfluence.errors import InvalidInput, did_you_mean
-from simfluence.tasks.losses import cross_entropy, squared_error
+from simfluence.tasks.losses import cross_entropy, squared_error, token_cross_entropy
 
 #: ``(outputs, targets, uniforms)`` → targets drawn from the model, with a uniform number in (0, 1) per target.
 Draw = Callable[[Any, Tensor, Tensor], Tensor]
@@ -56,7 +56,11 @@ def draw_normal(outputs: Tensor, targets: Tensor, uniforms: Tensor) -> Tensor:
 
 
 #: How to draw labels for losses that are known.
-DRAWS: dict[Callable[..., Tensor], Draw] = {cross_entropy: draw_classes, squared_error: draw_normal}
+DRAWS: dict[Callable[..., Tensor], Draw] = {
+    cross_entropy: draw_classes,
+    token_cross_entropy: draw_classes,
+    squared_error: draw_normal,
+}
 
 
 def relabelling(labels: str | Draw, loss: Callable[..., Tensor], seed: int) -> Relabel | None:

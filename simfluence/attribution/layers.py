@@ -8,7 +8,7 @@ came out. A bias is the last column, with 1 appended to ``a``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,6 +130,7 @@ class _Kind:
     joined: bool = False  # weight and bias make one matrix
     transposed: bool = False
     vector: bool = False
+    local: str = "weight"  # what the module calls it
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -141,7 +142,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     modules = {module: name for name, module in model.named_modules()}
     owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names.values()}
     for module in modules:
-        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        for local, parameter in _own_parameters(module):
             owners[names[id(parameter)]].append((module, local))
     layers: list[Layer] = []
     for name, parameter in model.named_parameters():
@@ -149,6 +150,16 @@ def find_layers(model: nn.Module) -> list[Layer]:
             continue
         layers.append(_layer(name, parameter, owners, names, modules))
     return layers
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's parameters, and those that it keeps in a dictionary, as adapters do."""
+    if isinstance(module, nn.ParameterDict):
+        return
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    for local, child in module.named_children():
+        if isinstance(child, nn.ParameterDict):
+            yield from ((local, parameter) for parameter in child.values())
 
 
 def alone(name: str, parameter: Tensor) -> Layer:
@@ -172,7 +183,7 @@ def _layer(
     biases = [kind.bias for kind in known if kind.bias is not None]
     if called == {"bias"} and len(biases) == len(known):
         return replace(alone(name, parameter), sources=tuple(zip(owning, biases, strict=True)))
-    if called != {"weight"}:
+    if called != {known[0].local}:
         return alone(name, parameter)
     if known[0].vector:
         sources = tuple((module, kind.weight) for module, kind in zip(owning, known, strict=True))
@@ -213,6 +224,11 @@ def _kind(module: nn.Module) -> _Kind | None:
         return _Kind(_embedding)
     if isinstance(module, nn.LayerNorm):
         return _Kind(_norm, _norm_bias, vector=True)
+    if isinstance(getattr(module, "variance_epsilon", None), float):  # RMSNorm of transformers
+        return _Kind(_root_mean_square, vector=True)
+    scales = getattr(module, "ia3_l", None)  # of peft
+    if isinstance(scales, nn.ParameterDict) and len(scales) == 1 and hasattr(module, "is_feedforward"):
+        return _Kind(_scaled, vector=True, local="ia3_l")
     return None
 
 
@@ -272,6 +288,22 @@ def _norm(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor,
 def _norm_bias(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(module, nn.LayerNorm)  # noqa: S101 (for the type checker)
     return _column(gradients.reshape(len(inputs), -1, math.prod(module.normalized_shape)).sum(1))
+
+
+def _root_mean_square(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    epsilon: Any = module.variance_epsilon
+    normed = inputs * (inputs.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return _column(_positions(normed * gradients).sum(1))
+
+
+def _scaled(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """IA3 multiplies what a linear layer gives, ``l ∘ W a``, or, feed-forward, what comes in, ``W (l ∘ a)``."""
+    base: Any = module.base_layer
+    if not module.is_feedforward:
+        with torch.no_grad():
+            return _column(_positions(base(inputs) * gradients).sum(1))
+    back = gradients @ (base.weight if isinstance(base, nn.Linear) else base.weight.T)
+    return _column(_positions(inputs * back.detach()).sum(1))
 
 
 def _positions(values: Tensor) -> Tensor:

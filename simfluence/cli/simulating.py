@@ -27,6 +27,8 @@ from simfluence.cli.options import (
     unfitted,
 )
 from simfluence.demo import run_demo
+from simfluence.demo_docstrings import run_docstrings_demo
+from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.evaluation import METRICS
 from simfluence.evaluation import evaluate as evaluate_simulators
 from simfluence.learning import learning_curve as curve
@@ -35,21 +37,25 @@ from simfluence.simulators import SIMULATORS, ConformalSimulator
 from simfluence.store import RunStore
 from simfluence.tuning import Search, search
 
+#: What the demo can be of.
+DEMOS = {"digits": run_demo, "docstrings": run_docstrings_demo}
+
 
 def demo(
     folder: Annotated[Path, typer.Option(help="Where to record and draw.")] = Path("simfluence-demo"),
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(DEMOS)}.")] = "digits",
     as_json: AsJson = False,
 ) -> None:
     """Record real runs, fit, score on unseen runs, ask a what-if, and retrain to confirm it."""
-    found = run_demo(folder)
+    if task not in DEMOS:
+        raise InvalidInput(f"no demo of task {task!r}, {did_you_mean(task, DEMOS)}")
+    found = DEMOS[task](folder)
     if as_json:
         parts = {"store": str(found.store.path), "picture": str(found.picture), "edit": str(found.edit)}
         print_json(parts | {"evaluation": records(found.table), "what_if": records(found.answers)})
         return
-    print(f"Recorded runs of the digits task: {found.store.path}")
-    print_table(
-        readable(found.table), "Forecasts of 8 unseen runs, from 24 recorded ones (skill 0: the mean trajectory)"
-    )
+    print(f"Recorded runs of the {task} task: {found.store.path}")
+    print_table(readable(found.table), f"{found.about} (skill 0: the mean trajectory)")
     print_table(found.answers, f"What if we {found.edit}? Change of the final loss, predicted and retrained")
     print(f"Simulated and real trajectories: {found.picture}")
 

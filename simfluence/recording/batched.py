@@ -119,6 +119,8 @@ def obstacle(task: Task, recipe: Recipe) -> str | None:
     """
     if recipe.optimizer not in ELEMENTWISE:
         return f"optimizer {recipe.optimizer!r} does not work element by element"
+    if recipe.micro_batch is not None:
+        return "micro-batches are taken one after the other"
     model = task.build_model(recipe.seed).to(recipe.torch_dtype)
     if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in model.modules()):
         return "an Embedding with padding_idx keeps its padding row still in the first of several runs only"

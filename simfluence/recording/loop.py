@@ -27,7 +27,7 @@ class LoopTraining(Training):
         self.optimizer = job.recipe.build_optimizer(self.parameters)
         places = torch.tensor(curriculum.indices, dtype=torch.int64, device=job.device)
         self.batches = places.split(curriculum.sizes.tolist())
-        self.gradients_of_mean: dict[int, Tensor] = {}
+        self.gradients_of_mean: dict[tuple[int, int], Tensor] = {}
         self.mode = ModeSwitch(self.model)
         self.stand_in = job.stand_in(self.model)
         self.rows = [batch.tolist() for batch in curriculum] if self.stand_in else []
@@ -42,12 +42,15 @@ class LoopTraining(Training):
             return
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        frozen = self._frozen(self.stand_in) if self.stand_in else _NOTHING
-        self.mode.training(True)
         self.optimizer.zero_grad()
-        with frozen:
-            losses = self.job.task.batch_losses(self.model, self.job.task.some(self.job.train_data, batch))
-            torch.autograd.backward((losses,), (self._gradient_of_mean(losses),))
+        size = self.job.recipe.micro_batch or len(batch)
+        for start in range(0, len(batch), size):
+            some = slice(start, start + size)
+            frozen = self._frozen(self.stand_in, self.rows[self.step][some]) if self.stand_in else _NOTHING
+            self.mode.training(True)
+            with frozen:
+                losses = self.job.task.batch_losses(self.model, self.job.task.some(self.job.train_data, batch[some]))
+                torch.autograd.backward((losses,), (self._gradient_of_mean(losses, len(batch)),))
         if self.job.task.l2:
             for parameter in self.parameters:
                 if parameter.grad is not None:
@@ -56,19 +59,20 @@ class LoopTraining(Training):
             torch.nn.utils.clip_grad_norm_(self.parameters, self.job.recipe.clip_norm)
         self.optimizer.step()
 
-    def _frozen(self, stand_in: StandIn) -> contextlib.AbstractContextManager[None]:
-        """In place of the frozen layers in a pass over the present batch."""
-        rows = self.rows[self.step]
+    def _frozen(self, stand_in: StandIn, rows: list[int]) -> contextlib.AbstractContextManager[None]:
+        """In place of the frozen layers in a pass over some examples of the present batch."""
         if missing := stand_in.missing(rows):
             self.mode.training(False)
             stand_in.prepare(missing)
         return stand_in.training(rows)
 
-    def _gradient_of_mean(self, losses: Tensor) -> Tensor:
-        """What the backward pass of the batch's mean loss starts from; kept, as making it costs as much as a layer."""
-        if len(losses) not in self.gradients_of_mean:
-            self.gradients_of_mean[len(losses)] = torch.full_like(losses, 1 / len(losses), requires_grad=False)
-        return self.gradients_of_mean[len(losses)]
+    def _gradient_of_mean(self, losses: Tensor, count: int) -> Tensor:
+        """What the backward pass of the mean over ``count`` losses starts from, for some of them; kept, as making it
+        costs as much as a layer."""
+        key = len(losses), count
+        if key not in self.gradients_of_mean:
+            self.gradients_of_mean[key] = torch.full_like(losses, 1 / count, requires_grad=False)
+        return self.gradients_of_mean[key]
 
     def _read(self) -> Mapping[str, Tensor]:
         self.mode.training(False)

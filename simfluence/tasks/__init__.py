@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import sys
 from collections.abc import Callable, Mapping
 
 from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.task import Task, TaskInfo
+from simfluence.tasks import recipes
 from simfluence.tasks.arrays import from_arrays
 from simfluence.tasks.digits import digits
+from simfluence.tasks.docstrings import docstrings
+from simfluence.tasks.huggingface import classification, language_modelling, multiple_choice
+from simfluence.tasks.pretrained import Pretrained
+from simfluence.tasks.prompted import boolq, copa, rte, sst2, winogrande
 from simfluence.tasks.synthetic import synthetic, synthetic_optimum
 from simfluence.tasks.tabular import breast_cancer, diabetes
+from simfluence.tasks.topics import topics
 
 #: Tasks that a file may name.
 READY_MADE: Mapping[str, Callable[..., Task]] = {
@@ -19,6 +26,13 @@ READY_MADE: Mapping[str, Callable[..., Task]] = {
     "breast_cancer": breast_cancer,
     "diabetes": diabetes,
     "synthetic": synthetic,
+    "docstrings": docstrings,
+    "topics": topics,
+    "copa": copa,
+    "rte": rte,
+    "winogrande": winogrande,
+    "sst2": sst2,
+    "boolq": boolq,
 }
 
 
@@ -44,9 +58,19 @@ def rebuild(info: TaskInfo) -> Task:
     """
     if info.name not in READY_MADE:
         raise StoreError(f"task {info.name!r} is not a ready-made one: give it (task=…, or --task module:function)")
-    task = build(info.name, **info.arguments)
+    python = info.arguments.get("python")
+    needed = (
+        "" if python is None else f"; its texts are those of Python {python}, and this is {platform.python_version()}"
+    )
+    try:
+        task = build(info.name, **info.arguments)
+    except InvalidInput as error:
+        raise StoreError(f"task {info.name!r} cannot be built here{needed}: {error}") from error
     if task.fingerprint != info.fingerprint:
-        raise StoreError(f"task {info.name!r} as built here differs from the recorded one (other data or model)")
+        raise StoreError(
+            f"task {info.name!r} as built here differs from the recorded one (other data or model){needed}. Fits and "
+            "what-ifs need the store alone; training and attributing again need the task as it was"
+        )
     return task
 
 
@@ -80,13 +104,25 @@ def imported(reference: str) -> Task:
 
 __all__ = [
     "READY_MADE",
+    "Pretrained",
+    "boolq",
     "breast_cancer",
     "build",
+    "classification",
+    "copa",
     "diabetes",
     "digits",
+    "docstrings",
     "from_arrays",
     "imported",
+    "language_modelling",
+    "multiple_choice",
     "rebuild",
+    "recipes",
+    "rte",
+    "sst2",
     "synthetic",
     "synthetic_optimum",
+    "topics",
+    "winogrande",
 ]
