@@ -148,6 +148,15 @@ class KFAC(_Blocks):
 
     Args:
         damping, labels, layers, batch_size, seed, store, rank: as of ``EKFAC``.
+
+    >>> from torch import nn
+    >>> from simfluence.tasks.losses import cross_entropy
+    >>> X, y = torch.eye(3).repeat(4, 1), torch.tensor([0, 1, 0] * 4)
+    >>> model = nn.Linear(3, 2)
+    >>> fitted = KFAC(damping=1e-2, labels="empirical").fit(model, (X, y), loss=cross_entropy)
+    >>> scores = fitted.scores((X[:2], y[:2])).values
+    >>> bool(scores[0, 0] > 0)  # an example helps its own copy
+    True
     """
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
@@ -159,6 +168,15 @@ class Diagonal(_Blocks):
 
     Args:
         damping, labels, layers, batch_size, seed, store, rank: as of ``EKFAC``.
+
+    >>> from torch import nn
+    >>> from simfluence.tasks.losses import cross_entropy
+    >>> X, y = torch.eye(3).repeat(4, 1), torch.tensor([0, 1, 0] * 4)
+    >>> model = nn.Linear(3, 2)
+    >>> fitted = Diagonal(damping=1e-2, labels="empirical").fit(model, (X, y), loss=cross_entropy)
+    >>> scores = fitted.scores((X[:2], y[:2])).values
+    >>> bool(scores[0, 0] > 0)  # an example helps its own copy
+    True
     """
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
@@ -175,6 +193,14 @@ class Exact(Attributor):
 
     Raises:
         InvalidInput: by ``fit``, the matrix with its damping is not positive definite, or an unknown curvature.
+
+    >>> from torch import nn
+    >>> from simfluence.tasks.losses import cross_entropy
+    >>> X, y = torch.eye(3).repeat(4, 1), torch.tensor([0, 1, 0] * 4)
+    >>> model = nn.Linear(3, 2)
+    >>> scores = Exact(damping=0.1).fit(model, (X, y), loss=cross_entropy).scores((X[:2], y[:2])).values
+    >>> scores.shape, bool(scores[0, 0] > 0)  # an example helps its own copy
+    ((2, 12), True)
     """
 
     def __init__(

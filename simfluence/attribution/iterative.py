@@ -81,6 +81,16 @@ class ConjugateGradients(_Iterative):
 
     Warns:
         ConvergenceWarning: the tolerance was not reached.
+
+    >>> from torch import nn
+    >>> from simfluence.attribution.influence import Exact
+    >>> from simfluence.tasks.losses import cross_entropy
+    >>> X, y = torch.eye(3).repeat(4, 1), torch.tensor([0, 1, 0] * 4)
+    >>> model = nn.Linear(3, 2)
+    >>> scores = ConjugateGradients(damping=0.1).fit(model, (X, y), loss=cross_entropy).scores((X[:2], y[:2])).values
+    >>> exact = Exact(damping=0.1).fit(model, (X, y), loss=cross_entropy).scores((X[:2], y[:2])).values
+    >>> bool(abs(scores - exact).max() < 1e-3 * abs(exact).max())
+    True
     """
 
     def __init__(
@@ -172,6 +182,16 @@ class LiSSA(_Iterative):
 
     Warns:
         ConvergenceWarning: the tolerance was not reached.
+
+    >>> from torch import nn
+    >>> from simfluence.attribution.influence import Exact
+    >>> from simfluence.tasks.losses import cross_entropy
+    >>> X, y = torch.eye(3).repeat(4, 1), torch.tensor([0, 1, 0] * 4)
+    >>> model = nn.Linear(3, 2)
+    >>> scores = LiSSA(damping=0.1).fit(model, (X, y), loss=cross_entropy).scores((X[:2], y[:2])).values
+    >>> exact = Exact(damping=0.1).fit(model, (X, y), loss=cross_entropy).scores((X[:2], y[:2])).values
+    >>> bool(abs(scores - exact).max() < 1e-3 * abs(exact).max())
+    True
     """
 
     def __init__(
@@ -254,6 +274,16 @@ class Arnoldi(_Iterative):
 
     Raises:
         InvalidInput: an eigenvalue that is used is not above −λ.
+
+    >>> from torch import nn
+    >>> from simfluence.attribution.influence import Exact
+    >>> from simfluence.tasks.losses import cross_entropy
+    >>> X, y = torch.eye(3).repeat(4, 1), torch.tensor([0, 1, 0] * 4)
+    >>> model = nn.Linear(3, 2)
+    >>> scores = Arnoldi(damping=0.1, iterations=8).fit(model, (X, y), loss=cross_entropy).scores((X[:2], y[:2])).values
+    >>> exact = Exact(damping=0.1).fit(model, (X, y), loss=cross_entropy).scores((X[:2], y[:2])).values
+    >>> bool(abs(scores - exact).max() < 1e-3 * abs(exact).max())
+    True
     """
 
     def __init__(

@@ -59,6 +59,12 @@ class GradientCosine(Attributor):
 
     Args:
         layers, batch_size: as of ``GradientDot``.
+
+    >>> X, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = nn.init.ones_(model.weight)
+    >>> GradientCosine().fit(model, (X, y), loss=lambda f, y: ((f - y) ** 2)[:, 0]).scores((X, y)).values.tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
     """
 
     units: ClassVar[tuple[str, ...]] = ("raw",)
@@ -87,6 +93,9 @@ class Adam:
     Args:
         beta2: their decay, for the correction of their first steps.
         eps: added to their root.
+
+    >>> Adam(beta2=0.98)
+    Adam(beta2=0.98, eps=1e-08)
     """
 
     beta2: float = 0.999
@@ -105,6 +114,14 @@ class TracInCP(Attributor):
 
     Raises:
         InvalidInput: by ``fit``, no checkpoints, one of another architecture, or without Adam's moments.
+
+    >>> X, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> # two checkpoints; at the second the gradients are zero
+    >>> states = [({"weight": torch.ones(1, 2)}, 0.1), ({"weight": torch.zeros(1, 2)}, 0.1)]
+    >>> fitted = TracInCP(states).fit(model, (X, y), loss=lambda f, y: ((f - y) ** 2)[:, 0])
+    >>> fitted.scores((X, y)).values.astype(float).round(3).tolist()  # 0.1 · 2² · 1² and 0.1 · 4² · 2²
+    [[0.4, 0.0], [0.0, 6.4]]
     """
 
     units: ClassVar[tuple[str, ...]] = ("raw",)

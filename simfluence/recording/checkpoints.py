@@ -27,6 +27,13 @@ class Checkpoint:
         model: parameters and buffers by name, as in ``module.state_dict()``.
         optimizer: per-parameter state: parameter number → name → tensor or plain number.
         extra: further tensors that whoever wrote it needs.
+
+    >>> model = nn.Linear(2, 1)
+    >>> before = Checkpoint(0, {name: tensor.clone() for name, tensor in model.state_dict().items()}, {}, {})
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> before.restore(model)
+    >>> bool((model.weight == before.model["weight"]).all())
+    True
     """
 
     step: int

@@ -36,6 +36,9 @@ class Estimate:
         seconds: of training and reading, on this machine as busy as it is now.
         disk: bytes of run files and checkpoints, about.
         memory: bytes that the process takes at its peak, with all runs in memory at the end; 0 if not known here.
+
+    >>> Estimate(runs=3, there=0, engines={"loop": 3}, seconds=1.5, disk=2**20, memory=0).seconds
+    1.5
     """
 
     runs: int
@@ -74,6 +77,12 @@ def estimate(
 
     Raises:
         InvalidInput: as ``record`` would.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> found = estimate(task, sf.Recipe(), sf.random_curricula(n_train=20, runs=3, steps=20, batch_size=4))
+    >>> found.runs, found.seconds > 0
+    (3, True)
     """
     curricula, observe = list(curricula), observe or Observe()
     check(task, curricula, observe)

@@ -66,6 +66,12 @@ def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator
 
     Raises:
         InvalidInput: the run is of another task, or does not know its recipe.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> run = sf.record(task, sf.Recipe(lr=0.1), sf.random_curricula(n_train=20, runs=1, steps=4, batch_size=4))[0]
+    >>> [training.step for training in follow(task, run)]
+    [0, 1, 2, 3, 4]
     """
     if run.fingerprint not in (None, task.fingerprint):
         raise InvalidInput(f"run {run.id} is of another task than {task.name!r}")
@@ -81,7 +87,16 @@ def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator
 
 
 def trained_model(task: Task, run: Run, store: str | Path | RunStore | None = None) -> nn.Module:
-    """The model at the end of a run, in evaluation mode; arguments and errors as of ``replay``."""
+    """The model at the end of a run, in evaluation mode; arguments and errors as of ``replay``.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> run = sf.record(task, sf.Recipe(lr=0.1), sf.random_curricula(n_train=20, runs=1, steps=4, batch_size=4))[0]
+    >>> model = trained_model(task, run)
+    >>> losses = task.loss(model(task.test_data[0]), task.test_data[1]).detach().numpy()
+    >>> bool(abs(losses - run.losses[-1]).max() < 1e-5)
+    True
+    """
     model = task.build_model(0)
     if run.recipe is not None:
         model = task.build_model(run.recipe.seed).to(run.recipe.torch_dtype)

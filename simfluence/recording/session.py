@@ -91,7 +91,15 @@ def record(
 
 
 def run_id(task: Task, recipe: Recipe, curriculum: Curriculum) -> str:
-    """The content address of a run: task, recipe with its seed, curriculum."""
+    """The content address of a run: task, recipe with its seed, curriculum.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> curriculum = sf.Curriculum([[0, 1], [2, 3]], n_train=20)
+    >>> first, other = (run_id(task, sf.Recipe(lr=lr), curriculum) for lr in (0.1, 0.2))
+    >>> len(first), first == other
+    (16, False)
+    """
     content = "\n".join([task.fingerprint, recipe.canonical(), curriculum.digest])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -41,6 +41,9 @@ def build(name: str, **arguments: object) -> Task:
 
     Raises:
         InvalidInput: there is none of that name, or it does not take these arguments.
+
+    >>> build("digits", n_train=20, n_test=5)
+    Task('digits', train=20, test=5)
     """
     if name not in READY_MADE:
         raise InvalidInput(f"no ready-made task {name!r}, {did_you_mean(name, READY_MADE)}")
@@ -55,6 +58,10 @@ def rebuild(info: TaskInfo) -> Task:
 
     Raises:
         StoreError: the task is a user's own, or is no longer what it was.
+
+    >>> task = build("digits", n_train=20, n_test=5)
+    >>> rebuild(task.info).fingerprint == task.fingerprint
+    True
     """
     if info.name not in READY_MADE:
         raise StoreError(f"task {info.name!r} is not a ready-made one: give it (task=…, or --task module:function)")
@@ -81,6 +88,9 @@ def imported(reference: str) -> Task:
 
     Raises:
         InvalidInput: there is no such module or function, or it returns something else than a task.
+
+    >>> imported("simfluence.tasks:breast_cancer").name
+    'breast_cancer'
     """
     module_name, colon, function_name = reference.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module_name.split("."), function_name]):

@@ -65,6 +65,11 @@ def synthetic_optimum(task: Task, kept: np.ndarray | None = None) -> Float[np.nd
 
     Args:
         kept: indices of the training examples it is trained on; all by default.
+
+    >>> task = synthetic(n_train=20, n_test=5)
+    >>> optimum = synthetic_optimum(task)
+    >>> optimum.shape == (task.train_data[0].shape[1],)
+    True
     """
     X, y = (tensor.numpy().astype(np.float64) for tensor in task.train_data)
     if kept is not None:
