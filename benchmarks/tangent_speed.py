@@ -111,8 +111,8 @@ def parameters() -> None:
 
 def training() -> None:
     """A what-if against training a convolutional network of ten million parameters."""
-    task = task_of(cnn, 100, 50, (1, 8, 8))
-    fitted, runs, trained, fitting = fitted_on(task, 20, 0.01, checkpoints=1, landmarks=4, features=0)
+    task = task_of(cnn, 40, 50, (1, 8, 8))
+    fitted, runs, trained, fitting = fitted_on(task, 20, 0.01, checkpoints=1, landmarks=2, features=0)
     took = seconds(lambda: fitted.simulate(runs.curricula[1:], runs.initial_losses[1:]), 3)
     print(
         f"{count(task.build_model(0)):,} parameters, 20 steps of 8, 50 test losses each: training {trained:.1f} s, "
