@@ -114,7 +114,8 @@ class TangentKernelSimulator(Simulator):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
-        if self.landmarks is not None and (isinstance(self.landmarks, bool) or not self.landmarks >= 1):
+        whole = isinstance(self.landmarks, int) and not isinstance(self.landmarks, bool)
+        if self.landmarks is not None and not (whole and self.landmarks >= 1):
             raise InvalidInput(f"landmarks must be None or a number of training examples, got {self.landmarks!r}")
         if isinstance(self.memory, bool) or not isinstance(self.memory, int | float) or not self.memory > 0:
             raise InvalidInput(f"memory must be a number of GiB above 0, got {self.memory!r}")
