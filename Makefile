@@ -41,6 +41,7 @@ bench: $(READY)  ## every claim of speed, measured here
 	$(BIN)/python benchmarks/leave_one_out.py
 	$(BIN)/python benchmarks/unseen_examples.py
 	$(BIN)/python benchmarks/frozen_trunk.py
+	$(BIN)/python benchmarks/tangent_speed.py
 
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv $(PEERS)
@@ -61,7 +62,7 @@ table: $(READY)  ## how good each simulator is on the recorded runs; goes on whe
 front-page: $(READY)  ## the picture and the table of simulators in the README, three minutes
 	$(BIN)/python benchmarks/front_page.py
 
-tangent-table: $(READY)  ## the tangent kernel simulator from one, two and twelve runs, ten minutes
+tangent-table: $(READY)  ## the tangent kernel simulator from one run and more, over eight choices and three seeds: two hours
 	$(BIN)/python benchmarks/tangent.py
 
 text-table: $(READY)  ## the paper's table on fine-tuned MiniLM, an hour

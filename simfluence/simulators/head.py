@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from simfluence.attribution.gradients import evaluating
-from simfluence.errors import InvalidInput
 from simfluence.task import forward, take
 
 
@@ -71,9 +70,7 @@ class Head:
         return features, self.joined({name: parameter.detach() for name, parameter in model.named_parameters()})
 
     def joined(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What belongs to the head, by parameter name, as one matrix ``[outputs, width]``; empty without a head."""
-        if self.name is None:
-            return torch.empty(0)
+        """The head's weight and bias, of parameters by name, as one matrix ``[outputs, width]``."""
         prefix = f"{self.name}." if self.name else ""
         weight = parameters[prefix + "weight"]
         return torch.cat([weight, parameters[prefix + "bias"][:, None]], 1) if self.bias else weight.clone()
@@ -133,13 +130,14 @@ class _Body(nn.Module):
 def _outputs_of(model: nn.Module, inputs: Any, layer: nn.Linear | None) -> tuple[Tensor, list[Tensor]]:
     """``[examples, outputs]`` in evaluation mode, and what ``layer`` reads meanwhile."""
     read: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, given: read.append(given[0].detach().clone())) if layer else None
+    layers = [] if layer is None else [layer]
+    handles = [
+        each.register_forward_pre_hook(lambda _, given: read.append(given[0].detach().clone())) for each in layers
+    ]
     try:
         with evaluating(model), torch.no_grad():
             outputs = forward(model, inputs)
     finally:
-        if handle is not None:
+        for handle in handles:
             handle.remove()
-    if not isinstance(outputs, Tensor):
-        raise InvalidInput(f"the tangent kernel is of outputs that are one tensor, not {type(outputs).__name__}")
     return outputs.reshape(len(outputs), -1).detach().clone(), read
