@@ -1,6 +1,6 @@
 """What tangent kernels and simulating with them cost: against Jacobians, against training, and as data grow.
 
-python benchmarks/tangent_speed.py [kernels parameters training growth] [--threads 1]
+python benchmarks/tangent_speed.py [--parts kernels parameters training growth] [--threads 1]
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ PARTS = {part.__name__: part for part in (kernels, parameters, training, growth)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
