@@ -4,7 +4,7 @@ Skill against the mean trajectory of 24 runs, on the 8 others. Each line is the 
 the references and over three seeds of the whole protocol (sample, initial weights, curricula), whose runs are recorded
 into build/tangent the first time.
 
-    python benchmarks/tangent.py [--settings digits …] [--choices 8] [--seeds 3]
+    python benchmarks/tangent.py [--settings digits digits_cnn-lr0.1 …] [--choices 8] [--seeds 3]
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Setting:
     runs: int
     references: int
     lr: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.protocol if self.lr is None else f"{self.protocol}-lr{self.lr:g}"
 
 
 SETTINGS = (
@@ -68,7 +72,7 @@ def scores(setting: Setting, task: sf.Task, runs: sf.Runs, choice: int, choices:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", nargs="+", default=[], help="only these protocols")
+    parser.add_argument("--settings", nargs="+", default=[], help="only these, by name")
     parser.add_argument("--choices", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -76,23 +80,22 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for setting in SETTINGS:
-        if options.settings and setting.protocol not in options.settings:
+        if options.settings and setting.name not in options.settings:
             continue
         found, start = [], time.perf_counter()
         for seed in range(options.seeds):
             task, runs = recorded(setting, seed, options.folder)
-            # all of the runs can be chosen in one way only; of twelve or more few ways differ much
-            ways = 1 if setting.runs == 24 else 2 if setting.runs >= 10 else options.choices
-            found += [scores(setting, task, runs, choice, ways) for choice in range(ways)]
+            for choice in range(options.choices):
+                found.append(scores(setting, task, runs, choice, options.choices))
+                print(f"  seed {seed}, choice {choice}: {found[-1][0]:.3f} {found[-1][1]:.3f}", flush=True)
         median, low, high = (each(found, axis=0) for each in (np.median, np.min, np.max))
         said = ", ".join(
             f"{name.replace('_', ' ')} {m:.3f} [{a:.3f}, {b:.3f}]"
             for name, m, a, b in zip(METRICS, median, low, high, strict=True)
         )
-        lr = "" if setting.lr is None else f" lr {setting.lr:g}"
         took = (time.perf_counter() - start) / len(found)
         print(
-            f"{setting.protocol + lr:18} {setting.runs:2} runs, {setting.references} of them references: {said}; "
+            f"{setting.name:18} {setting.runs:2} runs, {setting.references} of them references: {said}; "
             f"{len(found)} choices, {took:.1f} s each",
             flush=True,
         )
