@@ -5,9 +5,11 @@ that an edit frees are filled from the remaining examples. "Error" is the mean s
 the final loss, as a share of that of saying "no change" (below 1 is of use), pooled over base runs and test examples;
 "delta r" is the mean over base runs of Pearson's r, over test examples, of forecast and retrained change.
 
+Then the tangent kernel from each of eight runs in turn: how much depends on which run it is?
+
 The last part, "Koda and Dub", has ten near-duplicates of one odd training image: what if one goes, what if all go?
 
-    python benchmarks/what_if.py [--markdown FILE] [--bases 8] [--threads 2]
+    python benchmarks/what_if.py [--markdown FILE] [--bases 8] [--references 8] [--threads 2]
 
 Retrained runs are kept in build/what_if; a second time trains nothing.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +106,7 @@ def fitted_on(part: sf.Runs, task: sf.Task) -> dict[str, sf.Simulator]:
 
 
 def verified(
-    fitted: dict[str, sf.Simulator], bases: list[sf.Run], edits: dict[str, sf.Edit], task: sf.Task, store: Path
+    fitted: dict[str, sf.Simulator], bases: list[sf.Run], edits: Mapping[str, sf.Edit], task: sf.Task, store: Path
 ) -> dict[str, sf.Verifications]:
     found = {}
     for name, simulator in fitted.items():
@@ -113,6 +116,26 @@ def verified(
         found[name] = forecasts.verify(store=store)
         print(f"  {name}: {len(forecasts)} forecasts in {asked:.1f} s")
     return found
+
+
+def over_references(part: sf.Runs, bases: list[sf.Run], task: sf.Task, count: int) -> pd.DataFrame:
+    """Of the tangent kernel from one run, and another, and another: of each edit, the median and the range."""
+    edits, columns = suite(len(task.train)), ["relative_error", "delta_correlation"]
+    tables = []
+    for choice in range(count):
+        fitted = sf.TangentKernelSimulator(task).fit(part[choice * len(part) // count :][:1])
+        found = sf.what_if(fitted, bases, edits, task=task).verify(store=FOLDER / "digits")
+        tables.append(found.table[columns][:-1])
+        print(f"  reference {choice + 1} of {count}")
+    errors, correlations = (np.stack([table[column] for table in tables]) for column in columns)
+    return pd.DataFrame(
+        {
+            f"{said}, {name}": summary(each, axis=0)
+            for said, each in (("error", errors), ("delta r", correlations))
+            for name, summary in (("median", np.median), ("least", np.min), ("most", np.max))
+        },
+        index=tables[0].index,
+    )
 
 
 def redundancy(found: dict[str, sf.Verifications]) -> pd.DataFrame:
@@ -146,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--bases", type=int, default=8)
+    parser.add_argument("--references", type=int, default=8, help="how many runs to fit the tangent kernel on in turn")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -156,6 +180,7 @@ def main() -> None:
     task = sf.tasks.digits()
     bases = list(held[: options.bases])
     found = verified(fitted_on(part, task), bases, suite(len(task.train)), task, FOLDER / "digits")
+    references = over_references(part, bases, task, options.references)
 
     print("Ten near-duplicates")
     copied = with_copies()
@@ -179,6 +204,8 @@ def main() -> None:
         table.insert(0, "retrained change", pd.concat([retrained, next(iter(copies.values())).table["retrained"][:-1]]))
         rest = pd.DataFrame(wanted).T.rename_axis(table.index.name).assign(**{"retrained change": ""})
         tables[title] = pd.concat([table.astype(object), rest])
+    title = f"The tangent kernel from one run, over {options.references} choices of it"
+    tables[title] = references.rename_axis(f"{len(bases)} base runs")
     there = np.mean([len(np.intersect1d(run.curriculum.indices, removals["all ten removed"].target)) for run in chosen])
     title = f"Koda and Dub: change of the copy's test loss, {len(chosen)} base runs with {there:.1f} copies each"
     tables[title] = redundancy(copies)
