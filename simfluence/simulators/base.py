@@ -117,9 +117,26 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         """
         self._check_fitted()
         initial = self._check_initial([base], initial_losses)[0]
-        if (groups[:, np.unique(base.indices)]).all(axis=1).any():
-            raise InvalidInput("a group is all that the base shows: removing it would leave no example")
+        _check_some_left(base, groups)
         return self._changes_without(base, groups, initial)
+
+    def derivatives_without(self, base: Curriculum, initial_losses: Any) -> Float[np.ndarray, "train test"]:
+        """Derivatives of the final losses by ε, when ε of each training example leaves its batches, at ε = 0.
+
+        They are estimates of ``changes_without`` of each alone: batches shrink by ε of it. In a batch of its own, which
+        cannot shrink, an example counts for 1 − ε.
+
+        Args:
+            base: of the training examples that the simulator was fitted on.
+            initial_losses: before any update, ``[test]``.
+
+        Raises:
+            NotFittedError, InvalidInput: as ``changes_without``; this kind of simulator has no derivatives.
+        """
+        self._check_fitted()
+        initial = self._check_initial([base], initial_losses)[0]
+        _check_some_left(base, np.eye(self.n_train_, dtype=bool))
+        return self._derivatives_without(base, initial)
 
     def with_parameters(self: SimulatorT, **parameters: object) -> SimulatorT:
         """Set parameters like ``set_params``, but checked at once.
@@ -214,6 +231,9 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
             changes[shown] = self._changes(base, edited, initial)
         return changes
 
+    def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:
+        raise InvalidInput(f"simulator {self.name!r} has no derivatives: leave each example out by method='simulate'")
+
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""
 
@@ -237,6 +257,11 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
                 f"or [{self.n_test_}]; got {list(initial.shape)}"
             )
         return np.broadcast_to(initial, (len(curricula), self.n_test_))
+
+
+def _check_some_left(base: Curriculum, groups: np.ndarray) -> None:
+    if groups[:, np.unique(base.indices)].all(axis=1).any():
+        raise InvalidInput("a group is all that the base shows: removing it would leave no example")
 
 
 def usable(runs: Runs, purpose: str) -> Runs:

@@ -150,5 +150,8 @@ class ConformalSimulator(Simulator):
     def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
         return self.fitted_[0].changes_without(base, groups, initial)
 
+    def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:
+        return self.fitted_[0].derivatives_without(base, initial)
+
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         return self.fitted_[0].simulate(curricula, initial)

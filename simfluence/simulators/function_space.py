@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +43,34 @@ class Moments(NamedTuple):
     squares: Tensor
 
 
+class Update(NamedTuple):
+    """One update of all rows.
+
+    Args:
+        step: counted from 0.
+        rate: of learning.
+        shown: who is in the batch of any row, ``[shown]``.
+        shares: theirs of each row's batch, ``[rows, shown]``.
+        made: number of updates, this one included, ``[rows, 1, 1]``.
+        active: whether the row makes it, ``[rows, 1, 1]``.
+    """
+
+    step: int
+    rate: float
+    shown: Tensor
+    shares: Tensor
+    made: Tensor
+    active: Tensor
+
+
+class Position(NamedTuple):
+    """Where all rows are; ``update`` is what comes next, None at the end."""
+
+    state: State
+    moments: Moments
+    update: Update | None
+
+
 @dataclass(frozen=True, eq=False)
 class FunctionSpace:
     """One reference run, and how outputs move under its kernels.
@@ -79,7 +107,17 @@ class FunctionSpace:
     l2: float
 
     def roll(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
-        """Test losses ``[runs, longest + 1, test]``. The reference goes along as one more row, on its true path."""
+        """Test losses ``[runs, longest + 1, test]``."""
+        losses = np.empty((len(curricula), longest + 1, len(self.targets) - self.n_train))
+        for step, position in enumerate(self.path(curricula, longest)):
+            losses[:, step] = self._test_losses(position.state, step)
+        return losses
+
+    def path(self, curricula: Sequence[Curriculum], longest: int) -> Iterator[Position]:
+        """Where all curricula are before each step, and at the end.
+
+        The reference goes along as one more row, on its true path.
+        """
         every = [*curricula, self.reference]
         weights, updates = batch_weights(every, max(longest, len(self.reference)), 1)
         weights = weights.tocsr()
@@ -89,22 +127,24 @@ class FunctionSpace:
         state = self._start(len(every))
         moments = Moments(state.map(torch.zeros_like), torch.zeros_like(state.head))
         made = torch.zeros(len(every), 1, 1, dtype=state.head.dtype)
-        losses = np.empty((len(curricula), longest + 1, len(self.targets) - self.n_train))
-        losses[:, 0] = self._test_losses(state, 0)
         rows = np.arange(len(every)) * steps
         for step in range(longest):
             self._put_reference(state, step)
             active = torch.from_numpy(updates[:, step])[:, None, None]
-            made += active
-            moments, moves = self._moved(moments, self._gradient(state, weights[rows + step], step), made, active)
-            following = state.map(
-                lambda now, move, rate=float(rates[step]): now - rate * move, self._with_decay(moves, state)
-            )
+            made = made + active
+            update = Update(step, float(rates[step]), *_shown(weights[rows + step], state.head), made, active)
+            yield Position(state, moments, update)
+            moments, following = self.updated(state, moments, update)
             if updates[-1, step]:
                 following = self._anchored(following, step)
             state = state.map(lambda now, then, on=active: torch.where(on, then, now), following)
-            losses[:, step + 1] = self._test_losses(state, step + 1)
-        return losses
+        yield Position(state, moments, None)
+
+    def updated(self, state: State, moments: Moments, update: Update) -> tuple[Moments, State]:
+        """After an update, as the kernels know it."""
+        moments, moves = self._moved(moments, self._gradient(state, update), update.made, update.active)
+        moves = self._with_decay(moves, state)
+        return moments, state.map(lambda now, move: now - update.rate * move, moves)
 
     @property
     def factored(self) -> bool:
@@ -129,11 +169,9 @@ class FunctionSpace:
         true = State(self.heads[self._at(step + 1)], torch.zeros_like(following.features[-1]))
         return following.map(lambda then, truth: then + (truth - then[-1]), true)
 
-    def _gradient(self, state: State, weights: Any, step: int) -> State:
+    def _gradient(self, state: State, update: Update) -> State:
         """The batches' mean gradient by the head's weight, and what it does to the features."""
-        shown = np.unique(weights.indices)
-        chosen = torch.from_numpy(shown.astype(np.int64))
-        shares = torch.from_numpy(weights[:, shown].toarray()).to(state.head)
+        step, chosen, shares = update.step, update.shown, update.shares
         outputs = self._outputs(state, self._at(step), chosen)
         residuals = self._residuals(outputs, self.targets[chosen]) * shares[..., None]  # [rows, shown, outputs]
         moving = state.features.shape[-1]
@@ -145,7 +183,7 @@ class FunctionSpace:
         found = State(by_head, moves)
         if self.recipe.clip_norm is not None:
             squares = (by_features * moves[:, chosen]).sum((1, 2)).clamp(min=0) + by_head.square().sum((1, 2))
-            scale = (self.recipe.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)[:, None, None]
+            scale = (self.recipe.clip_norm / (_root(squares) + 1e-6)).clamp(max=1.0)[:, None, None]
             found = found.map(lambda gradient: gradient * scale)
         coupled = self.l2 + (self.recipe.weight_decay if self.recipe.optimizer == "sgd" else 0.0)
         return self._decayed(found, state, coupled)
@@ -167,11 +205,12 @@ class FunctionSpace:
         return self.features[at, chosen] @ state.head.mT + state.features[:, chosen] @ state.head[..., :moving].mT
 
     def _residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``∂ℓ/∂f`` of each row's examples."""
-        outputs = outputs.detach().requires_grad_()
+        """``∂ℓ/∂f`` of each row's examples; to be differentiated once more if the outputs are."""
+        again = outputs.requires_grad
+        outputs = outputs if again else outputs.detach().requires_grad_()
         with torch.enable_grad():
             total = self._losses(outputs, targets).sum()
-        return torch.autograd.grad(total, outputs)[0]
+        return torch.autograd.grad(total, outputs, create_graph=again)[0]
 
     def _test_losses(self, state: State, step: int) -> np.ndarray:
         """Of all rows but the reference's."""
@@ -188,24 +227,31 @@ class FunctionSpace:
         losses: Tensor = self.loss(shaped, targets.repeat(len(outputs), *[1] * (targets.ndim - 1)))
         return losses.reshape(outputs.shape[:2])
 
-    def _between(self, step: int) -> tuple[int, int, float]:
-        """The checkpoints around a step, and how far it is from the first to the second."""
+    def around(self, step: int) -> list[tuple[int, float]]:
+        """The checkpoints around a step, and their parts in its kernel."""
         after = int(np.searchsorted(self.times, step, side="right"))
         if after == len(self.times):
-            return after - 1, after - 1, 0.0
+            return [(after - 1, 1.0)]
         first, second = self.times[after - 1], self.times[after]
-        return after - 1, after, float((step - first) / (second - first))
+        share = float((step - first) / (second - first))
+        return [(place, part) for place, part in ((after - 1, 1 - share), (after, share)) if part]
+
+    def kernel(self, checkpoint: int, train: Tensor, examples: Tensor) -> Tensor:
+        """Of some training examples with some examples, ``[train, moving, examples, moving]``."""
+        kernels = self.kernels[checkpoint]
+        if self.factored:
+            return torch.einsum("imk,xnk->imxn", kernels[train], kernels[examples])
+        every = torch.arange(kernels.shape[1])
+        return kernels[train[:, None, None], every[:, None], examples]
 
     def _pushed(self, by_features: Tensor, used: Tensor, chosen: Tensor, step: int) -> Tensor:
         """What gradients by the features of some training examples, ``[rows, chosen, moving]``, do to the features of
         all, ``[rows, examples, moving]``."""
         moving = by_features.shape[-1]
         found = by_features.new_zeros(len(by_features), self.features.shape[1] * moving)
-        before, after, share = self._between(step)
         push = _by_factors if self.factored else _by_kernel
-        for checkpoint, part in ((before, 1 - share), (after, share)):
-            if part and moving:
-                push(found, self.kernels[checkpoint], part * by_features, used, chosen)
+        for checkpoint, part in self.around(step) if moving else ():
+            push(found, self.kernels[checkpoint], part * by_features, used, chosen)
         return found.view(len(found), -1, moving) if moving else self._start(len(found)).features
 
     @property
@@ -234,8 +280,19 @@ class FunctionSpace:
         squares = beta_squares * moments.squares + (1 - beta_squares) * gradient.head**2
         squares = torch.where(active, squares, moments.squares)
         moves = first.map(lambda m: m / (1 - beta**made))
-        sizes = (squares / (1 - beta_squares**made)).sqrt() + eps
+        sizes = _root(squares / (1 - beta_squares**made)) + eps
         return Moments(first, squares), moves._replace(head=(moves.head / sizes) @ self.basis.T)
+
+
+def _shown(weights: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Who is in the batch of any row of the weights ``[rows, train]``, and their shares of each."""
+    shown = np.unique(weights.indices)
+    return torch.from_numpy(shown.astype(np.int64)), torch.from_numpy(weights[:, shown].toarray()).to(like)
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Square roots whose derivative at 0 is a number."""
+    return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
 
 def _by_kernel(found: Tensor, kernel: Tensor, flat: Tensor, used: Tensor, chosen: Tensor) -> None:

@@ -33,6 +33,7 @@ from simfluence.errors import InvalidInput
 from simfluence.recipe import Recipe
 from simfluence.recording.training import Job
 from simfluence.runs import Run, Runs
+from simfluence.simulators.adjoint import by_removal, final_derivatives
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.dynamics import batch_weights
 from simfluence.simulators.function_space import FunctionSpace
@@ -195,6 +196,17 @@ class TangentKernelSimulator(Simulator):
             total += shares[:, number, :, None] * space.roll(curricula, longest)
         return total
 
+    def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:
+        """By one pass backwards along each reference; how near it is changes as well."""
+        references = self._reference_curricula()
+        shares, moved = nearness_without(base, references)
+        changes = np.zeros((self.n_train_, self.n_test_))
+        for number, reference in enumerate(references):
+            final, derivatives = final_derivatives(self._space(number, reference), base)
+            changes += shares[number] * derivatives + moved[number][:, None] * final
+        changes *= self.scale_[min(len(base), len(self.scale_) - 1)]
+        return changes
+
     def _reference_curricula(self) -> list[Curriculum]:
         sizes = self.reference_sizes_
         ends = np.concatenate([[0], np.cumsum(sizes.sum(1))])
@@ -314,10 +326,31 @@ def nearness(curricula: Sequence[Curriculum], references: Sequence[Curriculum], 
     return inverse / inverse.sum(axis=1, keepdims=True)
 
 
+def nearness_without(curriculum: Curriculum, references: Sequence[Curriculum]) -> tuple[np.ndarray, np.ndarray]:
+    """The same at the curriculum's end, ``[references]``, and its derivatives as each training example leaves,
+    ``[references, train]``."""
+    steps, shares = len(curriculum), _shares(curriculum, len(curriculum))
+    inverse, moved = np.empty(len(references)), np.empty((len(references), curriculum.n_train))
+    mine = np.cumsum(shares, axis=0)
+    for row, reference in enumerate(references):
+        apart = mine - _shown(reference, steps)  # [steps, train]
+        inverse[row] = 1 / (np.square(apart).sum() / steps + 1e-9)
+        by_shares = 2 / steps * np.cumsum(apart[::-1], axis=0)[::-1]  # of the distance
+        moved[row] = -(inverse[row] ** 2) * by_removal(shares, by_shares).sum(0)
+    nearest = inverse / inverse.sum()
+    return nearest, (moved - nearest[:, None] * moved.sum(0)) / inverse.sum()
+
+
 def _shown(curriculum: Curriculum, longest: int) -> np.ndarray:
     """What has been shown by each step, in batches' shares, ``[longest, train]``."""
+    return np.cumsum(_shares(curriculum, longest), axis=0, dtype=np.float32)
+
+
+def _shares(curriculum: Curriculum, longest: int) -> np.ndarray:
+    """Of each batch, ``[longest, train]``."""
     weights, _ = batch_weights([curriculum], max(longest, len(curriculum)), 1)
-    return np.cumsum(weights.toarray()[:longest], axis=0, dtype=np.float32)
+    found: np.ndarray = weights.toarray()[:longest]
+    return found
 
 
 def check_covered(task: Task, recipe: Recipe) -> None:
