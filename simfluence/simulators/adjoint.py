@@ -1,6 +1,6 @@
 """What the shares of training examples in their batches do to final losses in function space: steps run backwards.
 
-An example that leaves takes its share ``w_i`` of a batch along, and the batch shrinks: with ε of it gone, the shares are
+An example that leaves takes its share ``w_i`` of a batch along, and the batch shrinks. With ε of it gone the shares are
 
     w_i(ε) = (1 − ε) n_i / (|c| − ε n_i),      w_j(ε) = n_j / (|c| − ε n_i),      n its count in the batch c
 
@@ -11,6 +11,7 @@ training examples: on the way back only the training examples that are shown mat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from simfluence.curriculum import Curriculum
-from simfluence.simulators.function_space import FunctionSpace, Moments, Position, State
+from simfluence.simulators.function_space import FunctionSpace, Moments, Position, State, Update
 
 _AT_ONCE = 100  # test examples
 
@@ -30,17 +31,19 @@ def final_derivatives(space: FunctionSpace, curriculum: Curriculum) -> tuple[np.
     path = [_first_row(position) for position in space.path([curriculum], len(curriculum))]
     shown = torch.from_numpy(np.unique(curriculum.indices).astype(np.int64))
     tests = torch.arange(space.n_train, len(space.targets))
-    losses, changes = [], np.zeros((space.n_train, len(tests)))
+    losses, changes = [], torch.zeros(space.n_train, len(tests), dtype=torch.float64)
     for own in tests.split(_AT_ONCE):
         backwards = _Backwards.of(space, shown, own)
         final, gradients = backwards.start(path[-1], len(curriculum))
         losses.append(final)
-        for position in reversed(path[:-1]):
-            if bool(position.update.active):
-                gradients, by_shares = backwards.over(position, gradients)
-                changed = by_removal(position.update.shares, by_shares)  # [own, in the batch]
-                changes[np.ix_(position.update.shown, own - space.n_train)] += changed.T.double().numpy()
-    return np.concatenate(losses), changes
+        for position in reversed(path):
+            update = position.update
+            if update is None or not bool(update.active):  # the end, or an empty batch
+                continue
+            gradients, by_shares = backwards.over(position, update, gradients)
+            changed = by_removal(update.shares, by_shares)  # [own, in the batch]
+            changes[update.shown[:, None], own - space.n_train] += changed.T
+    return np.concatenate(losses), changes.numpy()
 
 
 def by_removal(shares: Any, by_shares: Any) -> Any:
@@ -92,9 +95,9 @@ class _Backwards(FunctionSpace):
         losses = self._losses(outputs[None], self.whole.targets[self.own])[0]
         return losses.detach().double().numpy(), _derivatives([losses.sum()], inputs, [torch.ones_like(losses.sum())])
 
-    def over(self, position: Position, after: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def over(self, position: Position, update: Update, after: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Derivatives before an update from those after it; and those by the batch's shares, ``[rows, shown]``."""
-        inputs, update = self._rows(position), position.update
+        inputs = self._rows(position)
         shares = _leaf(update.shares.expand(len(self.own), -1))
         update = update._replace(shown=torch.searchsorted(self.kept, update.shown), shares=shares)
         head, features, *first, squares = inputs
@@ -119,7 +122,8 @@ class _Backwards(FunctionSpace):
         if not by_features.shape[-1]:
             return by_features.new_zeros(len(by_features), len(self.kept) + 1, 0)
         shown, examples = self.kept[chosen], torch.cat([self.kept, self.own])
-        kernel = sum(part * self.kernel(checkpoint, shown, examples) for checkpoint, part in self.around(step))
+        parts = [part * self.kernel(checkpoint, shown, examples) for checkpoint, part in self.around(step)]
+        kernel = functools.reduce(torch.add, parts)
         found: Tensor = _Push.apply(by_features, kernel[:, :, : len(self.kept)], kernel[:, :, len(self.kept) :])
         return found
 
