@@ -24,9 +24,11 @@ from simfluence._progress import bar
 from simfluence._version import __version__
 from simfluence.errors import InvalidInput, SimfluenceError, StoreError, did_you_mean
 from simfluence.evaluation import HOPELESS, bounded_skill, fitted_errors
+from simfluence.recipe import Recipe
 from simfluence.runs import Runs
-from simfluence.simulators import SIMULATORS, MeanTrajectorySimulator, Simulator, build
+from simfluence.simulators import OF_TASK, SIMULATORS, MeanTrajectorySimulator, Simulator, build
 from simfluence.simulators.base import usable
+from simfluence.task import Task
 
 _STARTUP_TRIALS = 5  # drawn at random, and never stopped early
 
@@ -105,7 +107,8 @@ def search(
         trials: how many candidates in all; for "best" at least one for each kind.
         seed: of the folds and of the draws.
         folds: number of disjoint parts that are held out in turn.
-        fixed: parameters that are given, not searched. "best" chooses among the kinds that have them.
+        fixed: parameters that are given, not searched. "best" chooses among the kinds that have them. The tangent
+            kernel needs ``fixed={"task": task}``.
         storage: SQLite file that remembers finished trials, for this search and any other.
         progress: show a bar, if on a terminal.
 
@@ -127,7 +130,7 @@ def search(
     if winner.skill <= HOPELESS:
         raise InvalidInput(f"nothing that was tried for {name!r} works: {found['problem']}")
     table = pd.DataFrame([row for entry in entries for row in entry.rows()]).rename_axis("candidate")
-    return Search(winner.kind, found["parameters"], winner.skill, table)
+    return Search(winner.kind, found["parameters"] | fixed, winner.skill, table)
 
 
 @dataclass(frozen=True)
@@ -193,14 +196,14 @@ class _Entry:
         self.count += 1
 
     def _try(self, index: int) -> None:
-        kind, fixed = SIMULATORS[self.kind], dict(self.plan.fixed)
+        kind, fixed = {**SIMULATORS, **OF_TASK}[self.kind], dict(self.plan.fixed)
         self.study.sampler = _sampler(self.plan.seed, index)
         if index == 0:
             self.study.enqueue_trial(kind().get_params())
         trial = self.study.ask()
         parameters = kind.suggest(_Partly(trial, fixed)) | fixed
         trial.set_user_attr("index", index)
-        trial.set_user_attr("parameters", parameters)
+        trial.set_user_attr("parameters", _plain(parameters))
         try:
             skill = self._score(trial, build(self.kind, **parameters))
         except SimfluenceError as error:  # parameters that exclude each other, a solver that gives up
@@ -266,9 +269,14 @@ def _race(entries: Sequence[_Entry], trials: int, advance: Callable[[], None]) -
 
 def _kinds(name: str, fixed: Mapping[str, Any]) -> list[str]:
     """The simulators that take part, checked to take the fixed parameters."""
-    if name not in (*SIMULATORS, "best"):
-        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, (*SIMULATORS, 'best'))}")
-    able = [kind for kind in SIMULATORS if fixed.keys() <= build(kind).get_params().keys()]
+    known = *SIMULATORS, *OF_TASK
+    if name not in (*known, "best"):
+        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, (*known, 'best'))}")
+    if name in OF_TASK and fixed.get("task") is None:
+        raise InvalidInput(f"simulator {name!r} needs the task besides the runs: give fixed={{'task': task}}")
+    able = [
+        kind for kind in (known if fixed.get("task") else SIMULATORS) if fixed.keys() <= build(kind).get_params().keys()
+    ]
     kinds = able if name == "best" else [name]
     if not kinds:
         raise InvalidInput(f"no simulator has all of the parameters {', '.join(fixed)}")
@@ -298,7 +306,7 @@ def _folds(runs: Runs, count: int, seed: int) -> list[_Fold]:
 
 def _digest(runs: Runs, fixed: Mapping[str, Any]) -> str:
     """Of all else that scores depend on; the losses, as another measure of the same runs may stand in their place."""
-    digest = hashlib.sha256(json.dumps([__version__, fixed], sort_keys=True, default=repr).encode())
+    digest = hashlib.sha256(json.dumps([__version__, _plain(fixed)], sort_keys=True, default=repr).encode())
     for examples in (runs.train, runs.test):
         for values in () if examples is None else (examples.features, examples.targets):
             if values is not None:
@@ -306,6 +314,17 @@ def _digest(runs: Runs, fixed: Mapping[str, Any]) -> str:
     for run in sorted(runs, key=lambda run: run.id):
         digest.update(f"{run.id} {run.curriculum.digest}".encode() + run.losses.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """For a memory: a task by its fingerprint, a recipe by its fields."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Task):
+            return value.fingerprint
+        return value.canonical() if isinstance(value, Recipe) else value
+
+    return {name: told(value) for name, value in parameters.items()}
 
 
 def _value(trial: FrozenTrial) -> float:

@@ -43,20 +43,16 @@ def recorded(task: sf.Task, recipe: sf.Recipe, count: int) -> sf.Runs:
 
 
 def without_a_part(base: sf.Curriculum, example: int, part: float):
-    """``batch_weights``, but of the base with a part of an example gone."""
+    """``batch_weights``, but of the base on its way to the one without an example."""
+    without = sf.Remove([example]).apply(base)
 
     def found(curricula, longest, batch_size):
         weights, updates = batch_weights(curricula, longest, batch_size)
-        dense = weights.toarray()
+        dense, rest = weights.toarray(), batch_weights([without], longest, batch_size)[0].toarray()
         for row, curriculum in enumerate(curricula):
-            if curriculum is not base:
-                continue
-            for step, batch in enumerate(base):
-                counts = np.bincount(batch, minlength=N_TRAIN).astype(float)
-                alone = counts.sum() == counts[example]
-                size = max(counts.sum() - (0 if alone else part * counts[example]), 1e-9)
-                counts[example] *= 1 - part
-                dense[row * longest + step] = batch_size * counts / size
+            if curriculum is base:
+                mine = slice(row * longest, (row + 1) * longest)
+                dense[mine] = (1 - part) * dense[mine] + part * rest
         return scipy.sparse.csr_array(dense), updates
 
     return found

@@ -183,6 +183,25 @@ def test_tune(run, folder, tmp_path):
     assert "3 held-out runs" in out
 
 
+def test_tangent_kernel(run, folder, tmp_path):
+    """The ready-made task that the store is of is rebuilt."""
+    _, held = sf.RunStore(folder / "runs").load().split(3, 0)
+    options = ["--held-out", 3, "--simulator", "tangent", "--set", "checkpoints=2", "--set", "references=1"]
+    options += ["--set", "features=0"]
+    file = tmp_path / "tuned.safetensors"
+    code, out, _ = run("tune", folder / "runs", "--out", file, *options, "--folds", 2, "--trials", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["parameters"] == {"checkpoints": 2, "references": 1, "features": 0}
+    assert json.loads(out)["held_out"]["skill"] > 0.5
+    code, out, _ = run("leave-one-out", folder / "runs", "--simulator", file, "--held-out", 3, "--derivative", "--json")
+    assert code == 0
+    changes = sf.leave_one_out(sf.Simulator.load(file), held[0], "derivative").mean(0)
+    assert json.loads(out)["ranking"][0]["gain"] == pytest.approx(-changes.min())
+    code, _, err = run("leave-one-out", folder / "runs", "--held-out", 3, "--derivative")
+    assert code == 1
+    assert "'linear' has no derivatives" in err
+
+
 def test_tune_interrupted(run, folder, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -152,6 +152,20 @@ def test_fixed_parameters_are_not_searched(runs):
 
 
 @pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning")
+def test_the_tangent_kernel_is_tuned_with_its_task(task, runs, tmp_path):
+    fixed = {"task": task, "checkpoints": 2, "references": 1}
+    found = search("tangent", runs, trials=2, folds=2, fixed=fixed, storage=tmp_path / "trials.sqlite")
+    default = sf.TangentKernelSimulator(**fixed)
+    assert found.trials["skill"][0] == pytest.approx(cross_validated_skill(default, runs, folds=2, seed=0))
+    assert found.trials["task"].tolist() == [task.fingerprint] * 2
+    assert found.trials["features"][0] == default.features
+    assert (found.trials["problem"] == "").all()
+    assert found.simulator.task is task
+    assert task.fingerprint.encode() in (tmp_path / "trials.sqlite").read_bytes()
+    assert same(search("tangent", runs, trials=2, folds=2, fixed=fixed, storage=tmp_path / "trials.sqlite"), found)
+    assert tuning._kinds("best", fixed) == ["tangent"]  # no other kind has a task
+
+
 def test_nothing_to_tune(runs):
     found = search("persistence", runs, trials=9, folds=3)
     assert (len(found.trials), dict(found.parameters)) == (1, {})
@@ -369,6 +383,7 @@ def test_interrupted_it_keeps_what_is_finished(known, tmp_path, monkeypatch, fit
             "has no parameter 'l3', known are: around, guard, l2, order, prior, rollout, varying",
         ),
         ("linear", {"fixed": {"l2": -1}}, "l2 must be a number above 0"),
+        ("tangent", {}, "'tangent' needs the task besides the runs: give fixed={'task': task}"),
         ("best", {"fixed": {"l2": 1, "depth": 2}}, "no simulator has all of the parameters l2, depth"),
     ],
 )

@@ -21,6 +21,7 @@ from simfluence.cli.options import (
     Plot,
     Seed,
     StorePath,
+    built_task,
     fitted_all,
     fitted_by_name,
     parsed,
@@ -33,7 +34,7 @@ from simfluence.evaluation import METRICS
 from simfluence.evaluation import evaluate as evaluate_simulators
 from simfluence.learning import learning_curve as curve
 from simfluence.printing import draw, print_json, print_table, records
-from simfluence.simulators import SIMULATORS, ConformalSimulator
+from simfluence.simulators import OF_TASK, SIMULATORS, ConformalSimulator
 from simfluence.store import RunStore
 from simfluence.tuning import Search, search
 
@@ -123,21 +124,24 @@ def evaluate(
 def tune(
     store: StorePath,
     out: Annotated[Path, typer.Option(help="File for the fitted simulator (.safetensors).")],
-    simulator: Annotated[str, typer.Option(help=f"best, or one of {', '.join(SIMULATORS)}.")] = "linear",
+    simulator: Annotated[str, typer.Option(help=f"best, or one of {', '.join((*SIMULATORS, *OF_TASK))}.")] = "linear",
     trials: Annotated[int, typer.Option(help="How many candidates to try.")] = 20,
     parameters: Parameters = None,
     folds: Annotated[int, typer.Option(help="Parts of the fitting runs that are held out in turn.")] = 4,
     held_out: HeldOut = 8,
     seed: Seed = 0,
     storage: Annotated[Path | None, typer.Option(help="SQLite file that remembers what was tried.")] = None,
+    task: OwnTask = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose parameters by cross-validation on the runs of STORE that are not held out, fit, and save.
 
     Parameters that are --set are not searched.
     """
-    part, held = RunStore(store).load().split(held_out, seed)
-    options: dict[str, Any] = {"fixed": parsed(parameters), "storage": storage}
+    opened = RunStore(store)
+    part, held = opened.load().split(held_out, seed)
+    given = {"task": built_task(opened, task)} if simulator in OF_TASK else {}
+    options: dict[str, Any] = {"fixed": parsed(parameters) | given, "storage": storage}
     try:
         found = search(simulator, part, trials=trials, seed=seed, folds=folds, **options)
     except KeyboardInterrupt:
@@ -148,7 +152,8 @@ def tune(
     fitted.save(out)
     table = evaluate_simulators({found.name: fitted}, held, part)
     if as_json:
-        chosen = {"simulator": found.name, "parameters": found.parameters, "skill": found.skill, "out": str(out)}
+        tried = {name: value for name, value in found.parameters.items() if name not in given}
+        chosen = {"simulator": found.name, "parameters": tried, "skill": found.skill, "out": str(out)}
         print_json(chosen | {"held_out": records(table)[0], "trials": records(found.trials)})
     else:
         _print_search(found)

@@ -1,12 +1,13 @@
 """What the shares of training examples in their batches do to final losses in function space: steps run backwards.
 
-An example that leaves takes its share ``w_i`` of a batch along, and the batch shrinks. With ε of it gone the shares are
+An example that leaves takes its share ``w_i`` of a batch along, and the batch shrinks. The shares go from those with it
+to those without it in a straight line, which ε of its way have changed by
 
-    w_i(ε) = (1 − ε) n_i / (|c| − ε n_i),      w_j(ε) = n_j / (|c| − ε n_i),      n its count in the batch c
+    −ε w_i,      and the others' by  ε w_i w_j / (1 − w_i)
 
-so that ``dL/dε = w_i (Σ_j w_j G_j − G_i)`` at ε = 0, where G is the loss's derivative by the shares. In a batch of its
-own its share is ``1 − ε``. G comes from one pass backwards with a row for each test example, whatever the number of
-training examples: on the way back only the training examples that are shown matter, and the row's own test example.
+so that ``dL/dε = (Σ_j w_j G_j − G_i) w_i / (1 − w_i)`` at ε = 0, where G is the loss's derivative by the shares; in a
+batch of its own it is ``−G_i``. G comes from one pass backwards with a row for each test example, whatever the number
+of training examples: on the way back only the training examples that are shown matter, and the row's test example.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def final_derivatives(space: FunctionSpace, curriculum: Curriculum) -> tuple[np.
 def by_removal(shares: Any, by_shares: Any) -> Any:
     """``dL/dε`` of each example in a batch, from ``dL/dw``; both ``[…, examples]``."""
     rest = (shares * by_shares).sum(-1)[..., None]
-    shrinks = shares < 1 - 1e-6
-    return shares * (rest * shrinks - by_shares)
+    left = 1 - shares
+    shrinks = left > 1e-6
+    return shares * (rest * shrinks - by_shares) / (left + ~shrinks)
 
 
 def _first_row(position: Position) -> Position:

@@ -121,10 +121,10 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         return self._changes_without(base, groups, initial)
 
     def derivatives_without(self, base: Curriculum, initial_losses: Any) -> Float[np.ndarray, "train test"]:
-        """Derivatives of the final losses by ε, when ε of each training example leaves its batches, at ε = 0.
+        """Derivatives of the final losses as each training example leaves: estimates of ``changes_without`` it.
 
-        They are estimates of ``changes_without`` of each alone: batches shrink by ε of it. In a batch of its own, which
-        cannot shrink, an example counts for 1 − ε.
+        The shares of examples in a batch go in a straight line from those with it, where the derivatives are taken, to
+        those without it, ``1 / |c|`` to ``1 / (|c| − 1)`` for the others.
 
         Args:
             base: of the training examples that the simulator was fitted on.

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +110,14 @@ class TangentKernelSimulator(Simulator):
     def __sklearn_clone__(self) -> TangentKernelSimulator:
         """A clone shares the task."""
         return type(self)(**self.get_params(deep=False))
+
+    @classmethod
+    def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
+        return {
+            "checkpoints": trial.suggest_int("checkpoints", 3, 12, log=True),
+            "references": trial.suggest_int("references", 1, 6),
+            "features": trial.suggest_int("features", 0, 20),
+        }
 
     def _check_parameters(self) -> None:
         for name, least in (("checkpoints", 1), ("references", 1), ("features", 0)):
