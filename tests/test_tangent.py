@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import simfluence as sf
-from simfluence.errors import InvalidInput
+from simfluence._progress import bar
+from simfluence.errors import InvalidInput, NotFittedError
+from simfluence.simulators import tangent
 from simfluence.simulators.head import Head
 from simfluence.simulators.reference_run import factors_of
 from simfluence.simulators.tangent import _Correction, nearness
@@ -250,6 +252,37 @@ def test_nearer_references_count_more(runs):
     assert (shares[2, 0, 2:] > shares[2, 1, 2:]).all()
     short = nearness([sf.Truncate(4).apply(edited)], [a, b], 4)
     assert np.allclose(short[0], shares[2][:, :5])  # what comes later does not matter
+
+
+def test_fitting_shows_a_bar_unless_within_another(task, runs, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    simulator = sf.TangentKernelSimulator(task, checkpoints=2, references=1)
+    simulator.fit(runs[:1])
+    assert "Kernels" in capfd.readouterr().err
+    with bar("outer", 1, shown=True):
+        simulator.fit(runs[:1])
+    assert "outer" in (said := capfd.readouterr().err)
+    assert "Kernels" not in said
+
+
+def test_interrupted_while_fitting_it_is_what_it_was(task, runs, monkeypatch):
+    fitted = sf.TangentKernelSimulator(task, checkpoints=2, references=2).fit(runs[:2])
+    expected = fitted.simulate(runs.curricula, runs.initial_losses)
+    fresh = sf.TangentKernelSimulator(task, checkpoints=2, references=2)
+    taken = iter([tangent.taken_of])
+
+    def interrupted(*given):
+        for real in taken:  # the first reference
+            return real(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tangent, "taken_of", interrupted)
+    for simulator in (fitted, fresh):
+        with pytest.raises(KeyboardInterrupt):
+            simulator.fit(runs[3:])
+    assert np.array_equal(fitted.simulate(runs.curricula, runs.initial_losses), expected)
+    with pytest.raises(NotFittedError):
+        fresh.simulate(runs.curricula, runs.initial_losses)
 
 
 class Normed(nn.Module):

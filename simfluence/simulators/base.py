@@ -42,17 +42,22 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
     name: ClassVar[str]
 
     def fit(self: SimulatorT, runs: Runs) -> SimulatorT:
-        """Learn from recorded runs; diverged ones are left out with a warning.
+        """Learn from recorded runs; diverged ones are left out with a warning. Interrupted, it is what it was before.
 
         Raises:
             InvalidInput: there is no run left to learn from, or the runs are of several recipes.
         """
         self._check_parameters()
         runs = usable(runs, "fit")
-        self.n_train_ = runs.n_train
-        self.n_test_ = runs.n_test
-        self.fingerprint_ = runs[0].fingerprint
-        self._fit(runs)
+        before = dict(vars(self))
+        try:
+            self.n_train_ = runs.n_train
+            self.n_test_ = runs.n_test
+            self.fingerprint_ = runs[0].fingerprint
+            self._fit(runs)
+        except BaseException:
+            self.__dict__ = before
+            raise
         return self
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +43,19 @@ class _Checkpoint:
 
 
 def taken_of(
-    task: Task, run: Run, data: Any, times: np.ndarray, features: int, landmarks: int | None, memory: float
+    task: Task,
+    run: Run,
+    data: Any,
+    times: np.ndarray,
+    features: int,
+    landmarks: int | None,
+    memory: float,
+    advance: Callable[[], None],
 ) -> Reference:
-    """Trains once for the features and their basis, and takes the kernels at the checkpoints afterwards."""
+    """Trains once for the features and their basis, and takes the kernels at the checkpoints afterwards.
+
+    Of each kernel it tells ``advance``.
+    """
     n_train = len(task.train)
     head, moving, read, checkpoints = Head(None), 0, [], []
     moments: SecondMoments | None = None
@@ -67,7 +77,10 @@ def taken_of(
     seen, weights = (torch.stack(each) for each in zip(*read, strict=True))
     basis = head.basis(seen[times[times <= run.steps]], weights[0])
     directions = basis[:moving]
-    kernels = [_kernel_at(each, model, head, directions, data, n_train, landmarks) for each in checkpoints]
+    kernels = []
+    for checkpoint in checkpoints:
+        kernels.append(_kernel_at(checkpoint, model, head, directions, data, n_train, landmarks))
+        advance()
     kernels.extend([kernels[-1]] * (len(times) - len(kernels)))  # a run that is shorter than others keeps its last
     arrays = torch.stack(kernels), seen @ basis.T, weights @ basis.T, basis
     return Reference(head.name is not None, *(each.numpy() for each in arrays))

@@ -28,6 +28,7 @@ import optuna
 import torch
 from torch import Tensor, nn
 
+from simfluence._progress import bar
 from simfluence.attribution.gradients import evaluating
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
@@ -157,7 +158,10 @@ class TangentKernelSimulator(Simulator):
         data = _both_sides(job)
         most = self.memory * GIB / len(runs)
         landmarks = None if self.landmarks is None else min(self.landmarks, len(job.task.train))
-        found = [taken_of(job.task, run, data, self.times_, self.features, landmarks, most) for run in runs]
+        with bar("Kernels", len(runs) * len(self.times_), shown=True) as advance:
+            found = [
+                taken_of(job.task, run, data, self.times_, self.features, landmarks, most, advance) for run in runs
+            ]
         self.learned_ = found[0].learned
         self.kernels_ = np.stack([each.kernels for each in found])
         self.bases_ = np.stack([each.basis for each in found])
