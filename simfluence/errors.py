@@ -36,6 +36,10 @@ class UnseenWarning(UserWarning):
     """A simulated curriculum shows training examples that no fitting run has."""
 
 
+class BeyondReferenceWarning(UserWarning):
+    """A simulated curriculum is longer than every reference run."""
+
+
 class EngineWarning(UserWarning):
     """An engine that was asked for cannot train these runs; another does."""
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from simfluence._html import card, picture
 from simfluence._tables import as_html, readable
 from simfluence._types import Losses
-from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
+from simfluence.errors import BeyondReferenceWarning, InvalidInput, UnseenWarning, did_you_mean
 from simfluence.runs import Runs
 from simfluence.simulators import ConformalSimulator, Simulator
 from simfluence.simulators.base import usable
@@ -299,6 +299,7 @@ def fitted_errors(simulator: Simulator, part: Runs, held: Runs) -> Float[np.ndar
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", UnseenWarning)
+        warnings.simplefilter("ignore", BeyondReferenceWarning)
         simulated = sklearn.base.clone(simulator).fit(part).simulate(held.curricula, held.initial_losses)
         true = held.losses.astype(np.float64)
         errors = np.stack([all_errors(simulated, true), final_errors(simulated, true)])

@@ -102,6 +102,7 @@ def test_several_references_whose_nearness_changes(base, monkeypatch):
         assert np.abs(apart).max() > 1e-3  # or the test would say nothing of it
 
 
+@pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
 def test_landmarks_no_head_longer_curricula_and_few_tests_at_once(monkeypatch):
     monkeypatch.setattr(adjoint, "_AT_ONCE", 2)  # of three test examples
     task = small_task(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()))

@@ -82,6 +82,7 @@ def test_shorter_curricula_end_in_nan(simulator, runs):
     assert np.isfinite(losses[0]).all()
 
 
+@pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
 def test_longer_curricula_are_simulated(simulator, runs):
     simulator.fit(runs)
     longer = sf.Curriculum(runs[0].curriculum.tolist() * 3, n_train=12)

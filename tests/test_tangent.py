@@ -10,7 +10,7 @@ from torch import nn
 
 import simfluence as sf
 from simfluence._progress import bar
-from simfluence.errors import InvalidInput, NotFittedError
+from simfluence.errors import BeyondReferenceWarning, InvalidInput, NotFittedError
 from simfluence.simulators import tangent
 from simfluence.simulators.head import Head
 from simfluence.simulators.reference_run import factors_of
@@ -90,8 +90,24 @@ def test_beyond_the_reference_a_linear_model_is_exact_too():
     task, recipe = linear_task(), sf.Recipe(lr=0.05, momentum=0.5, dtype="float64")
     short, long = runs_of(task, recipe, steps=40), runs_of(task, recipe, steps=90)
     fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(short[:1])
-    found = fitted.simulate(long.curricula[2:], long.initial_losses[2:])
+    with pytest.warns(BeyondReferenceWarning, match="90 steps, but no reference has more than 40: .* record a run"):
+        found = fitted.simulate(long.curricula[2:], long.initial_losses[2:])
+    with pytest.warns(BeyondReferenceWarning, match="90 steps"):
+        sf.leave_one_out(fitted, long[2], "derivative")
     assert np.abs(found - long.losses[2:]).max() < 1e-6
+
+
+def test_intervals_widen_where_the_members_differ(task, runs):
+    simulator = sf.TangentKernelSimulator(task, checkpoints=2, references=1, features=0)
+    fitted = sf.ConformalSimulator(simulator, members=2, folds=2).fit(runs)
+    low, high = fitted.interval(runs.curricula, runs.initial_losses)
+    forecast = fitted.fitted_[0].simulate(runs.curricula, runs.initial_losses)
+    assert np.allclose((low + high) / 2, forecast)
+    spread = np.std([each.simulate(runs.curricula, runs.initial_losses) for each in fitted.fitted_[1:]], 0, ddof=1)
+    assert spread[:, -1].max() > 1e-4
+    for time in (4, 10):
+        half, scale = ((high - low) / 2)[:, time], np.sqrt(fitted.variance_[time] + spread[:, time] ** 2)
+        assert np.allclose(half / scale, (half / scale)[0, 0], rtol=1e-3)
 
 
 def test_references_of_different_length():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import sklearn.base
 
 from simfluence._types import Losses
 from simfluence.curriculum import Curriculum
-from simfluence.errors import InvalidInput, UnseenWarning
+from simfluence.errors import BeyondReferenceWarning, InvalidInput, UnseenWarning
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.markov import LinearSimulator
@@ -100,8 +101,7 @@ class ConformalSimulator(Simulator):
         rng = np.random.default_rng(self.seed)
         draws = [rng.integers(len(runs), size=len(runs)) for _ in range(self.members)]
         parts = [runs, *(Runs(runs[int(index)] for index in draw) for draw in draws)]
-        with warnings.catch_warnings():  # parts of the runs need not show what all of them do
-            warnings.simplefilter("ignore", UnseenWarning)
+        with _quiet():  # parts of the runs need not show what all of them do
             self.fitted_ = [self._base().fit(part) for part in parts]
             squares = self._residuals(runs, rng) ** 2  # [runs, times, test]
         known = ~np.isnan(squares)
@@ -139,8 +139,7 @@ class ConformalSimulator(Simulator):
 
     def _spread(self, curricula: Sequence[Curriculum], initial_losses: Any) -> np.ndarray:
         """Variance of the members' forecasts, ``[runs, times, test]``."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnseenWarning)
+        with _quiet():
             forecasts = [member.simulate(curricula, initial_losses) for member in self.fitted_[1:]]
         return np.var(forecasts, axis=0, ddof=1)
 
@@ -155,3 +154,12 @@ class ConformalSimulator(Simulator):
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         return self.fitted_[0].simulate(curricula, initial)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is said of what parts of the runs do not show."""
+    with warnings.catch_warnings():
+        for kind in (UnseenWarning, BeyondReferenceWarning):
+            warnings.simplefilter("ignore", kind)
+        yield

@@ -19,6 +19,7 @@ from the second moments that are expected of random batches along the reference.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from simfluence._progress import bar
 from simfluence.attribution.gradients import evaluating
 from simfluence.curriculum import Curriculum
-from simfluence.errors import InvalidInput
+from simfluence.errors import BeyondReferenceWarning, InvalidInput
 from simfluence.recipe import Recipe
 from simfluence.recording.training import Job
 from simfluence.runs import Run, Runs
@@ -189,6 +190,7 @@ class TangentKernelSimulator(Simulator):
         self.correction_, self.scale_, self.centre_ = found.shift, found.scale, found.centre
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        self._warn_beyond(curricula)
         return _Correction(self.correction_, self.scale_, self.centre_).applied(self._uncorrected(curricula))
 
     def _uncorrected(self, curricula: Sequence[Curriculum]) -> np.ndarray:
@@ -209,8 +211,19 @@ class TangentKernelSimulator(Simulator):
             total += shares[:, number, :, None] * space.roll(curricula, longest)
         return total
 
+    def _warn_beyond(self, curricula: Sequence[Curriculum]) -> None:
+        longest, known = max(map(len, curricula)), int(self.reference_steps_.max())
+        if longest > known:
+            warnings.warn(
+                f"a curriculum of {longest} steps, but no reference has more than {known}: what comes after them is "
+                "forecast with the last kernels, and less well; record a run as long, and fit with it first",
+                BeyondReferenceWarning,
+                stacklevel=4,
+            )
+
     def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:
         """By one pass backwards along each reference; how near it is changes as well."""
+        self._warn_beyond([base])
         references = self._reference_curricula()
         shares, moved = nearness_without(base, references)
         changes = np.zeros((self.n_train_, self.n_test_))
