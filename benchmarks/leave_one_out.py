@@ -1,6 +1,7 @@
 """How long does leaving each example out take, all at once and one simulation at a time?
 
 1,000 training × 100 test examples, a base curriculum of 500 steps of 8; linear simulators fitted on a known process.
+Then the tangent kernel of one recorded run of digits, 300 × 100, 200 steps of 8: simulated, and by derivatives.
 
     python benchmarks/leave_one_out.py [--threads 2]
 """
@@ -10,12 +11,15 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import simfluence as sf
+from simfluence.effects import METHODS
 
+ROOT = Path(__file__).parents[1]
 TRAIN, TEST, STEPS, BATCH, RUNS = 1000, 100, 500, 8, 6
 SIMULATORS = {
     "linear": sf.LinearSimulator(l2=10),
@@ -60,6 +64,28 @@ def main() -> None:
         fast = np.median(times)
         ratio = f"{slow / fast:5.0f} ×; differ by {difference:.1e}"
         print(f"{name:18} {slow:8.2f} s one by one, {fast:6.3f} s at once: {ratio}")
+    tangent()
+
+
+def tangent() -> None:
+    """Derivatives beside simulations, of two held-out runs."""
+    store = sf.RunStore(ROOT / "runs" / "digits")
+    part, held = store.load().split(8, 0)
+    fitted = sf.TangentKernelSimulator(sf.tasks.rebuild(store.info)).fit(part[:1])
+    for base in held[:2]:
+        shown, found, seconds = np.unique(base.curriculum.indices), {}, {}
+        for method in METHODS:
+            start = time.perf_counter()
+            found[method] = sf.leave_one_out(fitted, base, method)[:, shown]
+            seconds[method] = time.perf_counter() - start
+        true, estimate = found.values()
+        worth = (
+            np.corrcoef(true.ravel(), estimate.ravel())[0, 1],
+            np.linalg.norm(estimate - true) / np.linalg.norm(true),
+        )
+        times = ", ".join(f"{method} {taken:.2f} s" for method, taken in seconds.items())
+        ratio = f"{seconds['simulate'] / seconds['derivative']:.1f} ×"
+        print(f"{'tangent kernel':18} {times}: {ratio}; correlation {worth[0]:.3f}, relative error {worth[1]:.3f}")
 
 
 if __name__ == "__main__":

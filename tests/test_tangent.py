@@ -92,8 +92,6 @@ def test_beyond_the_reference_a_linear_model_is_exact_too():
     fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(short[:1])
     with pytest.warns(BeyondReferenceWarning, match="90 steps, but no reference has more than 40: .* record a run"):
         found = fitted.simulate(long.curricula[2:], long.initial_losses[2:])
-    with pytest.warns(BeyondReferenceWarning, match="90 steps"):
-        sf.leave_one_out(fitted, long[2], "derivative")
     assert np.abs(found - long.losses[2:]).max() < 1e-6
 
 
@@ -255,6 +253,32 @@ def test_the_contract(task, runs, tmp_path):
     changes = sf.leave_one_out(fitted, runs[0])
     index = int(runs[0].curriculum[0][0])
     assert np.allclose(changes[:, index], sf.what_if(fitted, runs[0], sf.Remove([index])).change, atol=1e-5)
+
+
+def test_how_far_references_disagree(task, runs):
+    fitted = sf.TangentKernelSimulator(task, checkpoints=2, references=2).fit(runs[:2])
+    short = sf.Truncate(4).apply(runs[2].curriculum)
+    curricula = [runs[2].curriculum, short, runs[0].curriculum]
+    found = fitted.disagreement(curricula)
+    references = fitted._reference_curricula()
+    each = [fitted._space(number, reference).roll(curricula, 10) for number, reference in enumerate(references)]
+    shares = nearness(curricula, references, 10)
+    # of two values with shares s and 1 − s: √(s (1 − s)) of their difference
+    expected = np.sqrt(shares[:, 0] * shares[:, 1])[..., None] * np.abs(each[0] - each[1])
+    assert np.allclose(found[0], expected[0], rtol=1e-4, atol=1e-7)
+    assert np.allclose(found[1, :5], found[0, :5], rtol=1e-4, atol=1e-7)
+    assert np.isnan(found[1, 5:]).all()
+    assert found[0, 1:].min() > 1e-6
+    assert found[2].max() < 1e-3 * found[0].max()  # a reference's own curriculum is known
+    fitted.scale_ = np.full(1, 0.5)
+    fitted.correction_, fitted.centre_ = np.ones((2, 1, 5))
+    assert np.allclose(fitted.disagreement(curricula[:1])[0], found[0] / 2)
+    with pytest.raises(InvalidInput, match="one reference cannot disagree"):
+        sf.TangentKernelSimulator(task, checkpoints=2, references=1).fit(runs).disagreement(curricula)
+    with pytest.raises(InvalidInput, match="no curriculum"):
+        fitted.disagreement([])
+    with pytest.raises(NotFittedError):
+        sf.TangentKernelSimulator(task).disagreement(curricula)
 
 
 def test_nearer_references_count_more(runs):
