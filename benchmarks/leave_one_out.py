@@ -85,7 +85,7 @@ def tangent() -> None:
         )
         times = ", ".join(f"{method} {taken:.2f} s" for method, taken in seconds.items())
         ratio = f"{seconds['simulate'] / seconds['derivative']:.1f} ×"
-        print(f"{'tangent kernel':18} {times}: {ratio}; correlation {worth[0]:.3f}, relative error {worth[1]:.3f}")
+        print(f"{'tangent kernel':18} {times}: {ratio}; correlation {correlation:.3f}, relative error {error:.3f}")
 
 
 if __name__ == "__main__":
