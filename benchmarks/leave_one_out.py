@@ -79,10 +79,8 @@ def tangent() -> None:
             found[method] = sf.leave_one_out(fitted, base, method)[:, shown]
             seconds[method] = time.perf_counter() - start
         true, estimate = found.values()
-        worth = (
-            np.corrcoef(true.ravel(), estimate.ravel())[0, 1],
-            np.linalg.norm(estimate - true) / np.linalg.norm(true),
-        )
+        correlation = np.corrcoef(true.ravel(), estimate.ravel())[0, 1]
+        error = np.linalg.norm(estimate - true) / np.linalg.norm(true)
         times = ", ".join(f"{method} {taken:.2f} s" for method, taken in seconds.items())
         ratio = f"{seconds['simulate'] / seconds['derivative']:.1f} ×"
         print(f"{'tangent kernel':18} {times}: {ratio}; correlation {correlation:.3f}, relative error {error:.3f}")

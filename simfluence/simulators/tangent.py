@@ -136,9 +136,9 @@ class TangentKernelSimulator(Simulator):
     def disagreement(self, curricula: Sequence[Curriculum]) -> Losses:
         """Standard deviation of the references' own forecasts around the one given, ``[runs, steps + 1, test]``.
 
-        Where references disagree the forecast is doubtful: on digits (four references, 18 curricula, 100 test examples)
-        the error had a rank correlation with it of 0.74, within a curriculum of 0.65, over the curricula of 0.89. It
-        is no bound: errors were within twice of it for 82 %, and of two references it tells less. Rows after a
+        It tells which curricula to doubt: over 18 of digits, with four references, its root mean square had a rank
+        correlation with the error's of 0.89 (with two 0.66). Over test examples it tells little that the height of the
+        loss does not. It is no bound: it was 1.7 times too small, with two references 2.7 times. Rows after a
         curriculum's end are NaN.
 
         Raises:
