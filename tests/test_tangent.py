@@ -95,12 +95,15 @@ def test_beyond_the_reference_a_linear_model_is_exact_too():
     assert np.abs(found - long.losses[2:]).max() < 1e-6
 
 
-def test_intervals_widen_where_the_members_differ(task, runs):
+def test_intervals_widen_where_the_members_differ(task, runs, tmp_path):
     simulator = sf.TangentKernelSimulator(task, checkpoints=2, references=1, features=0)
     fitted = sf.ConformalSimulator(simulator, members=2, folds=2).fit(runs)
     low, high = fitted.interval(runs.curricula, runs.initial_losses)
     forecast = fitted.fitted_[0].simulate(runs.curricula, runs.initial_losses)
     assert np.allclose((low + high) / 2, forecast)
+    fitted.save(tmp_path / "fitted.safetensors")
+    loaded = sf.ConformalSimulator.load(tmp_path / "fitted.safetensors")
+    assert np.array_equal(loaded.interval(runs.curricula, runs.initial_losses)[0], low)
     spread = np.std([each.simulate(runs.curricula, runs.initial_losses) for each in fitted.fitted_[1:]], 0, ddof=1)
     assert spread[:, -1].max() > 1e-4
     for time in (4, 10):
@@ -325,6 +328,17 @@ def test_interrupted_while_fitting_it_is_what_it_was(task, runs, monkeypatch):
         fresh.simulate(runs.curricula, runs.initial_losses)
 
 
+class Pair(nn.Module):
+    """Its outputs are two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x), x
+
+
 class Normed(nn.Module):
     def __init__(self, layer):
         super().__init__()
@@ -354,6 +368,8 @@ def test_bad_input(task, runs):
         simulator(task).fit(bare)
     with pytest.raises(InvalidInput, match="another task"):
         simulator(sf.tasks.digits(n_train=12, n_test=5)).fit(runs)
+    with pytest.raises(InvalidInput, match="of outputs that are one tensor, not tuple"):
+        simulator(dataclasses.replace(task, model=Pair)).fit(runs)
     for layer, said in (
         (nn.BatchNorm1d(4), "mixes the examples of a batch"),
         (nn.Dropout(0.5), "makes training random"),

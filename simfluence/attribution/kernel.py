@@ -71,11 +71,20 @@ def _picked(output: int) -> Loss:
     """One output of each example, as if it were the loss."""
 
     def pick(outputs: Any, targets: Tensor) -> Tensor:
-        if not isinstance(outputs, Tensor):
-            raise InvalidInput(f"the tangent kernel is of outputs that are one tensor, not {type(outputs).__name__}")
-        return outputs.reshape(len(outputs), -1)[:, output]
+        return one_tensor(outputs).reshape(len(outputs), -1)[:, output]
 
     return pick
+
+
+def one_tensor(outputs: Any) -> Tensor:
+    """A model's outputs, checked to be that.
+
+    Raises:
+        InvalidInput: they are not.
+    """
+    if not isinstance(outputs, Tensor):
+        raise InvalidInput(f"the tangent kernel is of outputs that are one tensor, not {type(outputs).__name__}")
+    return outputs
 
 
 def _outputs(gradients: Gradients, data: Data) -> int:

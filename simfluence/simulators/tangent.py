@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from simfluence._progress import bar
 from simfluence._types import Losses
 from simfluence.attribution.gradients import evaluating
+from simfluence.attribution.kernel import one_tensor
 from simfluence.curriculum import Curriculum
 from simfluence.errors import BeyondReferenceWarning, InvalidInput
 from simfluence.recipe import Recipe
@@ -356,9 +357,7 @@ def _output_shape(task: Task, recipe: Recipe, job: Job) -> list[int]:
     """Of one example's outputs."""
     model = task.build_model(recipe.seed).to(recipe.torch_dtype)
     with evaluating(model), torch.no_grad():
-        outputs = forward(model, take(job.train_data[0], torch.arange(1)))
-    if not isinstance(outputs, Tensor):
-        raise InvalidInput(f"the tangent kernel is of outputs that are one tensor, not {type(outputs).__name__}")
+        outputs = one_tensor(forward(model, take(job.train_data[0], torch.arange(1))))
     return list(outputs.shape[1:])
 
 
