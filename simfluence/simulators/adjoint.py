@@ -1,13 +1,13 @@
-"""What the shares of training examples in their batches do to final losses in function space: steps run backwards.
+"""Derivatives of final losses in function space as training examples leave: the simulated steps run backwards.
 
-An example that leaves takes its share ``w_i`` of a batch along, and the batch shrinks. The shares go from those with it
-to those without it in a straight line, which ε of its way have changed by
+An example that leaves takes its share ``w_i`` of a batch along, and the batch shrinks. The shares go in a straight line
+from those with it (ε = 0) to those without it (ε = 1): its own falls by ``ε w_i``, and each other one's rises by
+``ε w_i w_j / (1 − w_i)``. So, with G the loss's derivative by the shares,
 
-    −ε w_i,      and the others' by  ε w_i w_j / (1 − w_i)
+    dL/dε = w_i / (1 − w_i) · (Σ_j w_j G_j − G_i)        and −G_i in a batch of its own
 
-so that ``dL/dε = (Σ_j w_j G_j − G_i) w_i / (1 − w_i)`` at ε = 0, where G is the loss's derivative by the shares; in a
-batch of its own it is ``−G_i``. G comes from one pass backwards with a row for each test example, whatever the number
-of training examples: on the way back only the training examples that are shown matter, and the row's test example.
+G comes from one pass backwards with a row for each test example, whatever the number of training examples: on the way
+back only the training examples that are shown matter, and the row's own test example.
 """
 
 from __future__ import annotations
