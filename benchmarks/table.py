@@ -1,6 +1,7 @@
 """How good is each simulator, on every recorded task? The paper's table, with skill beside it.
 
-For every store but those of text (text_table.py), 8 runs are held out (seed 0); all else is chosen on the fitting runs alone, by cross-validation:
+For every store but those of text (text_table.py does those), 8 runs are held out (seed 0); all else is chosen on the
+fitting runs alone, by cross-validation:
 
     mean_trajectory   the mean of the fitting runs; has skill 0
     linear            the paper's, of which l2 is chosen
