@@ -125,7 +125,7 @@ def test_the_demo_learns_from_shipped_runs_or_from_its_own(bert, tmp_path, monke
     monkeypatch.setattr(demo_docstrings, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(demo_docstrings, "LEARNED", 3)
     found = demo_docstrings.run_docstrings_demo(tmp_path / "own")
-    assert "2 unseen runs, from 3 ones recorded here" in found.about
+    assert "2 unseen runs, from 3 recorded here: a package has no recorded runs" in found.about
     assert found.table.index.tolist() == ["boosted", "additive", "mean trajectory", "persistence"]
     assert found.answers.index.tolist() == [*found.table.index, "retrained"]
     curricula = sf.random_curricula(n_train=40, runs=3, steps=100, batch_size=8, subset=0.5, seed=0)
