@@ -17,6 +17,7 @@ import simfluence as sf
 from simfluence.errors import InvalidInput, PlainGradientsWarning
 from simfluence.task import take
 from simfluence.tasks.huggingface import losses_by_token
+from simfluence.tasks.padding import IGNORED, trimmed
 from simfluence.tasks.prompted import DATA
 
 transformers = pytest.importorskip("transformers")
@@ -209,6 +210,39 @@ def test_per_example_gradients_are_autograds(models, folders, kind, tuning):
         for name, layer in found.layers.items():
             for part, made in layer.to_parameters(factors[name].matrices()).items():
                 torch.testing.assert_close(made[row].reshape(true[part].shape), true[part], rtol=1e-3, atol=1e-5)
+
+
+def seq2seq_tasks(models, folders):
+    yield sf.tasks.copa(model=models["t5"], source=folders["copa"], n_train=4, n_test=2)
+    yield list(language_tasks(models))[-1]
+
+
+def longer(data, read, said):
+    """With so many more places of padding."""
+    fill = {"labels": IGNORED}
+    more = {name: said if "decoder" in name or name == "labels" else read for name in data[0]}
+    inputs = {n: torch.nn.functional.pad(t, (0, more[n]), value=fill.get(n, 0)) for n, t in data[0].items()}
+    return inputs, torch.nn.functional.pad(data[1], (0, said), value=IGNORED) if data[1].ndim > 1 else data[1]
+
+
+def test_padding_has_no_part_in_curvature(models, folders):
+    """What comes into each layer of an encoder and a decoder, beside examples one at a time without padding."""
+    for task in seq2seq_tasks(models, folders):
+        model = moved(task).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlainGradientsWarning)  # T5's relative positions
+            found = sf.attribution.per_example(model, task.loss, task.train_data)
+        ones = [trimmed(take(task.train_data, torch.tensor([row]))) for row in range(4)]
+        alone = [found.factors(one) for one in ones]
+        inputs = task.train_data[0]
+        gap = inputs["input_ids"].shape[-1] - inputs["decoder_input_ids"].shape[-1]
+        alike = longer(task.train_data, max(0, -gap), max(0, gap))  # as long to read as to say
+        assert alike[0]["input_ids"].shape[-1] == alike[0]["decoder_input_ids"].shape[-1]
+        for data in (task.train_data, longer(task.train_data, 3, 2), alike):
+            for name, factors in found.factors(data).items():
+                kept, wanted = factors.kept()[0], torch.cat([each[name].kept()[0] for each in alone])
+                assert len(kept) == len(wanted), name
+                torch.testing.assert_close(kept.T @ kept, wanted.T @ wanted, rtol=1e-8, atol=1e-10)
 
 
 def recorded(task, runs=1, **recipe):

@@ -193,12 +193,14 @@ class RankedChoices(nn.Module):
         axis of choices."""
         flat = labels.flatten(0, 1)
         if decoder:
-            logits = self._decoded(input_ids, attention_mask, decoder["decoder_input_ids"])
+            logits = self._decoded(input_ids, attention_mask, **decoder)
         else:
             logits = self.outputs(input_ids=input_ids.flatten(0, 1), attention_mask=attention_mask.flatten(0, 1))
         return -token_cross_entropy(logits, flat).unflatten(0, labels.shape[:2])
 
-    def _decoded(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+    def _decoded(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+    ) -> Tensor:
         """The prompt is read once, whatever the number of choices."""
         count = decoder_input_ids.shape[1]
         encoder: Any = self.outputs.model.get_encoder()  # type: ignore[operator, union-attr]
@@ -207,6 +209,7 @@ class RankedChoices(nn.Module):
             encoder_outputs=(states.repeat_interleave(count, 0),),
             attention_mask=attention_mask.repeat_interleave(count, 0),
             decoder_input_ids=decoder_input_ids.flatten(0, 1),
+            decoder_attention_mask=decoder_attention_mask.flatten(0, 1),
         )
         return logits
 
