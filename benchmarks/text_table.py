@@ -2,7 +2,7 @@
 
 For each store 4 of 16 runs are held out (split seed 0); all else is chosen on the 12 others by cross-validation:
 
-    TracIn-CP(10), (all)   gradient products at 10 checkpoints, or at every step, of one fitting run
+    TracIn-CP(10), (all)   gradient products in the middle of ten blocks, or at every step, of one fitting run
     additive … linear      the paper's, of which l2 is chosen
     around the mean        linear, with l2 chosen
     boosted, (tuned)       as it comes, or in half as many trials
