@@ -1,6 +1,7 @@
 """How good is each simulator, on every recorded task? The paper's table, with skill beside it.
 
-For every store, 8 runs are held out (seed 0); all else is chosen on the fitting runs alone, by cross-validation:
+For every store but those of text (text_table.py does those), 8 runs are held out (seed 0); all else is chosen on the
+fitting runs alone, by cross-validation:
 
     mean_trajectory   the mean of the fitting runs; has skill 0
     linear            the paper's, of which l2 is chosen
@@ -16,22 +17,18 @@ Trials are kept in build/table.sqlite, so a table that was stopped goes on from 
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pandas as pd
+from score_lines import print_scores
+from text_table import STORES as OF_TEXT
 
 import simfluence as sf
-from simfluence.errors import InvalidInput, UnseenWarning
-from simfluence.simulators import build
+from simfluence.errors import UnseenWarning
 
 HELD_OUT = 8
 STORAGE = Path("build/table.sqlite")
-METRICS = ("mse", "final_spearman", "skill", "final_skill")
-ROW = "  {:16}{:>22}{:>18}{:>30}{:>30}  {}"
-HEAD = ROW.format("", "all-steps MSE ± sd", "final ρ ± sd", "skill [95 %]", "final skill [95 %]", "chosen, in seconds")
 
 
 def rows(part: sf.Runs, trials: int) -> Iterator[tuple[str, Callable[[], sf.Simulator]]]:
@@ -45,50 +42,21 @@ def rows(part: sf.Runs, trials: int) -> Iterator[tuple[str, Callable[[], sf.Simu
     yield "best", lambda: sf.tune("best", part, trials=trials // 2, **common)
 
 
-def number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
-
-
-def shown(name: str, scores: pd.Series, chosen: str) -> str:
-    spread = [f"{scores[metric]:.4g} ± {scores[f'{metric}_sd']:.2g}" for metric in METRICS[:2]]
-    intervals = [
-        f"{number(scores[metric])} [{number(scores[f'{metric}_low'])}, {number(scores[f'{metric}_high'])}]"
-        for metric in METRICS[2:]
-    ]
-    return ROW.format(name, *spread, *intervals, chosen)
-
-
-def named(simulator: sf.Simulator) -> str:
-    """With the parameters that are not its defaults."""
-    defaults = build(simulator.name).get_params()
-    changed = {name: value for name, value in simulator.get_params().items() if value != defaults[name]}
-    said = [f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in changed.items()]
-    return f"{simulator.name}({', '.join(said)})"
-
-
 def score(store: Path, trials: int, most: int | None) -> None:
     part, held = sf.RunStore(store).load().split(HELD_OUT, seed=0)
     part = part[:most]
-    print(f"\n{store}: {len(part)} runs to fit on, {len(held)} held out\n{HEAD}", flush=True)
-    for name, make in rows(part, trials):
-        start = time.perf_counter()
-        try:
-            simulator = make()
-            scores = sf.evaluate({name: simulator}, held, part, metrics=METRICS).loc[name]
-        except InvalidInput as error:
-            print(f"  {name:16}{error}", flush=True)
-            continue
-        print(shown(name, scores, f"{named(simulator)}, {time.perf_counter() - start:.0f} s"), flush=True)
+    print_scores(store, part, held, rows(part, trials))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stores", type=Path, nargs="+", help="by default all under runs/")
+    parser.add_argument("--stores", type=Path, nargs="+", help="by default those under runs/ without text")
     parser.add_argument("--trials", type=int, default=20, help="of each search of one kind")
     parser.add_argument("--runs", type=int, help="fit on only so many runs, the first")
     options = parser.parse_args()
     warnings.simplefilter("ignore", UnseenWarning)  # few runs miss examples
-    for store in options.stores or sorted(path.parent for path in Path("runs").glob("*/store.json")):
+    shipped = sorted({path.parent for path in Path("runs").glob("*/store.json")} - set(OF_TEXT))
+    for store in options.stores or shipped:
         score(store, options.trials, options.runs)
 
 

@@ -2,7 +2,7 @@
 
 For each store 4 of 16 runs are held out (split seed 0); all else is chosen on the 12 others by cross-validation:
 
-    TracIn-CP(10), (all)   gradient products at 10 checkpoints, or at every step, of one fitting run
+    TracIn-CP(10), (all)   gradient products in the middle of ten blocks, or at every step, of one fitting run
     additive … linear      the paper's, of which l2 is chosen
     around the mean        linear, with l2 chosen
     boosted, (tuned)       as it comes, or in half as many trials
@@ -14,26 +14,22 @@ For each store 4 of 16 runs are held out (split seed 0); all else is chosen on t
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import pandas as pd
 import torch
+from score_lines import print_scores
 
 import simfluence as sf
-from simfluence.errors import InvalidInput, UnseenWarning
+from simfluence.errors import UnseenWarning
 from simfluence.recording import follow
 
 HELD_OUT = 4
 FOLDS = 4
 STORAGE = Path("build/text_table.sqlite")
 STORES = [Path("runs/docstrings-minilm-ia3"), Path("runs/docstrings-minilm-lora")]
-METRICS = ("mse", "final_spearman", "skill", "final_skill")
-ROW = "  {:24}{:>20}{:>16}{:>26}{:>26}{:>8}"
-HEAD = ROW.format("", "all-steps MSE ± sd", "final ρ ± sd", "skill [95 %]", "final skill [95 %]", "s")
 
 
 def tuned(kind: str, part: sf.Runs, trials: int, **fixed: object) -> sf.Simulator:
@@ -60,7 +56,8 @@ def tracin(task: sf.Task, run: sf.Run) -> list[tuple[sf.Checkpoint, float]]:
 
 
 def played(task: sf.Task, states: list, every: int, part: sf.Runs) -> sf.Simulator:
-    attributor = sf.attribution.TracInCP(states[::every]).fit(task.build_model(0), task)
+    """Over the state in the middle of each ``every`` steps."""
+    attributor = sf.attribution.TracInCP(states[every // 2 :: every]).fit(task.build_model(0), task)
     return sf.AttributedSimulator(attributor).fit(part)
 
 
@@ -84,34 +81,11 @@ def rows(store: sf.RunStore, part: sf.Runs, options: argparse.Namespace) -> dict
     }
 
 
-def number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
-
-
-def shown(name: str, scores: pd.Series, seconds: float) -> str:
-    spread = [f"{number(scores[metric])} ± {number(scores[f'{metric}_sd'])}" for metric in METRICS[:2]]
-    intervals = [
-        f"{number(scores[metric])} [{number(scores[f'{metric}_low'])}, {number(scores[f'{metric}_high'])}]"
-        for metric in METRICS[2:]
-    ]
-    return ROW.format(name, *spread, *intervals, f"{seconds:.0f}")
-
-
 def score(path: Path, options: argparse.Namespace) -> None:
     store = sf.RunStore(path)
     part, held = store.load().split(HELD_OUT, seed=0)
-    print(f"\n{path}: {len(part)} runs to fit on, {len(held)} held out\n{HEAD}", flush=True)
-    for name, make in rows(store, part, options).items():
-        if options.rows and name not in options.rows:
-            continue
-        start = time.perf_counter()
-        try:
-            simulator = make()
-            scores = sf.evaluate({name: simulator}, held, part, metrics=METRICS).loc[name]
-        except InvalidInput as error:
-            print(f"  {name:24}{error}", flush=True)
-            continue
-        print(shown(name, scores, time.perf_counter() - start), flush=True)
+    every = rows(store, part, options)
+    print_scores(path, part, held, [(name, every[name]) for name in every if name in (options.rows or every)])
 
 
 def main() -> None:

@@ -73,17 +73,35 @@ def run_demo(folder: str | Path) -> Demo:
     curricula = random_curricula(n_train=300, runs=32, steps=200, batch_size=8, subset=0.5, seed=0)
     store = RunStore(folder / "runs")
     fit, held = record(task, recipe, curricula, store).split(held_out=8, seed=0)
-    simulators = {name: sklearn.base.clone(simulator).fit(fit) for name, simulator in COMPARED.items()}
+    return main_job(task, LABEL, COMPARED, fit, held, store, folder / "demo.png", "recorded ones")
+
+
+def main_job(
+    task: Task,
+    label: Any,
+    compared: Mapping[str, Simulator],
+    fit: Runs,
+    held: Runs,
+    store: RunStore,
+    picture: Path,
+    told: str,
+) -> Demo:
+    """Fit, score on unseen runs, ask what there would be without a label, retrain to confirm it.
+
+    Args:
+        told: what the runs that were learned from are.
+    """
+    simulators = {name: sklearn.base.clone(simulator).fit(fit) for name, simulator in compared.items()}
     table = evaluate(simulators, held, reference=fit)
-    edit = Remove(f"label == {LABEL}")
-    verified = retrained(task, simulators, held[0], edit)
-    picture = draw(folder / "demo.png", task, LABEL, simulators, held, verified)
-    about = "Forecasts of 8 unseen runs, from 24 recorded ones"
-    return Demo(store, about, table, edit, answers(task, LABEL, verified), picture)
+    edit = Remove(f"label == {label!r}")
+    verified = retrained(task, simulators, held[0], edit, store.path)
+    draw(picture, task, label, simulators, held, verified)
+    about = f"Forecasts of {len(held)} unseen runs, from {len(fit)} {told}"
+    return Demo(store, about, table, edit, answers(task, label, verified), picture)
 
 
 def retrained(
-    task: Task, simulators: Mapping[str, Simulator], base: Run, edit: Edit, store: str | Path | None = None
+    task: Task, simulators: Mapping[str, Simulator], base: Run, edit: Edit, store: Path
 ) -> dict[str, Verification]:
     """What each simulator forecasts of an edit, beside one retraining that answers all of them."""
     forecasts = {name: what_if(simulator, base, edit, task=task) for name, simulator in simulators.items()}
@@ -115,7 +133,7 @@ def draw(
     simulators: Mapping[str, Simulator],
     held: Runs,
     verified: Mapping[str, Verification],
-) -> Path:
+) -> None:
     """Left: a held-out run as it was. Right: the same run without the label, on the test examples of the label."""
     simulated = {name: s.simulate(held.curricula[:1], held.initial_losses[:1])[0] for name, s in simulators.items()}
     removed = (task.test.table["label"] == label).to_numpy()
@@ -136,7 +154,6 @@ def draw(
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     figure.suptitle(f"{task.name}: simulators fitted on recorded runs (axes end at twice the real losses)")
     figure.savefig(path, dpi=120)
-    return path
 
 
 def _joined(losses: np.ndarray) -> np.ndarray:

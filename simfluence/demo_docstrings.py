@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import sklearn.base
-
 import simfluence
 from simfluence import tasks
 from simfluence.curriculum import random_curricula
-from simfluence.demo import Demo, answers, draw, retrained
-from simfluence.edits import Remove
-from simfluence.evaluation import evaluate
+from simfluence.demo import Demo, main_job
 from simfluence.recipe import Recipe
 from simfluence.recording import Observe, record
 from simfluence.runs import Runs
@@ -52,32 +48,32 @@ COMPARED: Mapping[str, Simulator] = {
     "persistence": PersistenceSimulator(),
 }
 
+#: Those of them that cannot learn from losses of every few steps.
+OF_EVERY_STEP = ("linear, around the mean",)
+
 
 def run_docstrings_demo(folder: str | Path) -> Demo:
     """Record into ``folder``/runs (or read what is there), and go through the main job: minutes, not seconds."""
     folder = Path(folder)
     task = tasks.docstrings(tuning="ia3")
     store = RunStore(folder / "runs")
-    shipped = _shipped(task)
-    fit, held = _split(task, store) if shipped is None else (shipped, _recorded(task, store, FORECAST, 1))
-    simulators = {
-        name: sklearn.base.clone(simulator).fit(fit)
-        for name, simulator in COMPARED.items()
-        if shipped is not None or not isinstance(simulator, LinearSimulator)  # which needs every step
-    }
-    table = evaluate(simulators, held, reference=fit)
-    edit = Remove(f"label == '{LABEL}'")
-    verified = retrained(task, simulators, held[0], edit, store.path)
-    picture = draw(folder / "demo.png", task, LABEL, simulators, held, verified)
-    told = "shipped ones" if shipped is not None else "ones recorded here (the shipped ones are not at hand)"
-    about = f"Forecasts of {len(held)} unseen runs, from {len(fit)} {told}"
-    return Demo(store, about, table, edit, answers(task, LABEL, verified), picture)
+    missing = _missing(task)
+    if missing is None:
+        fit, held = RunStore(SHIPPED).load(), _recorded(task, store, FORECAST, 1)
+        return main_job(task, LABEL, COMPARED, fit, held, store, folder / "demo.png", "shipped ones")
+    compared = {name: each for name, each in COMPARED.items() if name not in OF_EVERY_STEP}
+    fit, held = _split(task, store)
+    return main_job(task, LABEL, compared, fit, held, store, folder / "demo.png", f"recorded here: {missing}")
 
 
-def _shipped(task: Task) -> Runs | None:
-    """The repository's runs, if they are here and of the same task."""
+def _missing(task: Task) -> str | None:
+    """Why the repository's runs cannot be learned from, if so."""
     store = RunStore(SHIPPED)
-    return store.load() if store.exists and store.info.fingerprint == task.fingerprint else None
+    if not store.exists:
+        return "a package has no recorded runs, 16 are in the repository (runs/docstrings-minilm-ia3)"
+    if store.info.fingerprint != task.fingerprint:
+        return f"the shipped ones are of the docstrings of Python {store.info.arguments['python']}"
+    return None
 
 
 def _split(task: Task, store: RunStore) -> tuple[Runs, Runs]:

@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simfluence._indices import checked_indices
-from simfluence._types import Indices, Target
+from simfluence._places import marked_places, selected, settled, sizes_of, with_places
+from simfluence._types import Target
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
@@ -114,7 +114,7 @@ class Remove(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        return _kept(self, ~_marked(self.target, curriculum, examples), curriculum)
+        return _kept(self, ~marked_places(self.target, curriculum, examples), curriculum)
 
     def __str__(self) -> str:
         return f"remove {_said(self.target)}{_filled(self)}"
@@ -134,7 +134,7 @@ class Keep(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        return _kept(self, _marked(self.target, curriculum, examples), curriculum)
+        return _kept(self, marked_places(self.target, curriculum, examples), curriculum)
 
     def __str__(self) -> str:
         return f"keep only {_said(self.target)}{_filled(self)}"
@@ -157,12 +157,12 @@ class Repeat(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        marked = _marked(self.target, curriculum, examples)
+        marked = marked_places(self.target, curriculum, examples)
         if self.fill == "resample":
             return self._in_place_of_others(curriculum, marked)
         copies = np.where(marked, self.times, 1)
         ends = np.concatenate([[0], np.cumsum(copies)])[curriculum.offsets]
-        return _settled(self.fill, np.repeat(curriculum.indices, copies), np.diff(ends), curriculum)
+        return settled(self.fill, np.repeat(curriculum.indices, copies), np.diff(ends), curriculum)
 
     def _in_place_of_others(self, curriculum: Curriculum, marked: np.ndarray) -> Curriculum:
         further = np.repeat(curriculum.indices[marked], self.times - 1)
@@ -197,11 +197,11 @@ class Insert(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        added = _selected(self.target, curriculum, examples)
+        added = selected(self.target, curriculum, examples)
         at = _step(self, curriculum)
         if self.fill == "resample":
             return self._in_place_of_others(curriculum, added, at)
-        return _with(added, at, self.fill, curriculum.indices, curriculum.sizes, curriculum)
+        return with_places(added, at, self.fill, curriculum.indices, curriculum.sizes, curriculum)
 
     def _in_place_of_others(self, curriculum: Curriculum, added: np.ndarray, at: int) -> Curriculum:
         size = int(curriculum.sizes[at])
@@ -237,10 +237,10 @@ class Move(Edit):
             raise InvalidInput("a move frees as many places as it takes: fill is 'shrink' or 'repack'")
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        marked = _marked(self.target, curriculum, examples)
+        marked = marked_places(self.target, curriculum, examples)
         to = _step(self, curriculum)
         moved = curriculum.indices[marked]
-        return _with(moved, to, self.fill, curriculum.indices[~marked], _sizes(curriculum, ~marked), curriculum)
+        return with_places(moved, to, self.fill, curriculum.indices[~marked], sizes_of(curriculum, ~marked), curriculum)
 
     def __str__(self) -> str:
         return f"move {_said(self.target)} to {_where(self.to).removeprefix('in ')}{_filled(self)}"
@@ -261,8 +261,8 @@ class Reorder(Edit):
     then: Target | None = None
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        first = _marked(self.first, curriculum, examples)
-        then = np.zeros_like(first) if self.then is None else _marked(self.then, curriculum, examples)
+        first = marked_places(self.first, curriculum, examples)
+        then = np.zeros_like(first) if self.then is None else marked_places(self.then, curriculum, examples)
         if (first & then).any():
             both = np.unique(curriculum.indices[first & then])
             raise InvalidInput(f"'{self}': example {both[0]} is in both targets ({len(both)} such)")
@@ -288,7 +288,7 @@ class Swap(Edit):
     by: Target
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        target, by = (_selected(each, curriculum, examples) for each in (self.target, self.by))
+        target, by = (selected(each, curriculum, examples) for each in (self.target, self.by))
         if both := sorted({*target.tolist()} & {*by.tolist()}):
             raise InvalidInput(f"'{self}': example {both[0]} is in both targets ({len(both)} such)")
         now = np.arange(curriculum.n_train)
@@ -373,26 +373,6 @@ def apply_all(edits: Iterable[Edit], curriculum: Curriculum, examples: Examples 
     return curriculum
 
 
-def _selected(target: Target, curriculum: Curriculum, examples: Examples | None) -> Indices:
-    """The training indices that ``target`` means."""
-    if examples is not None:
-        if len(examples) != curriculum.n_train:
-            raise InvalidInput(
-                f"a curriculum of {curriculum.n_train} training examples, but metadata of {len(examples)}"
-            )
-        return examples.select(target)
-    if isinstance(target, str) or any(isinstance(name, str) for name in target):
-        raise InvalidInput(f"{target!r} speaks of metadata or ids: give the training examples (task=… or task.train)")
-    return checked_indices(target, curriculum.n_train)
-
-
-def _marked(target: Target, curriculum: Curriculum, examples: Examples | None) -> np.ndarray:
-    """Which places of the curriculum hold an example of ``target``."""
-    chosen = np.zeros(curriculum.n_train, bool)
-    chosen[_selected(target, curriculum, examples)] = True
-    return chosen[curriculum.indices]
-
-
 def _step(edit: Insert | Move, curriculum: Curriculum) -> int:
     """The batch that an edit names, from 0."""
     named = edit.at if isinstance(edit, Insert) else edit.to
@@ -411,40 +391,7 @@ def _kept(edit: Remove | Keep, kept: np.ndarray, curriculum: Curriculum) -> Curr
         passes = [rng.permutation(remaining) for _ in range(-(-count // len(remaining)))]
         indices[~kept] = np.concatenate(passes)[:count] if count else remaining[:0]
         return Curriculum.from_flat(indices, curriculum.sizes, curriculum.n_train)
-    return _settled(edit.fill, curriculum.indices[kept], _sizes(curriculum, kept), curriculum)
-
-
-def _with(
-    added: np.ndarray, at: int, fill: str, indices: np.ndarray, sizes: np.ndarray, original: Curriculum
-) -> Curriculum:
-    """``added`` in front of the places of batch ``at``."""
-    start = int(sizes[:at].sum())
-    grown = sizes + len(added) * (np.arange(len(sizes)) == at)
-    return _settled(fill, np.concatenate([indices[:start], added, indices[start:]]), grown, original)
-
-
-def _settled(fill: str, indices: np.ndarray, sizes: np.ndarray, original: Curriculum) -> Curriculum:
-    """The places in batches of ``sizes``, or cut anew into such as the original has."""
-    return Curriculum.from_flat(
-        indices, sizes if fill == "shrink" else _recut(len(indices), original), original.n_train
-    )
-
-
-def _recut(count: int, original: Curriculum) -> np.ndarray:
-    """Batch sizes for ``count`` places: the original's while they last, then its usual one."""
-    ends = original.offsets[1:]
-    if count == ends[-1]:
-        return original.sizes
-    usual = int(np.bincount(original.sizes[original.sizes > 0]).argmax())
-    if count > ends[-1]:
-        ends = np.append(ends, np.arange(ends[-1] + usual, count + usual, usual))
-    needed = int(np.searchsorted(ends, count)) + 1
-    return np.diff(np.minimum(ends[:needed], count), prepend=0)
-
-
-def _sizes(curriculum: Curriculum, kept: np.ndarray) -> np.ndarray:
-    """How many of the ``kept`` places each batch has."""
-    return np.diff(np.concatenate([[0], np.cumsum(kept)])[curriculum.offsets])
+    return settled(edit.fill, curriculum.indices[kept], sizes_of(curriculum, kept), curriculum)
 
 
 def _said(target: Target) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -80,3 +82,21 @@ class KnownProcess:
 @pytest.fixture(scope="session")
 def known() -> KnownProcess:
     return KnownProcess()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, str]:
+    """The folders of tiny language models, by kind."""
+    pytest.importorskip("transformers")
+    import tiny_models
+
+    return {kind: tiny_models.saved(kind, tmp_path_factory.mktemp(kind)) for kind in ("bert", "gpt2", "t5")}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Folders of made-up data, by name."""
+    pytest.importorskip("transformers")
+    import tiny_models
+
+    return {data: tiny_models.written(data, tmp_path_factory.mktemp(data)) for data in tiny_models.ROWS}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import warnings
@@ -10,7 +11,8 @@ import pytest
 
 import simfluence as sf
 from simfluence import cli
-from simfluence.demo import COMPARED
+from simfluence.cli.simulating import DEMOS
+from simfluence.demo import COMPARED, run_demo
 from simfluence.errors import UnseenWarning
 from simfluence.simulators import SIMULATORS
 
@@ -365,6 +367,7 @@ def test_runs(run, folder, tmp_path):
 
 
 def test_demo(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(DEMOS, "digits", functools.cache(run_demo))  # printed twice, made once
     code, out, _ = run("demo", "--folder", tmp_path / "demo", "--json")
     found = json.loads(out)
     assert code == 0
@@ -374,7 +377,7 @@ def test_demo(run, tmp_path, monkeypatch):
     assert found["what_if"][-1]["simulator"] == "retrained"
     assert found["what_if"][-1]["change_of_3s"] > 1
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
-    code, out, _ = run("demo", "--folder", tmp_path / "demo")  # reads what is recorded
+    code, out, _ = run("demo", "--folder", tmp_path / "demo")
     assert code == 0
     assert "What if we remove examples where label == 3?" in out
 

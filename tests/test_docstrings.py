@@ -116,6 +116,16 @@ def test_what_is_said_without_the_weights(monkeypatch):
         sf.tasks.docstrings()
 
 
+def test_why_shipped_runs_cannot_be_learned_from(bert, tmp_path, monkeypatch):
+    """As in an installed package, beside which there are none, or under another Python."""
+    task, other = (sf.tasks.docstrings(n_train=n, n_test=8, model=bert, tuning="full") for n in (16, 8))
+    monkeypatch.setattr(demo_docstrings, "SHIPPED", tmp_path / "runs")
+    assert demo_docstrings._missing(task).startswith("a package has no recorded runs, 16 are in the repository (runs/")
+    sf.RunStore(tmp_path / "runs").open_for(task)
+    assert demo_docstrings._missing(task) is None
+    assert f"are of the docstrings of Python {platform.python_version()}" in demo_docstrings._missing(other)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning")  # three runs miss an example
 def test_the_demo_learns_from_shipped_runs_or_from_its_own(bert, tmp_path, monkeypatch):
@@ -125,7 +135,7 @@ def test_the_demo_learns_from_shipped_runs_or_from_its_own(bert, tmp_path, monke
     monkeypatch.setattr(demo_docstrings, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(demo_docstrings, "LEARNED", 3)
     found = demo_docstrings.run_docstrings_demo(tmp_path / "own")
-    assert "2 unseen runs, from 3 ones recorded here" in found.about
+    assert "2 unseen runs, from 3 recorded here: a package has no recorded runs" in found.about
     assert found.table.index.tolist() == ["boosted", "additive", "mean trajectory", "persistence"]
     assert found.answers.index.tolist() == [*found.table.index, "retrained"]
     curricula = sf.random_curricula(n_train=40, runs=3, steps=100, batch_size=8, subset=0.5, seed=0)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,36 +14,16 @@ import simfluence as sf
 from simfluence.errors import InvalidInput, PlainGradientsWarning
 from simfluence.task import take
 from simfluence.tasks.huggingface import losses_by_token
+from simfluence.tasks.padding import IGNORED, trimmed
 from simfluence.tasks.prompted import DATA
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import tiny_models  # noqa: E402 (needs transformers)
+from tiny_models import LABELLED, classified  # noqa: E402
 
 TUNINGS = ("full", "lora", "ia3")
-LABELLED = [
-    {"text": text, "label": label, "weight": k / 2}
-    for k, (text, label) in enumerate(
-        [("the dog ran", "dog"), ("a cat", "cat"), ("the man saw the cat fell", "cat"), ("dog", "dog")] * 3
-    )
-]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """The folders of tiny models, by kind."""
-    return {kind: tiny_models.saved(kind, tmp_path_factory.mktemp(kind)) for kind in ("bert", "gpt2", "t5")}
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Folders of made-up data, by name."""
-    return {data: tiny_models.written(data, tmp_path_factory.mktemp(data)) for data in tiny_models.ROWS}
-
-
-def classified(models, rows=LABELLED, **more):
-    return sf.tasks.classification(models["bert"], rows[:8], rows[8:], **more)
 
 
 def moved(task):
@@ -211,6 +188,39 @@ def test_per_example_gradients_are_autograds(models, folders, kind, tuning):
                 torch.testing.assert_close(made[row].reshape(true[part].shape), true[part], rtol=1e-3, atol=1e-5)
 
 
+def seq2seq_tasks(models, folders):
+    yield sf.tasks.copa(model=models["t5"], source=folders["copa"], n_train=4, n_test=2)
+    yield list(language_tasks(models))[-1]
+
+
+def longer(data, read, said):
+    """With so many more places of padding."""
+    fill = {"labels": IGNORED}
+    more = {name: said if "decoder" in name or name == "labels" else read for name in data[0]}
+    inputs = {n: torch.nn.functional.pad(t, (0, more[n]), value=fill.get(n, 0)) for n, t in data[0].items()}
+    return inputs, torch.nn.functional.pad(data[1], (0, said), value=IGNORED) if data[1].ndim > 1 else data[1]
+
+
+def test_padding_has_no_part_in_curvature(models, folders):
+    """What comes into each layer of an encoder and a decoder, beside examples one at a time without padding."""
+    for task in seq2seq_tasks(models, folders):
+        model = moved(task).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlainGradientsWarning)  # T5's relative positions
+            found = sf.attribution.per_example(model, task.loss, task.train_data)
+        ones = [trimmed(take(task.train_data, torch.tensor([row]))) for row in range(4)]
+        alone = [found.factors(one) for one in ones]
+        inputs = task.train_data[0]
+        gap = inputs["input_ids"].shape[-1] - inputs["decoder_input_ids"].shape[-1]
+        alike = longer(task.train_data, max(0, -gap), max(0, gap))  # as long to read as to say
+        assert alike[0]["input_ids"].shape[-1] == alike[0]["decoder_input_ids"].shape[-1]
+        for data in (task.train_data, longer(task.train_data, 3, 2), alike):
+            for name, factors in found.factors(data).items():
+                kept, wanted = factors.kept()[0], torch.cat([each[name].kept()[0] for each in alone])
+                assert len(kept) == len(wanted), name
+                torch.testing.assert_close(kept.T @ kept, wanted.T @ wanted, rtol=1e-8, atol=1e-10)
+
+
 def recorded(task, runs=1, **recipe):
     curricula = sf.random_curricula(n_train=len(task.train), runs=runs, steps=5, batch_size=4, subset=0.75, seed=0)
     return sf.record(task, sf.Recipe(**({"lr": 0.1} | recipe)), curricula, engine="loop")
@@ -350,116 +360,3 @@ def test_the_literatures_recipes_train(models):
     for recipe in (sf.tasks.recipes.ia3(5), sf.tasks.recipes.full_tuning(), sf.tasks.recipes.gptfluence(5)):
         losses = recorded(task, **recipe.model_dump()).losses
         assert np.abs(losses[:, -1] - losses[:, 0]).max() > 0
-
-
-def test_what_is_said_when_something_is_missing(models, folders, tmp_path, monkeypatch):
-    with pytest.raises(InvalidInput, match="no column 'txet' in the data, did you mean 'text'"):
-        classified(models, text="txet")
-    with pytest.raises(InvalidInput, match="row 1 has nothing in column 'label'"):
-        classified(models, [*LABELLED[:1], {"text": "a", "label": None}, *LABELLED[2:]])
-    with pytest.raises(InvalidInput, match="label 'fish' of test row 0 is unknown to the model"):
-        classified(models, [*LABELLED[:8], {"text": "a", "label": "fish"}])
-    with pytest.raises(InvalidInput, match="all training labels are 'dog'"):
-        classified(models, [{"text": "a", "label": "dog"}] * 9)
-    with pytest.raises(InvalidInput, match="row 1 has 64 tokens, more than the 48 that are allowed"):
-        classified(models, [LABELLED[0], {"text": "ZZZZZZ " * 9, "label": "cat"}, *LABELLED[2:]])
-    cut = classified(models, [LABELLED[0], {"text": "ZZZZZZ " * 9, "label": "cat"}, *LABELLED[2:]], truncate=True)
-    assert cut.train_data[0]["input_ids"].shape == (8, 48)
-    with pytest.raises(InvalidInput, match="no row of text"):
-        sf.tasks.classification(models["bert"], LABELLED, [])
-    said = [{"text": "the dog", "said": "ran"}, {"text": "a cat", "said": " "}]
-    for kind in ("gpt2", "t5"):
-        with pytest.raises(InvalidInput, match="the target of row 1 is empty"):
-            sf.tasks.language_modelling(models[kind], said, said, prompt="text", target="said")
-    with pytest.raises(InvalidInput, match="needs something to read"):
-        sf.tasks.language_modelling(models["t5"], said, said)
-    unequal = [{"prompt": "a", "choices": ["b", "c"], "answer": 0}, {"prompt": "a", "choices": ["b"], "answer": 0}]
-    with pytest.raises(InvalidInput, match=r"as many choices, two or more; found \[1, 2\]"):
-        sf.tasks.multiple_choice(models["gpt2"], unequal, unequal[:1])
-    wrong = [{"prompt": "a", "choices": ["b", "c"], "answer": 2}]
-    with pytest.raises(InvalidInput, match="answer 2 of row 0 is not the number of a choice, 0 to 1"):
-        sf.tasks.multiple_choice(models["gpt2"], wrong, wrong)
-    with pytest.raises(InvalidInput, match="no column 'choice1'"):
-        sf.tasks.copa(model=models["gpt2"], source=folders["rte"])
-    with pytest.raises(InvalidInput, match=r"no file train\.jsonl"):
-        sf.tasks.copa(model=models["gpt2"], source=tmp_path)
-    with pytest.raises(InvalidInput, match="200 rows: there are 24"):
-        sf.tasks.copa(model=models["gpt2"], source=folders["copa"])
-
-
-def test_what_is_said_of_models(models, tmp_path, monkeypatch):
-    with pytest.raises(InvalidInput, match=r"there is no folder '\./nowhere'"):
-        classified({"bert": "./nowhere"})
-    with pytest.raises(InvalidInput, match="is that a folder that save_pretrained wrote"):
-        classified({"bert": str(tmp_path)})
-    with pytest.raises(InvalidInput, match="unknown tuning 'lroa', did you mean 'lora'"):
-        sf.tasks.Pretrained(models["bert"], "lroa")
-    with pytest.raises(InvalidInput, match="unknown precision 'fp8'"):
-        sf.tasks.Pretrained(models["bert"], precision="fp8")
-    with pytest.raises(InvalidInput, match="dropout must be"):
-        sf.tasks.Pretrained(models["bert"], dropout=1.0)
-    with pytest.raises(InvalidInput, match="full tuning takes no 'r'"):
-        sf.tasks.Pretrained(models["bert"], tuning_args={"r": 4})
-    for tuning, arguments, message in (
-        ("lora", {"rank": 4}, "unexpected keyword argument 'rank'"),
-        ("ia3", {"target_modules": ["nothing"]}, "No modules were targeted"),
-        ("full", {"layers": ["head.*"]}, "no parameter is called 'head"),
-    ):
-        task = classified({"bert": sf.tasks.Pretrained(models["bert"], tuning, arguments)})
-        with pytest.raises(InvalidInput, match=message):
-            task.build_model(0)
-
-
-def test_what_is_said_without_a_network(models, monkeypatch):
-    """The hub's client is told to stay offline."""
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InvalidInput, match="`hf download nobody/nothing-of-that-name --local-dir FOLDER`"):
-        classified({"bert": "nobody/nothing-of-that-name"})
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InvalidInput, match=r"run `hf download aps/super_glue --repo-type dataset"):
-        sf.tasks.rte(model=models["gpt2"], n_train=2, n_test=2)
-
-
-def test_what_is_said_without_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InvalidInput, match=r"pip install 'simfluence\[hf\]'"):
-        sf.tasks.classification("any/model", LABELLED, LABELLED)
-    with pytest.raises(InvalidInput, match=r"pip install 'simfluence\[hf\]'"):
-        sf.tasks.topics(n_train=2, n_test=2).build_model(0)
-
-
-def test_code_and_pickles_that_come_with_a_model_are_not_run(models, tmp_path):
-    folder = Path(tiny_models.saved("bert", tmp_path / "own"))
-    settings = json.loads((folder / "config.json").read_text())
-    ran = tmp_path / "ran"
-    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
-    own = {"auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Model"}, "model_type": "own_kind"}
-    (folder / "config.json").write_text(json.dumps(settings | own))
-    with pytest.raises(InvalidInput, match="trust_remote_code=True"):
-        classified({"bert": str(folder)})
-    assert not ran.exists()
-    (folder / "config.json").write_text(json.dumps(settings))
-    weights = transformers.BertModel.from_pretrained(models["bert"]).state_dict()
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(InvalidInput, match="safetensors"):
-        classified({"bert": str(folder)})
-    with pytest.raises(InvalidInput, match="trust_remote_code"):
-        sf.tasks.build("copa", model=models["gpt2"], trust_remote_code=True)
-
-
-def test_nothing_is_imported_before_it_is_needed():
-    for path in Path(sf.__file__).parent.rglob("*.py"):
-        imported = {
-            name.split(".")[0]
-            for node in ast.parse(path.read_text()).body
-            for name in (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [a.name for a in getattr(node, "names", [])]
-            )
-        }
-        assert not imported & {"transformers", "peft", "datasets", "accelerate"}, path

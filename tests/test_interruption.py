@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import simfluence as sf
+from simfluence import cli
+from simfluence.recording import session
+from simfluence.recording.engines import Group
 
 SPEC = """
 task: {name: digits, arguments: {n_train: 60, n_test: 20}}
@@ -27,36 +33,52 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "spec.yaml").write_text(SPEC)
     for engine in ("loop", "batched"):
-        assert start(folder, f"whole-{engine}", engine).wait() == 0
+        assert ended(start(folder, f"whole-{engine}", engine)) == 0
     return folder
 
 
-#: Records on one thread, keeps unfinished runs on disk every 50 ms, and counts the trainings it starts.
-RECORDER = """
-import atexit, os, signal, sys, torch
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it be ignored
-torch.set_num_threads(1)
-from simfluence import cli
-from simfluence.recording import session
-from simfluence.recording.engines import Group
-session.SECONDS_BETWEEN_SAVES = 0.05
-started, start = [], Group.start
-Group.start = lambda self, *arguments: started.append(self.name) or start(self, *arguments)
-atexit.register(lambda: open(f"{sys.argv[4]}.{os.getpid()}.started", "w").write(chr(10).join(started)))
-cli.main()
-"""
+#: Starts processes that have imported all there is: that takes longer than what they record.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "simfluence.cli"])
 
 
-def start(folder: Path, store: str, engine: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", RECORDER, "record", "spec.yaml", "--store", store, "--engine", engine]
-    with open(folder / f"{store}.err", "w") as errors:
-        return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
+def record_from_the_command_line(folder: Path, store: str, engine: str) -> None:
+    """On one thread; unfinished runs are kept on disk every 50 ms, and trainings that it starts are written down."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it be ignored
+    os.chdir(folder)
+    with open(f"{store}.err", "w") as errors:
+        os.dup2(errors.fileno(), 2)
+    torch.set_num_threads(1)
+    session.SECONDS_BETWEEN_SAVES = 0.05
+    begin = Group.start
+
+    def noted(self: Group, *arguments: Any) -> Any:
+        with open(f"{store}.{os.getpid()}.started", "a") as file:
+            file.write(f"{self.name}\n")
+        return begin(self, *arguments)
+
+    Group.start = noted
+    sys.argv = ["simfluence", "record", "spec.yaml", "--store", store, "--engine", engine]
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
+    cli.main()
 
 
-def wait_until_recording(process: subprocess.Popen[bytes], store: Path) -> None:
+def start(folder: Path, store: str, engine: str) -> ForkServerProcess:
+    process = PROCESSES.Process(target=record_from_the_command_line, args=(folder, store, engine))
+    process.start()
+    return process
+
+
+def ended(process: ForkServerProcess) -> int:
+    """Its exit code, once it has one; that of the signal that killed it, negative."""
+    process.join()
+    return process.exitcode
+
+
+def wait_until_recording(process: ForkServerProcess, store: Path) -> None:
     """Until the process has claimed its next runs."""
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.exitcode is None and time.monotonic() < deadline:
         if (store / "partial").is_dir() and any((store / "partial").iterdir()):
             return
         time.sleep(0.005)
@@ -71,9 +93,9 @@ def kill_and_start_again(folder: Path, engine: str, kills: int) -> None:
         process = start(folder, name, engine)
         wait_until_recording(process, folder / name)
         time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is None:
+        if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
-            killed += process.wait() == -signal.SIGKILL
+            killed += ended(process) == -signal.SIGKILL
         else:
             check(folder, name, engine)
             stores += 1
@@ -82,7 +104,7 @@ def kill_and_start_again(folder: Path, engine: str, kills: int) -> None:
 
 def check(folder: Path, name: str, engine: str) -> None:
     """The store is as an uninterrupted recording leaves it."""
-    assert start(folder, name, engine).wait() == 0, (folder / f"{name}.err").read_text()
+    assert ended(start(folder, name, engine)) == 0, (folder / f"{name}.err").read_text()
     whole, broken = sf.RunStore(folder / f"whole-{engine}").load(), sf.RunStore(folder / name).load()
     assert broken.ids == whole.ids
     assert len(broken) == 32
@@ -108,7 +130,7 @@ def test_ctrl_c_says_how_to_go_on(folder, engine):
     process = start(folder, name, engine)
     wait_until_recording(process, folder / name)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait() == 130
+    assert ended(process) == 130
     assert "the same command goes on from there" in (folder / f"{name}.err").read_text()
     check(folder, name, engine)
 
@@ -117,7 +139,7 @@ def test_ctrl_c_says_how_to_go_on(folder, engine):
 def test_four_processes_record_into_one_store(folder, engine):
     name = f"shared-{engine}"
     processes = [start(folder, name, engine) for _ in range(4)]
-    assert [process.wait() for process in processes] == [0] * 4, (folder / f"{name}.err").read_text()
+    assert [ended(process) for process in processes] == [0] * 4, (folder / f"{name}.err").read_text()
     started = [line for file in folder.glob(f"{name}.*.started") for line in file.read_text().split()]
     assert len(started) == len(set(started)) == (32 if engine == "loop" else 1)  # no run's work was done twice
     check(folder, name, engine)

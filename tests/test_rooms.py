@@ -17,6 +17,7 @@ FLOORS = [
         "errors",
         "_types",
         "_indices",
+        "_places",
         "_files",
         "_progress",
         "_spec",

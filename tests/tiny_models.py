@@ -9,7 +9,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
+import simfluence as sf
+
 SENTENCE = "the a man woman dog cat ball tree ran fell broke kicked saw was wet cold because so it he she yes no"
+LABELLED = [
+    {"text": text, "label": label, "weight": k / 2}
+    for k, (text, label) in enumerate(
+        [("the dog ran", "dog"), ("a cat", "cat"), ("the man saw the cat fell", "cat"), ("dog", "dog")] * 3
+    )
+]
 LETTERS = [chr(code) for code in range(33, 127)]
 
 
@@ -121,3 +129,8 @@ def written(data: str, folder: Path, train: int = 24, test: int = 8) -> Path:
     for split, part in (("train", rows[:train]), ("validation", rows[train:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
+
+
+def classified(models: dict[str, str], rows: list[dict] = LABELLED, **more) -> sf.Task:
+    """A classification task of eight made-up rows, and the rest to test on."""
+    return sf.tasks.classification(models["bert"], rows[:8], rows[8:], **more)

@@ -100,7 +100,7 @@ def _disagreeing(gradients: Gradients, few: Data) -> set[str]:
     wrong = set()
     for name, layer in hooked.items():
         try:
-            made = layer.to_parameters(gathered(layer, calls, None, len(few[1])).matrices())
+            made = layer.to_parameters(gathered(layer, calls, lambda positions: [], len(few[1])).matrices())
         except InvalidInput:  # other rows than examples, or never called
             wrong.add(name)
             continue

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,22 +24,40 @@ from simfluence.task import Data, cast, convert, forward, take
 
 #: ``(outputs, targets)`` → ``[batch]``.
 Loss = Callable[[Any, Tensor], Tensor]
-#: Inputs → which positions are no padding, ``[batch, positions]``, or None where there is no padding.
-Mask = Callable[[Any], Tensor | None]
+#: Inputs → which positions are no padding, ``[batch, positions]``, or None where there is no padding. Several where a
+#: model has sequences of its own, as an encoder and a decoder have.
+Mask = Callable[[Any], Tensor | Sequence[Tensor] | None]
 #: Module calls of one pass: what came in, and what came out or the loss's derivative by it.
 Calls = list[tuple[nn.Module, Tensor, Tensor]]
 
 
-def attention_mask(inputs: Any) -> Bool[Tensor, "batch positions"] | None:
+def attention_mask(inputs: Any) -> Bool[Tensor, "batch positions"] | list[Tensor] | None:
     """The padding mask that a mapping of inputs carries under the name that Hugging Face's models give it.
 
-    Several texts of one example, ``[batch, texts, positions]``, stand one after the other.
+    Several texts of one example, ``[batch, texts, positions]``, stand one after the other. With a
+    "decoder_attention_mask" there are three: of what is decoded, of what is read, and that once for each text decoded.
 
     >>> attention_mask({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])}).tolist()
     [[True, False]]
     """
-    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return found.bool().flatten(1) if isinstance(found, Tensor) and found.ndim in (2, 3) else None
+    found, decoded = (
+        inputs.get(name) if isinstance(inputs, Mapping) else None
+        for name in ("attention_mask", "decoder_attention_mask")
+    )
+    if not isinstance(found, Tensor) or found.ndim not in (2, 3):
+        return None
+    read = found.bool().flatten(1)
+    if not isinstance(decoded, Tensor) or decoded.ndim not in (2, 3):
+        return read
+    said = decoded.bool().flatten(1)
+    return [said, read, read.repeat(1, said.shape[1] // decoded.shape[-1])]
+
+
+def masks_of(mask: Mask, inputs: Any, positions: int) -> list[Tensor]:
+    """The masks of so many positions, ``[batch, positions]`` each."""
+    found = mask(inputs)
+    several = [found] if isinstance(found, Tensor) else found or []
+    return [each for each in several if each.shape[1] == positions]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +122,8 @@ class Gradients:
         """The factors of all layers for one batch, whose first example is number ``first`` of its side."""
         inputs, targets = self.placed(batch)
         calls, targets = self.calls(inputs, targets, first, relabel, side)
-        mask = self.mask(inputs)
-        found = {n: gathered(layer, calls, mask, len(targets)) for n, layer in self.layers.items() if layer.sources}
+        masks = partial(masks_of, self.mask, inputs)
+        found = {n: gathered(layer, calls, masks, len(targets)) for n, layer in self.layers.items() if layer.sources}
         found |= self._unhooked(inputs, targets)
         for name, factors in found.items():
             _check_finite(name, factors, side, first)
@@ -181,8 +200,11 @@ def called(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> A
     return torch.func.functional_call(model, dict(parameters), args, named)
 
 
-def gathered(layer: Layer, calls: Calls, mask: Tensor | None, batch: int) -> Factors:
+def gathered(layer: Layer, calls: Calls, masks: Callable[[int], list[Tensor]], batch: int) -> Factors:
     """The factors of one layer: all calls of its modules, one after the other along the positions.
+
+    Args:
+        masks: which positions are no padding, for so many positions; none where nothing is known.
 
     Raises:
         WrongBatch: the first axis of a call does not count the examples.
@@ -198,9 +220,27 @@ def gathered(layer: Layer, calls: Calls, mask: Tensor | None, batch: int) -> Fac
     a, s = parts[0] if len(parts) == 1 else (torch.cat(column, 1) for column in zip(*parts, strict=True))
     if layer.vector:
         return Factors(a[:, :1], s.sum(1, keepdim=True))
-    if mask is None or any(inputs.shape[1] != mask.shape[1] for inputs, _ in parts):
+    valid = [_valid(masks(part[0].shape[1]), *part) for part in parts]
+    if any(each is None for each in valid):
         return Factors(a, s, None, len(parts))
-    return Factors(a, s, mask.to(a.device).repeat(1, len(parts)), len(parts))
+    return Factors(a, s, torch.cat([each for each in valid if each is not None], 1), len(parts))
+
+
+def _valid(
+    masks: Sequence[Tensor], a: Float[Tensor, "batch positions columns"], s: Float[Tensor, "batch positions rows"]
+) -> Bool[Tensor, "batch positions"] | None:
+    """Which positions of a call are no padding.
+
+    Of several masks that fit, those hold for an example under which what is left out has no part in its loss.
+    """
+    if len(masks) < 2:
+        return masks[0].to(a.device) if masks else None
+    used = (a != 0).any(-1) & (s != 0).any(-1)
+    valid = torch.ones_like(used)
+    for mask in masks:
+        holds = ~(used & ~mask.to(used.device)).any(1, keepdim=True)
+        valid &= mask.to(used.device) | ~holds
+    return valid
 
 
 def _by_example(layer: Layer, factors: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:

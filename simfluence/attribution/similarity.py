@@ -6,7 +6,8 @@ These are baselines, and cheap enough to propose ``candidates`` that a costly at
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,16 @@ from torch import Tensor, nn
 from simfluence._indices import checked_indices
 from simfluence._types import Indices
 from simfluence.attribution.base import checked_data, versions
-from simfluence.attribution.gradients import Calls, Mask, attention_mask, evaluating, explained, recording, rows_of
+from simfluence.attribution.gradients import (
+    Calls,
+    Mask,
+    attention_mask,
+    evaluating,
+    explained,
+    masks_of,
+    recording,
+    rows_of,
+)
 from simfluence.attribution.scores import Scores
 from simfluence.errors import InvalidInput, NotFittedError, did_you_mean
 from simfluence.examples import Examples
@@ -134,7 +144,7 @@ class HiddenSimilarity(_Similarity):
         module = self.model_.get_submodule(self.layer_)
         with evaluating(self.model_), recording({module}) as calls, explained(side, first, len(targets)):
             forward(self.model_, inputs)
-        return _pooled(calls, self.mask_(inputs), len(targets), self.layer_)
+        return _pooled(calls, partial(masks_of, self.mask_, inputs), len(targets), self.layer_)
 
 
 def _named(model: nn.Module, layer: str | None) -> str:
@@ -150,7 +160,9 @@ def _named(model: nn.Module, layer: str | None) -> str:
     return layer
 
 
-def _pooled(calls: Calls, mask: Tensor | None, batch: int, layer: str) -> Float[Tensor, "batch features"]:
+def _pooled(
+    calls: Calls, masks: Callable[[int], list[Tensor]], batch: int, layer: str
+) -> Float[Tensor, "batch features"]:
     """What came in, one row per example."""
     if not calls:
         raise InvalidInput(f"the model never called layer {layer!r}: name another module by layer=…")
@@ -159,15 +171,16 @@ def _pooled(calls: Calls, mask: Tensor | None, batch: int, layer: str) -> Float[
     rows = {len(given) for _, given, _ in calls}
     if rows != {batch}:
         raise InvalidInput(f"layer {layer!r} was called with {max(rows)} rows for {batch} examples: name another one")
-    return torch.stack([_averaged(given, mask) for _, given, _ in calls]).mean(0)
+    return torch.stack([_averaged(given, masks) for _, given, _ in calls]).mean(0)
 
 
-def _averaged(given: Tensor, mask: Tensor | None) -> Float[Tensor, "batch features"]:
+def _averaged(given: Tensor, masks: Callable[[int], list[Tensor]]) -> Float[Tensor, "batch features"]:
     if given.ndim != 3:
         return given.flatten(1)
-    if mask is None or mask.shape[1] != given.shape[1]:
+    fitting = masks(given.shape[1])
+    if not fitting:
         return given.mean(1)
-    kept = mask.to(given)[..., None]
+    kept = fitting[0].to(given)[..., None]
     return (given * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 

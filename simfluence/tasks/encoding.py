@@ -93,6 +93,7 @@ def _decoder_inputs(pretrained: Pretrained, sides: Sequence[list[_Pair]]) -> lis
     for each, side in zip(inputs, sides, strict=True):
         shifted = [[start, *said[:-1]] for _, said in side]
         each["decoder_input_ids"] = _padded(shifted, length, pretrained.tokenizer.pad_token_id or 0)
+        each["decoder_attention_mask"] = _padded([[1] * len(said) for _, said in side], length, 0)
         each["labels"] = _padded([said for _, said in side], length, IGNORED)
     return inputs
 

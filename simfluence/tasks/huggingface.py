@@ -6,7 +6,7 @@ text. Padding has no part in any loss: an example's loss is the same alone and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from simfluence.tasks.pretrained import Factory, Pretrained
 from simfluence.tasks.text_data import Rows, chosen, described, read_rows
 
 Model = Pretrained | str | Path
+
+#: Outputs and targets → ``[batch]``.
+_Measure = Callable[[Any, Tensor], Tensor]
 
 
 def classification(
@@ -68,16 +71,13 @@ def classification(
     targets = [torch.tensor([names.index(value) for value in side[label]]) for side in sides]
     inputs = padded_alike(pretrained, encoded)
     left_out = () if keep_text else columns
-    train_side, test_side = _both_described(pretrained, sides, inputs, left_out, features)
+    both = _both_described(pretrained, sides, inputs, left_out, features)
     numbered = {
         "id2label": {k: str(v) for k, v in enumerate(names)},
         "label2id": {str(v): k for k, v in enumerate(names)},
     }
     factory = Factory(pretrained, "AutoModelForSequenceClassification", numbered)
-    return Task(
-        name, factory, (inputs[0], targets[0]), (inputs[1], targets[1]), cross_entropy, train_side, test_side,
-        arguments or {}, CLASSIFICATION, trim=trimmed,
-    )  # fmt: skip
+    return _of_text(name, factory, inputs, targets, cross_entropy, both, CLASSIFICATION, arguments)
 
 
 def multiple_choice(
@@ -131,12 +131,9 @@ def multiple_choice(
     ]
     if pretrained.config.is_encoder_decoder:  # the prompt is the same for all choices
         inputs = [{n: t[:, 0] if n in _ENCODED else t for n, t in each.items()} for each in inputs]
-    train_side, test_side = _both_described(pretrained, sides, inputs, (), features)
+    both = _both_described(pretrained, sides, inputs, (), features)
     factory = Factory(pretrained, _language_model(pretrained), wrap=RankedChoices)
-    return Task(
-        name, factory, (inputs[0], targets[0]), (inputs[1], targets[1]), cross_entropy, train_side, test_side,
-        arguments or {}, CLASSIFICATION, trim=trimmed,
-    )  # fmt: skip
+    return _of_text(name, factory, inputs, targets, cross_entropy, both, CLASSIFICATION, arguments)
 
 
 def language_modelling(
@@ -175,12 +172,9 @@ def language_modelling(
     inputs = continuations(pretrained, pairs, max_length, truncate)
     targets = [each.pop("labels") for each in inputs]
     left_out = () if keep_text else columns
-    train_side, test_side = _both_described(pretrained, sides, inputs, left_out, features)
+    both = _both_described(pretrained, sides, inputs, left_out, features)
     factory = Factory(pretrained, _language_model(pretrained))
-    return Task(
-        name, factory, (inputs[0], targets[0]), (inputs[1], targets[1]), token_cross_entropy, train_side, test_side,
-        arguments or {}, LANGUAGE, trim=trimmed,
-    )  # fmt: skip
+    return _of_text(name, factory, inputs, targets, token_cross_entropy, both, LANGUAGE, arguments)
 
 
 class RankedChoices(nn.Module):
@@ -199,12 +193,14 @@ class RankedChoices(nn.Module):
         axis of choices."""
         flat = labels.flatten(0, 1)
         if decoder:
-            logits = self._decoded(input_ids, attention_mask, decoder["decoder_input_ids"])
+            logits = self._decoded(input_ids, attention_mask, **decoder)
         else:
             logits = self.outputs(input_ids=input_ids.flatten(0, 1), attention_mask=attention_mask.flatten(0, 1))
         return -token_cross_entropy(logits, flat).unflatten(0, labels.shape[:2])
 
-    def _decoded(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+    def _decoded(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+    ) -> Tensor:
         """The prompt is read once, whatever the number of choices."""
         count = decoder_input_ids.shape[1]
         encoder: Any = self.outputs.model.get_encoder()  # type: ignore[operator, union-attr]
@@ -213,6 +209,7 @@ class RankedChoices(nn.Module):
             encoder_outputs=(states.repeat_interleave(count, 0),),
             attention_mask=attention_mask.repeat_interleave(count, 0),
             decoder_input_ids=decoder_input_ids.flatten(0, 1),
+            decoder_attention_mask=decoder_attention_mask.flatten(0, 1),
         )
         return logits
 
@@ -272,6 +269,20 @@ def _numbers(labels: pd.Series, count: int) -> Tensor:
         if isinstance(value, bool | str) or value != int(value) or not 0 <= value < count:
             raise InvalidInput(f"answer {value!r} of row {row} is not the number of a choice, 0 to {count - 1}")
     return torch.tensor(labels.astype(int).to_numpy())
+
+
+def _of_text(
+    name: str,
+    factory: Factory,
+    inputs: Sequence[Mapping[str, Tensor]],
+    targets: Sequence[Tensor],
+    loss: _Measure,
+    both: tuple[Examples, Examples],
+    measures: Mapping[str, _Measure],
+    arguments: Mapping[str, Any] | None,
+) -> Task:
+    train, test = zip(inputs, targets, strict=True)
+    return Task(name, factory, train, test, loss, *both, arguments or {}, measures, trim=trimmed)
 
 
 def _both_described(
