@@ -65,7 +65,7 @@ front-page: $(READY)  ## the picture and the table of simulators in the README, 
 tangent-table: $(READY)  ## the tangent kernel simulator from one run and more, over eight choices and three seeds: two hours
 	$(BIN)/python benchmarks/tangent.py
 
-text-table: $(READY)  ## the paper's table on fine-tuned MiniLM, an hour
+text-table: $(READY)  ## the paper's table on fine-tuned MiniLM, two hours
 	$(BIN)/python benchmarks/text_table.py
 
 what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by retraining, five minutes

@@ -11,7 +11,7 @@ from torch import nn
 
 import simfluence as sf
 from simfluence.errors import BeyondReferenceWarning, InvalidInput
-from simfluence.simulators import adjoint, function_space, tangent
+from simfluence.simulators import adjoint, function_space, nearness
 from simfluence.simulators.dynamics import batch_weights
 
 N_TRAIN, N_TEST, STEPS = 8, 3, 9
@@ -63,7 +63,7 @@ def by_differences(fitted, run, monkeypatch, h=1e-4) -> np.ndarray:
     found = np.zeros((N_TEST, N_TRAIN))
     for example in range(N_TRAIN):
         for part in (h, -h):
-            for module in (function_space, tangent):
+            for module in (function_space, nearness):
                 monkeypatch.setattr(module, "batch_weights", without_a_part(run.curriculum, example, part))
             final = fitted.simulate([run.curriculum], run.initial_losses)[0, -1]
             found[:, example] += final / (2 * part)
@@ -89,7 +89,7 @@ def test_derivatives_are_those_of_the_simulation(name, monkeypatch):
 @pytest.mark.parametrize("base", [0, 3])
 def test_several_references_whose_nearness_changes(base, monkeypatch):
     """The base is a reference, or it is none."""
-    monkeypatch.setattr(tangent, "_shown", lambda *given: np.cumsum(tangent._shares(*given), axis=0))  # in float64
+    monkeypatch.setattr(nearness, "_shown", lambda *given: np.cumsum(nearness._shares(*given), axis=0))  # in float64
     task = small_task()
     runs = recorded(task, sf.Recipe(lr=0.2, dtype="float64"), 4)
     fitted = sf.TangentKernelSimulator(task, checkpoints=3, features=1, references=3).fit(runs[:3])
@@ -98,7 +98,7 @@ def test_several_references_whose_nearness_changes(base, monkeypatch):
         expected = by_differences(fitted, runs[base], patch)
     assert np.allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
     if base == 3:
-        apart = tangent.nearness_without(runs[3].curriculum, runs.curricula[:3])[1]
+        apart = nearness.nearness_without(runs[3].curriculum, runs.curricula[:3])[1]
         assert np.abs(apart).max() > 1e-3  # or the test would say nothing of it
 
 

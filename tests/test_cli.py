@@ -199,6 +199,9 @@ def test_tangent_kernel(run, folder, tmp_path):
     assert code == 0
     changes = sf.leave_one_out(sf.Simulator.load(file), held[0], "derivative").mean(0)
     assert json.loads(out)["ranking"][0]["gain"] == pytest.approx(-changes.min())
+    code, out, _ = run("learning-curve", folder / "runs", *options, "--repeats", 1, "--json")
+    assert code == 0
+    assert all(row["skill"] > 0.5 for row in json.loads(out))
     code, _, err = run("leave-one-out", folder / "runs", "--held-out", 3, "--derivative")
     assert code == 1
     assert "'linear' has no derivatives" in err

@@ -13,8 +13,10 @@ from simfluence._progress import bar
 from simfluence.errors import BeyondReferenceWarning, InvalidInput, NotFittedError
 from simfluence.simulators import tangent
 from simfluence.simulators.head import Head
+from simfluence.simulators.nearness import nearness
 from simfluence.simulators.reference_run import factors_of
-from simfluence.simulators.tangent import _Correction, nearness
+from simfluence.simulators.tangent import _Correction
+from simfluence.tasks.losses import token_cross_entropy
 
 RECIPES = {
     "sgd": {},
@@ -364,6 +366,8 @@ def test_bad_input(task, runs):
     ):
         with pytest.raises(InvalidInput, match=said):
             bad.fit(runs)
+    with pytest.raises(InvalidInput, match="does not cover language modelling"):
+        simulator(dataclasses.replace(task, loss=token_cross_entropy)).fit(runs)
     with pytest.raises(InvalidInput, match="how were these runs trained"):
         simulator(task).fit(bare)
     with pytest.raises(InvalidInput, match="another task"):

@@ -168,12 +168,15 @@ def learning_curve(
     repeats: Annotated[int, typer.Option(help="Random sets of fitting runs of each size.")] = 5,
     held_out: HeldOut = 8,
     seed: Seed = 0,
+    task: OwnTask = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a simulator fitted on 2, 4, 8, … runs of STORE: how many are needed?"""
-    chosen = simulators.build(simulator, **parsed(parameters))
-    table = curve(chosen, RunStore(store).load(), held_out=held_out, repeats=repeats, seed=seed)
+    opened = RunStore(store)
+    given = {"task": built_task(opened, task)} if simulator in OF_TASK else {}
+    chosen = simulators.build(simulator, **parsed(parameters), **given)
+    table = curve(chosen, opened.load(), held_out=held_out, repeats=repeats, seed=seed)
     if plot:
         draw(plot, lambda ax: plots.learning_curve(table, ax, f"{plots.heading(table)}, {chosen.name}"))
     if as_json:

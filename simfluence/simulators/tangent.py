@@ -38,13 +38,13 @@ from simfluence.errors import BeyondReferenceWarning, InvalidInput
 from simfluence.recipe import Recipe
 from simfluence.recording.training import Job
 from simfluence.runs import Run, Runs
-from simfluence.simulators.adjoint import by_removal, final_derivatives
+from simfluence.simulators.adjoint import final_derivatives
 from simfluence.simulators.base import Simulator
-from simfluence.simulators.dynamics import batch_weights
 from simfluence.simulators.function_space import FunctionSpace
+from simfluence.simulators.nearness import nearness, nearness_without
 from simfluence.simulators.reference_run import GIB, taken_of
 from simfluence.task import Task, convert, forward, take, tensors
-from simfluence.tasks.losses import BY_NAME
+from simfluence.tasks.losses import BY_NAME, token_cross_entropy
 
 #: Optimizers whose update has a counterpart in function space.
 COVERED = ("sgd", "adam", "adamw")
@@ -366,49 +366,6 @@ def _loss_name(task: Task) -> str | None:
     return next((name for name, loss in BY_NAME.items() if loss is task.loss), None)
 
 
-def nearness(curricula: Sequence[Curriculum], references: Sequence[Curriculum], longest: int) -> np.ndarray:
-    """How much each reference counts for each curriculum at each time, ``[runs, references, longest + 1]``; sums are 1.
-
-    In inverse proportion to the mean, over the steps so far, of the squared distance of what has been shown.
-    """
-    shown = [_shown(reference, longest) for reference in references]
-    inverse = np.empty((len(curricula), len(references), longest + 1))
-    for row, curriculum in enumerate(curricula):
-        mine = _shown(curriculum, longest)
-        for column, other in enumerate(shown):
-            distances = np.square(mine - other).sum(1)
-            inverse[row, column, 1:] = 1 / (np.cumsum(distances) / np.arange(1, longest + 1) + 1e-9)
-    inverse[:, :, 0] = 1.0
-    return inverse / inverse.sum(axis=1, keepdims=True)
-
-
-def nearness_without(curriculum: Curriculum, references: Sequence[Curriculum]) -> tuple[np.ndarray, np.ndarray]:
-    """The same at the curriculum's end, ``[references]``, and its derivatives as each training example leaves,
-    ``[references, train]``."""
-    steps, shares = len(curriculum), _shares(curriculum, len(curriculum))
-    inverse, moved = np.empty(len(references)), np.empty((len(references), curriculum.n_train))
-    mine = np.cumsum(shares, axis=0)
-    for row, reference in enumerate(references):
-        apart = mine - _shown(reference, steps)  # [steps, train]
-        inverse[row] = 1 / (np.square(apart).sum() / steps + 1e-9)
-        by_shares = 2 / steps * np.cumsum(apart[::-1], axis=0)[::-1]  # of the distance
-        moved[row] = -(inverse[row] ** 2) * by_removal(shares, by_shares).sum(0)
-    nearest = inverse / inverse.sum()
-    return nearest, (moved - nearest[:, None] * moved.sum(0)) / inverse.sum()
-
-
-def _shown(curriculum: Curriculum, longest: int) -> np.ndarray:
-    """What has been shown by each step, in batches' shares, ``[longest, train]``."""
-    return np.cumsum(_shares(curriculum, longest), axis=0, dtype=np.float32)
-
-
-def _shares(curriculum: Curriculum, longest: int) -> np.ndarray:
-    """Of each batch, ``[longest, train]``."""
-    weights, _ = batch_weights([curriculum], max(longest, len(curriculum)), 1)
-    found: np.ndarray = weights.toarray()[:longest]
-    return found
-
-
 def check_covered(task: Task, recipe: Recipe) -> None:
     """Whether training has a counterpart in function space.
 
@@ -416,6 +373,8 @@ def check_covered(task: Task, recipe: Recipe) -> None:
         InvalidInput: it has none; says what is in the way.
     """
     problems = []
+    if task.loss is token_cross_entropy:
+        problems.append("language modelling, whose outputs at every token are too many (choices by rank are covered)")
     if recipe.optimizer not in COVERED:
         problems.append(f"optimizer {recipe.optimizer!r} (covered: {', '.join(COVERED)})")
     if recipe.optimizer == "adam" and recipe.weight_decay:
