@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 import simfluence as sf
 from simfluence import plots
 from simfluence.demo import COMPARED
+from simfluence.plots.style import save
 
 NAMES = {
     "persistence": "persistence (the loss stays as it started)",
@@ -90,7 +91,7 @@ def draw(path: Path, task: sf.Task, simulators: dict[str, sf.Simulator], held: s
         "digits: tangent kernel, 1 run to fit on; 100 test examples", groups=list(questions),
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save(figure, path, dpi=100)
 
 
 def main() -> None:

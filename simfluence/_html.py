@@ -32,10 +32,12 @@ def picture(drawing: Callable[[Any], object], width: float = 6.5, height: float 
     """What ``drawing`` puts on the axes that it is given, as an image within the HTML. Sizes are in inches."""
     from matplotlib.figure import Figure  # takes half a second, and most programs never look
 
+    from simfluence.plots.style import save
+
     figure = Figure(figsize=(width, height), layout="constrained")
     drawing(figure.subplots())
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=80)
+    save(figure, content, dpi=80)
     return f'<br><img src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">'
 
 

@@ -16,6 +16,7 @@ from simfluence import plots, tasks
 from simfluence.curriculum import random_curricula
 from simfluence.edits import Edit, Remove
 from simfluence.evaluation import evaluate
+from simfluence.plots.style import save
 from simfluence.recipe import Recipe
 from simfluence.recording import record
 from simfluence.runs import Run, Runs
@@ -153,7 +154,7 @@ def draw(
     right.set_ylim(0, 2 * np.nanmax(truth[:, removed].mean(1)))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     figure.suptitle(f"{task.name}: simulators fitted on recorded runs (axes end at twice the real losses)")
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
 
 
 def _joined(losses: np.ndarray) -> np.ndarray:

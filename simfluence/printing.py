@@ -16,6 +16,7 @@ from rich.table import Table
 
 from simfluence._tables import cell
 from simfluence.errors import InvalidInput
+from simfluence.plots.style import save
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
@@ -53,7 +54,7 @@ def draw(path: Path, drawing: Callable[[Axes], object]) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     drawing(figure.subplots())
     try:
-        figure.savefig(path, dpi=150)
+        save(figure, path, dpi=150)
     except (ValueError, OSError) as error:
         raise InvalidInput(f"{path}: {error}") from None
 

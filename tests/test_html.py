@@ -46,7 +46,10 @@ def checked(shown) -> tuple[str, list[Image.Image]]:
     assert parser.open == []
     assert set(parser.seen) <= {"div", "b", "br", "img", "table", "tr", "th", "td"}
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    return page, [Image.open(io.BytesIO(base64.b64decode(each))) for each in pictures]
+    images = [Image.open(io.BytesIO(base64.b64decode(each))) for each in pictures]
+    for pixels in (np.asarray(image.convert("L")) for image in images):
+        assert all((edge == 255).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])), "cut off"
+    return page, images
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,8 @@ def test_forecasts(task, runs, evil, evil_runs):
     page, pictures = checked(forecast.verify())
     assert "Delta correlation" in page
     assert len(pictures) == 2
+    long = sf.Remove("group == 'a' and not group in ['b', 'c']", fill="resample", seed=12)
+    checked(sf.what_if(linear, runs[0], long, task=task).verify())  # a title of several lines
     many = sf.what_if(linear, runs, {EVIL: sf.Remove([0]), "b": sf.Remove([1])}, task=task)
     assert len(checked(many)[1]) == 1
     assert len(checked(many.verify())[1]) == 2

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 #: Okabe and Ito's colours: distinct to colour-blind readers and in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -32,6 +33,12 @@ def finished(ax: Axes, title: str, **labels: str) -> Axes:
     ax.set(**{name: plain(label, 200) for name, label in labels.items()})
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def save(figure: Figure, file: Any, dpi: int) -> None:
+    """Write a figure to a path, or as PNG to a stream, with nothing cut off."""
+    figure.draw_without_rendering()  # the layout's first pass takes a wrapped title for a line, and cuts labels
+    figure.savefig(file, dpi=dpi)
 
 
 def legend(ax: Axes) -> None:
