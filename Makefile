@@ -78,7 +78,7 @@ $(VENV)/.shown: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,notebooks]"
 	touch $(VENV)/.shown
 
-notebooks: $(VENV)/.shown  ## execute the notebooks and keep their outputs, five minutes
+notebooks: $(VENV)/.shown  ## execute the notebooks and keep their outputs, ten minutes
 	$(BIN)/python notebooks/execute.py
 
 docs: $(VENV)/.shown  ## the documentation site, in build/site; any warning stops it
