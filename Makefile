@@ -62,13 +62,13 @@ table: $(READY)  ## how good each simulator is on the recorded runs; goes on whe
 front-page: $(READY)  ## the picture and the table of simulators in the README, three minutes
 	$(BIN)/python benchmarks/front_page.py
 
-tangent-table: $(READY)  ## the tangent kernel simulator from one run and more, over eight choices and three seeds: two hours
+tangent-table: $(READY)  ## the tangent kernel simulator from one run and more, over eight choices and three seeds: three hours
 	$(BIN)/python benchmarks/tangent.py
 
 text-table: $(READY)  ## the paper's table on fine-tuned MiniLM, two hours
 	$(BIN)/python benchmarks/text_table.py
 
-what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by retraining, five minutes
+what-if-table: $(READY)  ## 24 edits forecast by every simulator and verified by retraining, a quarter of an hour
 	$(BIN)/python benchmarks/what_if.py --markdown docs/what_if.md
 
 attribution-table: $(READY)  ## attributors against retraining, PBRF, runs on subsets and removals, five minutes

@@ -36,7 +36,7 @@ def leave_one_out(simulator: Simulator, run: Run, method: str = "simulate") -> C
         method: "simulate" each removal; or take the "derivative" of the final losses by how much of the example is
             left out, for all training examples in one pass backwards, and multiply it by all of it. Only
             ``TangentKernelSimulator`` has derivatives. On digits they correlate with what is simulated at 0.99, in
-            40 % of the time, and are a fifth too small (relative error 0.23 to 0.24); with AdamW 0.96 and 0.40. So
+            half the time, and are a fifth too small (relative error 0.23 to 0.24); with AdamW 0.96 and 0.40. So
             they rank examples, and size effects roughly.
 
     Raises:

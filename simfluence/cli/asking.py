@@ -34,7 +34,7 @@ from simfluence.errors import InvalidInput
 from simfluence.printing import draw, print_json, print_table, records
 from simfluence.removal import best_removal, forecast_removal, smallest_removal
 from simfluence.runs import Run
-from simfluence.simulators import ConformalSimulator
+from simfluence.simulators import ConformalSimulator, Simulator
 from simfluence.specs import WhatIfSpec
 from simfluence.store import RunStore
 from simfluence.whatif import Forecast, Forecasts
@@ -120,17 +120,13 @@ def leave_one_out(
     target = _test(test)
     method = "derivative" if derivative else "simulate"
     table = rank_suspects(fitted, base, test=target, by=by, method=method)
-    if by:
-        changes = leave_group_out(fitted, base, by)
-    else:
-        changes = pd.DataFrame(
-            leave_each_out(fitted, base, method), columns=pd.RangeIndex(base.curriculum.n_train, name="train")
-        )
-    if out:
-        changes.rename_axis("test").melt(ignore_index=False, value_name="change").reset_index().to_parquet(out)
-    if plot:
-        title = f"{base.task_name}: {fitted.name}, {len(part)} runs to fit on, base run {base.id}"
-        draw(plot, lambda ax: plots.heat_map(changes.rename_axis("test"), ax, title))
+    if out or plot:
+        changes = _left_out(fitted, base, by, method)
+        if out:
+            changes.melt(ignore_index=False, value_name="change").reset_index().to_parquet(out)
+        if plot:
+            title = f"{base.task_name}: {fitted.name}, {len(part)} runs to fit on, base run {base.id}"
+            draw(plot, lambda ax: plots.heat_map(changes, ax, title))
     if as_json:
         print_json({"run": base.id, "simulator": str(fitted), "ranking": records(table)})
         return
@@ -140,6 +136,14 @@ def leave_one_out(
     else:
         print_table(table.head(top), f"{said} each example; the most suspect")
         print_table(table.tail(top)[::-1], "The most useful")
+
+
+def _left_out(fitted: Simulator, base: Run, by: str | None, method: str) -> pd.DataFrame:
+    """A row per test example, a column per training example or group."""
+    if by:
+        return leave_group_out(fitted, base, by).rename_axis("test")
+    columns = pd.RangeIndex(base.curriculum.n_train, name="train")
+    return pd.DataFrame(leave_each_out(fitted, base, method), columns=columns).rename_axis("test")
 
 
 def removal(
