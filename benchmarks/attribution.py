@@ -71,14 +71,14 @@ def leave_one_out() -> Part:
 
 def judged_by(task: sf.Task, share: float, weight: float | None = None) -> dict[str, str]:
     """Influence beside retraining without a ``share`` of each example, per share; the others weigh ``weight``."""
-    model = attribution.reference.retrain(task.build_model(0), task.train_data, task.loss, task.l2)
+    model = attribution.exact.retrain(task.build_model(0), task.train_data, task.loss, task.l2)
     found = np.asarray(attribution.Exact(curvature="hessian").fit(model, task).scores())
     before = test_losses(task, model)
     columns = []
     for index in range(len(task.train)):
         weights = torch.full((len(task.train),), weight or 1 / len(task.train), dtype=torch.float64)
         weights[index] *= 1 - share
-        without = attribution.reference.retrain(model, task.train_data, task.loss, task.l2, weights)
+        without = attribution.exact.retrain(model, task.train_data, task.loss, task.l2, weights)
         columns.append((test_losses(task, without) - before) / share)
     kept = before > ROUNDING
     found, truth = found[kept], np.stack(columns, 1)[kept]
@@ -155,7 +155,7 @@ def pbrf(task: sf.Task, run: sf.Run, model: nn.Module, scores: Mapping[Key, list
     for damping in DAMPINGS:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
-            truth = attribution.reference.pbrf(
+            truth = attribution.exact.pbrf(
                 model, task.train_data, task.test_data, task.loss, damping, removed.tolist(), tolerance=1e-7
             ).numpy()
         kinks.append(f"{len(caught)} of {REMOVED} at λ {damping}")

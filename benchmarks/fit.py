@@ -28,8 +28,8 @@ import torch
 from sklearn.linear_model import Ridge
 
 import simfluence as sf
-from simfluence.simulators.least_squares import Lazy, Problem
-from simfluence.simulators.solver import ridge, ridge_path
+from simfluence.simulators.markov.least_squares import Lazy, Problem
+from simfluence.simulators.markov.ridge import ridge, ridge_path
 
 L2S = np.logspace(0, 4, 10)
 

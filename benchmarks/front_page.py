@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import simfluence as sf
 from simfluence import plots
-from simfluence.demo import COMPARED
+from simfluence.cli.demo import COMPARED
 from simfluence.plots.style import save
 
 NAMES = {

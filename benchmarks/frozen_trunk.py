@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import simfluence as sf
-from simfluence.tasks.padding import trimmed
+from simfluence.tasks.text.padding import trimmed
 
 N_TRAIN, N_TEST, LONGEST, WIDTH, LAYERS = 200, 100, 64, 128, 6
 
@@ -118,12 +118,12 @@ def main() -> None:
             for way, (trim, room) in ways.items():
                 task = make(trim, *trained)
                 start = time.perf_counter()
-                losses[way] = sf.record(task, recipe, curricula, engine="loop", trunk_bytes=room).losses
+                losses[way] = sf.record(task, recipe, curricula, engine="loop", activation_cache_bytes=room).losses
                 seconds[way].append(time.perf_counter() - start)
         median = {way: float(np.median(found)) for way, found in seconds.items()}
         exact = {
             way: sf.record(
-                make(trim, *trained), recipe.replace(dtype="float64"), few, engine="loop", trunk_bytes=room
+                make(trim, *trained), recipe.replace(dtype="float64"), few, engine="loop", activation_cache_bytes=room
             ).losses
             for way, (trim, room) in ways.items()
         }  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import simfluence as sf
-from simfluence.effects import METHODS
+from simfluence.queries.effects import METHODS
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST, STEPS, BATCH, RUNS = 1000, 100, 500, 8, 6

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import simfluence as sf
-from simfluence.attribution.kernel import tangent_kernel
+from simfluence.attribution.gradients.tangent_kernel import tangent_kernel
 
 
 def seconds(work: Callable[[], object], repetitions: int = 1) -> float:

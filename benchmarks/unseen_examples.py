@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 import simfluence as sf
-from simfluence import evaluation
+from simfluence.evaluation import metrics as evaluation
 
 TASKS = {
     "digits": (sf.tasks.digits(), sf.Recipe(lr=0.1), 200),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from simfluence._indices import checked_indices
+from simfluence._internal.validation import checked_indices
 from simfluence.errors import InvalidInput
 
 

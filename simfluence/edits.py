@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simfluence._places import marked_places, selected, settled, sizes_of, with_places
-from simfluence._types import Target
+from simfluence._internal.slots import insert_slots, marked_slots, rebatched, selected, sizes_of
+from simfluence._internal.types import Target
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
@@ -114,7 +114,7 @@ class Remove(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        return _kept(self, ~marked_places(self.target, curriculum, examples), curriculum)
+        return _kept(self, ~marked_slots(self.target, curriculum, examples), curriculum)
 
     def __str__(self) -> str:
         return f"remove {_said(self.target)}{_filled(self)}"
@@ -134,7 +134,7 @@ class Keep(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        return _kept(self, marked_places(self.target, curriculum, examples), curriculum)
+        return _kept(self, marked_slots(self.target, curriculum, examples), curriculum)
 
     def __str__(self) -> str:
         return f"keep only {_said(self.target)}{_filled(self)}"
@@ -157,12 +157,12 @@ class Repeat(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        marked = marked_places(self.target, curriculum, examples)
+        marked = marked_slots(self.target, curriculum, examples)
         if self.fill == "resample":
             return self._in_place_of_others(curriculum, marked)
         copies = np.where(marked, self.times, 1)
         ends = np.concatenate([[0], np.cumsum(copies)])[curriculum.offsets]
-        return settled(self.fill, np.repeat(curriculum.indices, copies), np.diff(ends), curriculum)
+        return rebatched(self.fill, np.repeat(curriculum.indices, copies), np.diff(ends), curriculum)
 
     def _in_place_of_others(self, curriculum: Curriculum, marked: np.ndarray) -> Curriculum:
         further = np.repeat(curriculum.indices[marked], self.times - 1)
@@ -201,7 +201,7 @@ class Insert(Edit):
         at = _step(self, curriculum)
         if self.fill == "resample":
             return self._in_place_of_others(curriculum, added, at)
-        return with_places(added, at, self.fill, curriculum.indices, curriculum.sizes, curriculum)
+        return insert_slots(added, at, self.fill, curriculum.indices, curriculum.sizes, curriculum)
 
     def _in_place_of_others(self, curriculum: Curriculum, added: np.ndarray, at: int) -> Curriculum:
         size = int(curriculum.sizes[at])
@@ -237,10 +237,12 @@ class Move(Edit):
             raise InvalidInput("a move frees as many places as it takes: fill is 'shrink' or 'repack'")
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        marked = marked_places(self.target, curriculum, examples)
+        marked = marked_slots(self.target, curriculum, examples)
         to = _step(self, curriculum)
         moved = curriculum.indices[marked]
-        return with_places(moved, to, self.fill, curriculum.indices[~marked], sizes_of(curriculum, ~marked), curriculum)
+        return insert_slots(
+            moved, to, self.fill, curriculum.indices[~marked], sizes_of(curriculum, ~marked), curriculum
+        )
 
     def __str__(self) -> str:
         return f"move {_said(self.target)} to {_where(self.to).removeprefix('in ')}{_filled(self)}"
@@ -261,8 +263,8 @@ class Reorder(Edit):
     then: Target | None = None
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        first = marked_places(self.first, curriculum, examples)
-        then = np.zeros_like(first) if self.then is None else marked_places(self.then, curriculum, examples)
+        first = marked_slots(self.first, curriculum, examples)
+        then = np.zeros_like(first) if self.then is None else marked_slots(self.then, curriculum, examples)
         if (first & then).any():
             both = np.unique(curriculum.indices[first & then])
             raise InvalidInput(f"'{self}': example {both[0]} is in both targets ({len(both)} such)")
@@ -391,7 +393,7 @@ def _kept(edit: Remove | Keep, kept: np.ndarray, curriculum: Curriculum) -> Curr
         passes = [rng.permutation(remaining) for _ in range(-(-count // len(remaining)))]
         indices[~kept] = np.concatenate(passes)[:count] if count else remaining[:0]
         return Curriculum.from_flat(indices, curriculum.sizes, curriculum.n_train)
-    return settled(edit.fill, curriculum.indices[kept], sizes_of(curriculum, kept), curriculum)
+    return rebatched(edit.fill, curriculum.indices[kept], sizes_of(curriculum, kept), curriculum)
 
 
 def _said(target: Target) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from simfluence import filters
-from simfluence._indices import checked_indices
-from simfluence._types import Indices, Target
+from simfluence._internal.types import Indices, Target
+from simfluence._internal.validation import checked_indices
 from simfluence.errors import FilterError, InvalidInput, did_you_mean
 
 
@@ -21,7 +21,7 @@ class Examples:
         ids: one distinct text per example.
         metadata: one row per example (label, text, group, …); filters speak of its columns and of ``id``.
         features: what makes examples alike, ``[examples, features]`` (pixels, a sentence encoder's vectors, …), for
-            simulators that compare examples. Kept in single precision.
+            simulators that compare examples. CurvatureCache in single precision.
         targets: what is to be learned, ``[examples]`` (whole numbers are classes) or ``[examples, outputs]``.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 
-from simfluence._spec import Spec
+from simfluence._internal.spec import Spec
 from simfluence.errors import did_you_mean
 
 NonNegative = Annotated[float, Field(ge=0)]

@@ -14,8 +14,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from simfluence import filters
-from simfluence._html import card, picture
-from simfluence._types import InitialLosses, Losses, RunLosses
+from simfluence._internal.html import card, picture
+from simfluence._internal.types import InitialLosses, Losses, RunLosses
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples

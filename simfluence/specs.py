@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from simfluence import tasks
-from simfluence._spec import InvalidSpec, Spec
+from simfluence._internal.spec import InvalidSpec, Spec
 from simfluence.curriculum import Curriculum, random_curricula
 from simfluence.edits import Edit
 from simfluence.errors import InvalidInput, did_you_mean

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from simfluence._html import card, picture
+from simfluence._internal.html import card, picture
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.examples import Examples
 
@@ -45,7 +45,7 @@ class TaskInfo:
 
 
 @dataclass(frozen=True, eq=False)
-class Outline:
+class ExternalTask:
     """A task that is trained elsewhere, as a store knows it: its name, and the examples of its two sides."""
 
     name: str

@@ -11,8 +11,9 @@ from torch import nn
 
 import simfluence as sf
 from simfluence.errors import BeyondReferenceWarning, InvalidInput
-from simfluence.simulators import adjoint, function_space, nearness
-from simfluence.simulators.dynamics import batch_weights
+from simfluence.simulators.batches import batch_weights
+from simfluence.simulators.tangent import adjoint, function_space
+from simfluence.simulators.tangent import reference_weights as nearness
 
 N_TRAIN, N_TEST, STEPS = 8, 3, 9
 RECIPES = {
@@ -98,7 +99,7 @@ def test_several_references_whose_nearness_changes(base, monkeypatch):
         expected = by_differences(fitted, runs[base], patch)
     assert np.allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
     if base == 3:
-        apart = nearness.nearness_without(runs[3].curriculum, runs.curricula[:3])[1]
+        apart = nearness.reference_weights_without(runs[3].curriculum, runs.curricula[:3])[1]
         assert np.abs(apart).max() > 1e-3  # or the test would say nothing of it
 
 

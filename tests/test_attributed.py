@@ -7,7 +7,7 @@ import torch
 
 import simfluence as sf
 from simfluence import attribution
-from simfluence.attribution.reference import gradients
+from simfluence.attribution.exact import gradients
 from simfluence.errors import InvalidInput
 
 

@@ -197,11 +197,11 @@ def test_a_task_brings_its_loss_its_test_side_and_its_ids(task):
 
 def test_the_penalty_of_a_task_counts():
     task = sf.tasks.breast_cancer(n_train=40, n_test=10)
-    trained = attribution.reference.retrain(task.build_model(0), task.train_data, task.loss, task.l2)
+    trained = attribution.exact.retrain(task.build_model(0), task.train_data, task.loss, task.l2)
     found = attribution.Exact(curvature="hessian").fit(trained, task).scores()
-    test, train = (attribution.reference.gradients(trained, d, task.loss) for d in (task.test_data, task.train_data))
-    H = attribution.reference.hessian(trained, task.train_data, task.loss)
-    assert relative(found, attribution.reference.influence(H, test, train, task.l2)) < 1e-10
+    test, train = (attribution.exact.gradients(trained, d, task.loss) for d in (task.test_data, task.train_data))
+    H = attribution.exact.hessian(trained, task.train_data, task.loss)
+    assert relative(found, attribution.exact.influence(H, test, train, task.l2)) < 1e-10
 
 
 def test_the_design_page_runs():

@@ -9,9 +9,11 @@ from attribution_cases import CASES, Case, Images, kronecker_case, mlp, padded, 
 from torch import Tensor, nn
 
 from simfluence import attribution
-from simfluence.attribution import EKFAC, KFAC, Diagonal, Relative, curvature, per_example, reference
-from simfluence.attribution.curvature import kfac, kronecker_factors
-from simfluence.attribution.labels import relabelling
+from simfluence.attribution import EKFAC, KFAC, Diagonal, Relative, per_example_gradients
+from simfluence.attribution import exact as reference
+from simfluence.attribution.curvature import kronecker as curvature
+from simfluence.attribution.curvature.kronecker import kfac, kronecker_factors
+from simfluence.attribution.gradients.labels import relabelling
 from simfluence.errors import InvalidInput
 from simfluence.tasks.losses import squared_error
 
@@ -90,7 +92,7 @@ def one(values: np.ndarray) -> np.ndarray:
 
 
 def assert_factors(case: Case, layer: str, modules: list[nn.Module], columns) -> None:
-    gradients = per_example(case.model, case.loss, case.train)
+    gradients = per_example_gradients(case.model, case.loss, case.train)
     found = kronecker_factors(gradients, case.train, batch_size=4)[layer]
     A, S = slow_factors(case, modules, columns)
     assert relative(found.inputs, A) < 1e-10
@@ -140,7 +142,7 @@ def test_factors_of_convolutions():
 
 def test_eigenvectors_diagonalise_the_factors():
     case = regression()
-    factors = kronecker_factors(per_example(case.model, case.loss, case.train), case.train, batch_size=4)
+    factors = kronecker_factors(per_example_gradients(case.model, case.loss, case.train), case.train, batch_size=4)
     for name, block in kfac(factors).items():
         S, A = factors[name].gradients, factors[name].inputs
         dense = torch.kron(S, A)
@@ -161,7 +163,7 @@ def test_an_exactly_kronecker_block_is_the_dense_matrix(method):
 
 def test_blocks_of_vectors_are_dense():
     case = texts()
-    gradients = [per_example(case.model, case.loss, case.train, layers=["norm.*"])]
+    gradients = [per_example_gradients(case.model, case.loss, case.train, layers=["norm.*"])]
     fitted = EKFAC(damping=0.1, labels="empirical", layers=["norm.weight"]).fit(case.model, case.train, case.loss)
     rows = torch.stack([row["norm.weight"] for row in case.gradients(case.train)])
     tests = torch.stack([row["norm.weight"] for row in case.gradients(case.test)])

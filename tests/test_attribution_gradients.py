@@ -10,9 +10,9 @@ from attribution_cases import CASES, Language, build, mlp, padded, relative, tex
 from torch import Tensor, nn
 from torch.nn import functional
 
-from simfluence.attribution.finding import per_example
-from simfluence.attribution.gradients import Gradients, _check_finite
-from simfluence.attribution.layers import Factors
+from simfluence.attribution.gradients.hooks import Gradients, _check_finite
+from simfluence.attribution.gradients.layers import Factors
+from simfluence.attribution.gradients.per_example import per_example_gradients
 from simfluence.errors import InvalidInput, PlainGradientsWarning
 from simfluence.tasks.losses import cross_entropy
 
@@ -37,7 +37,7 @@ def assert_equal_to_autograd(gradients: Gradients, case, data) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_factors_make_the_gradients_of_autograd(name):
     case = CASES[name]()
-    gradients = per_example(case.model, case.loss, case.train)
+    gradients = per_example_gradients(case.model, case.loss, case.train)
     assert all(layer.sources for layer in gradients.layers.values())  # by hooks, all of them
     assert_equal_to_autograd(gradients, case, case.train)
     assert_equal_to_autograd(gradients, case, case.test)
@@ -45,7 +45,7 @@ def test_factors_make_the_gradients_of_autograd(name):
 
 def test_matrices_and_parameters_are_two_forms_of_the_same():
     case = CASES["language"]()
-    gradients = per_example(case.model, case.loss, case.train)
+    gradients = per_example_gradients(case.model, case.loss, case.train)
     for layer in gradients.layers.values():
         matrices = torch.arange(2 * layer.size, dtype=torch.float64).reshape(2, layer.rows, layer.columns)
         tensors = layer.to_parameters(matrices)
@@ -57,16 +57,16 @@ def test_matrices_and_parameters_are_two_forms_of_the_same():
 
 
 def test_layers_have_their_bias_as_last_column():
-    layers = per_example(mlp().model, cross_entropy, mlp().train).layers
+    layers = per_example_gradients(mlp().model, cross_entropy, mlp().train).layers
     assert {name: (layer.rows, layer.columns) for name, layer in layers.items()} == {"0": (5, 5), "2": (3, 6)}
-    shared = per_example(tied().model, cross_entropy, tied().train)
+    shared = per_example_gradients(tied().model, cross_entropy, tied().train)
     assert list(shared.layers) == ["again", "last"]
     assert shared.factors(tied().train)["again"].positions == 4
 
 
 def test_the_embedding_as_output_layer_has_its_bias_apart():
     case = CASES["language"]()
-    layers = per_example(case.model, case.loss, case.train).layers
+    layers = per_example_gradients(case.model, case.loss, case.train).layers
     assert list(layers) == ["words", "mix", "head.bias"]
 
 
@@ -74,7 +74,7 @@ def test_the_model_is_left_as_it_was():
     case = mlp()
     case.model.train()
     case.model[1].eval()
-    per_example(case.model, case.loss, case.train).factors(case.train)
+    per_example_gradients(case.model, case.loss, case.train).factors(case.train)
     assert [module.training for module in case.model] == [True, False, True]
     assert all(parameter.grad is None for parameter in case.model.parameters())
     assert all(not module._forward_hooks for module in case.model.modules())
@@ -82,10 +82,10 @@ def test_the_model_is_left_as_it_was():
 
 def test_padding_is_marked():
     case = texts()
-    factors = per_example(case.model, case.loss, case.train).factors(case.train)
+    factors = per_example_gradients(case.model, case.loss, case.train).factors(case.train)
     assert torch.equal(factors["mix"].valid, case.train[0]["attention_mask"].bool())
     assert factors["last"].valid is None  # one position, behind the pooling
-    more = per_example(case.model, case.loss, case.train).factors((padded(case.train[0], 3), case.train[1]))
+    more = per_example_gradients(case.model, case.loss, case.train).factors((padded(case.train[0], 3), case.train[1]))
     for name in factors:
         assert relative(more[name].matrices(), factors[name].matrices()) < 1e-12
 
@@ -95,7 +95,7 @@ def test_the_padding_word_of_an_embedding_is_not_trained():
     inputs = dict(case.train[0])
     inputs["input_ids"] = inputs["input_ids"] - 1  # with word 0, which is the padding word
     assert (inputs["input_ids"] == 0).any()
-    gradients = per_example(case.model, case.loss, (inputs, case.train[1]))
+    gradients = per_example_gradients(case.model, case.loss, (inputs, case.train[1]))
     assert_equal_to_autograd(gradients, case, (inputs, case.train[1]))
     assert gradients.layers["words"].sources
 
@@ -128,7 +128,7 @@ def scaled():
 def test_what_hooks_do_not_see_is_taken_by_other_means():
     case = scaled()
     with pytest.warns(PlainGradientsWarning, match="scale, mix.weight, attention.*place.weight: taken by torch.func"):
-        gradients = per_example(case.model, case.loss, case.train)
+        gradients = per_example_gradients(case.model, case.loss, case.train)
     assert [name for name, layer in gradients.layers.items() if layer.sources] == ["last"]
     assert_equal_to_autograd(gradients, case, case.train)
 
@@ -141,47 +141,49 @@ def test_one_example_after_the_other_where_torch_func_fails():
     case = scaled()
     case = type(case)(build(Branching), case.loss, case.train, case.test)
     with pytest.warns(PlainGradientsWarning, match="one example after the other"):
-        gradients = per_example(case.model, case.loss, case.train)
+        gradients = per_example_gradients(case.model, case.loss, case.train)
     assert gradients.plain
     assert_equal_to_autograd(gradients, case, case.train)
 
 
 def test_layers_are_chosen_by_name():
     case = scaled()
-    gradients = per_example(case.model, case.loss, case.train, layers=["la*"])  # no warning: nothing else is touched
+    gradients = per_example_gradients(
+        case.model, case.loss, case.train, layers=["la*"]
+    )  # no warning: nothing else is touched
     assert list(gradients.layers) == ["last"]
     with pytest.raises(InvalidInput, match="no layer 'lasst', did you mean 'last'"):
-        per_example(case.model, case.loss, case.train, layers=["lasst"])
+        per_example_gradients(case.model, case.loss, case.train, layers=["lasst"])
     with pytest.raises(InvalidInput, match="list of names or patterns, got the text 'last'"):
-        per_example(case.model, case.loss, case.train, layers="last")
+        per_example_gradients(case.model, case.loss, case.train, layers="last")
     with pytest.raises(InvalidInput, match="empty list: name some of scale, mix"):
-        per_example(case.model, case.loss, case.train, layers=[])
+        per_example_gradients(case.model, case.loss, case.train, layers=[])
 
 
 def test_frozen_parameters_are_left_out():
     case = mlp()
     case.model[0].requires_grad_(False)
     case.model[2].weight.requires_grad_(False)
-    assert list(per_example(case.model, case.loss, case.train).layers) == ["2.bias"]
+    assert list(per_example_gradients(case.model, case.loss, case.train).layers) == ["2.bias"]
     case.model.requires_grad_(False)
     with pytest.raises(InvalidInput, match="Sequential has no parameter that requires a gradient"):
-        per_example(case.model, case.loss, case.train)
+        per_example_gradients(case.model, case.loss, case.train)
 
 
 def test_a_reduced_loss_is_refused():
     case = mlp()
     with pytest.raises(InvalidInput, match=r"shape \(\) for 3 examples: give one loss per example"):
-        per_example(case.model, functional.cross_entropy, case.train)
+        per_example_gradients(case.model, functional.cross_entropy, case.train)
 
 
 def test_a_random_forward_pass_is_refused():
     case = mlp()
     model = nn.Sequential(case.model, _Always())
     with pytest.raises(InvalidInput, match="two passes over the same examples differ"):
-        per_example(model, case.loss, case.train)
+        per_example_gradients(model, case.loss, case.train)
     quiet = nn.Sequential(case.model, nn.Dropout(0.5)).train()
     same = type(case)(quiet, case.loss, case.train, case.test)
-    gradients = per_example(quiet, case.loss, case.train)
+    gradients = per_example_gradients(quiet, case.loss, case.train)
     quiet.eval()
     assert_equal_to_autograd(gradients, same, case.train)
 
@@ -200,12 +202,12 @@ def test_examples_that_are_mixed_are_refused():
         return cross_entropy(outputs - outputs.mean(0), targets)
 
     with pytest.raises(InvalidInput, match="depends on the others in its batch"):
-        per_example(case.model, contrastive, case.train)
+        per_example_gradients(case.model, contrastive, case.train)
 
 
 def test_labels_out_of_range_are_named_with_their_examples():
     case = mlp()
-    gradients = per_example(case.model, case.loss, case.train)
+    gradients = per_example_gradients(case.model, case.loss, case.train)
     labels = case.train[1].clone()
     labels[6] = 3
     with pytest.raises(InvalidInput, match=r"fails on training examples 4 to 7: .*3.* labels are in the model's range"):
@@ -221,7 +223,7 @@ def test_a_gradient_that_is_not_finite_is_named():
     model = nn.Sequential(nn.Linear(4, 2, bias=False)).double()
     X = case.train[0].clone()
     X[6] = 0
-    gradients = per_example(model, rooted, (X, case.train[1]))
+    gradients = per_example_gradients(model, rooted, (X, case.train[1]))
     with pytest.raises(InvalidInput, match="the gradient of training example 6 in layer '0' is not finite"):
         formed(gradients, (X, case.train[1]))
     X[5, 1] = math.nan
@@ -232,13 +234,16 @@ def test_a_gradient_that_is_not_finite_is_named():
 def test_no_examples():
     case = mlp()
     with pytest.raises(InvalidInput, match="no example"):
-        per_example(case.model, case.loss, (case.train[0][:0], case.train[1][:0]))
+        per_example_gradients(case.model, case.loss, (case.train[0][:0], case.train[1][:0]))
 
 
 def test_half_of_a_language_model_by_pattern():
     case = CASES["language"]()
     assert isinstance(case.model, Language)
-    assert list(per_example(case.model, case.loss, case.train, layers=["mix", "*.bias"]).layers) == ["mix", "head.bias"]
+    assert list(per_example_gradients(case.model, case.loss, case.train, layers=["mix", "*.bias"]).layers) == [
+        "mix",
+        "head.bias",
+    ]
 
 
 def test_large_numbers_are_finite():

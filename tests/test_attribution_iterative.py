@@ -7,7 +7,8 @@ import pytest
 import torch
 from attribution_cases import CASES, Case, kronecker_case, mlp, regression, relative
 
-from simfluence.attribution import Arnoldi, ConjugateGradients, Exact, LiSSA, Relative, reference
+from simfluence.attribution import Arnoldi, ConjugateGradients, Exact, LiSSA, Relative
+from simfluence.attribution import exact as reference
 from simfluence.attribution.iterative import conjugate_gradients
 from simfluence.errors import ConvergenceWarning, InvalidInput
 

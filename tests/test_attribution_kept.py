@@ -7,7 +7,9 @@ import pytest
 import torch
 from attribution_cases import mlp, relative, texts
 
-from simfluence.attribution import EKFAC, KFAC, gradients, kept
+from simfluence.attribution import EKFAC, KFAC
+from simfluence.attribution.curvature import cache as kept
+from simfluence.attribution.gradients import hooks as gradients
 from simfluence.errors import StoreError
 
 
@@ -41,7 +43,7 @@ def test_fitting_goes_on_where_it_was_stopped(batches, tmp_path, monkeypatch):
     case, path = texts(), tmp_path / "factors.safetensors"
     expected = EKFAC(batch_size=4).fit(case.model, case.train, case.loss).scores(case.test)
     monkeypatch.setattr(kept, "EVERY", 0.0)
-    save, saves = kept.Kept.save, []
+    save, saves = kept.CurvatureCache.save, []
 
     def stopping(self, *args, **kwargs):
         save(self, *args, **kwargs)
@@ -49,7 +51,7 @@ def test_fitting_goes_on_where_it_was_stopped(batches, tmp_path, monkeypatch):
         if len(saves) == batches:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(kept.Kept, "save", stopping)
+    monkeypatch.setattr(kept.CurvatureCache, "save", stopping)
     with pytest.raises(KeyboardInterrupt):
         EKFAC(store=path, batch_size=4).fit(case.model, case.train, case.loss)
     seen = passes(monkeypatch)

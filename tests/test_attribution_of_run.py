@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import simfluence as sf
-from simfluence.attribution import METHODS, Adam, TracInCP, of_run
+from simfluence.attribution import METHODS, Adam, TracInCP, attributor_from_run
 from simfluence.errors import InvalidInput
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_by_name(method, task, runs):
     damping = {"exact", "arnoldi", "cg", "lissa"} & {method}
-    scores = of_run(method, task, runs[0], checkpoints=3, **({"damping": 0.3} if damping else {})).scores()
+    scores = attributor_from_run(method, task, runs[0], checkpoints=3, **({"damping": 0.3} if damping else {})).scores()
     assert scores.shape == (5, 12)
     assert np.isfinite(scores.values).all()
     assert np.ptp(scores.values) > 0
@@ -23,9 +23,9 @@ def test_every_method_by_name(method, task, runs):
 
 def test_it_is_the_trained_model_and_the_recorded_rates(task, runs):
     model = sf.trained_model(task, runs[0])
-    found = of_run("dot", task, runs[0]).scores().values
+    found = attributor_from_run("dot", task, runs[0]).scores().values
     assert np.allclose(found, sf.attribution.GradientDot().fit(model, task).scores().values)
-    traced = of_run("tracin", task, runs[0], checkpoints=5)
+    traced = attributor_from_run("tracin", task, runs[0], checkpoints=5)
     assert [state.step for state, _ in traced.checkpoints] == [0, 2, 4, 6, 8]
     assert {rate for _, rate in traced.checkpoints} == {0.3}
 
@@ -34,7 +34,7 @@ def test_adam_brings_its_second_moments(task, curricula):
     betas = {"betas": (0.9, 0.95), "eps": 1e-6}
     recipe = sf.Recipe(optimizer="adamw", lr=0.01, optimizer_args=betas, schedule="linear", horizon=10)
     run = sf.record(task, recipe, curricula[:1])[0]
-    traced = of_run("tracin", task, run, checkpoints=5)
+    traced = attributor_from_run("tracin", task, run, checkpoints=5)
     assert traced.adam == Adam(0.95, 1e-6)
     assert [state.step for state, _ in traced.checkpoints] == [2, 4, 6, 8]  # before the first step there are none
     assert np.allclose([rate for _, rate in traced.checkpoints], recipe.learning_rates(10)[[2, 4, 6, 8]])
@@ -54,11 +54,11 @@ def test_adam_brings_its_second_moments(task, curricula):
 
 def test_bad_questions(task, runs):
     with pytest.raises(InvalidInput, match="did you mean 'ekfac'"):
-        of_run("ekfca", task, runs[0])
+        attributor_from_run("ekfca", task, runs[0])
     with pytest.raises(InvalidInput, match="did you mean 'damping'"):
-        of_run("ekfac", task, runs[0], dampnig=1)
+        attributor_from_run("ekfac", task, runs[0], dampnig=1)
     for count in (0, 11):
         with pytest.raises(InvalidInput, match=f"got {count}"):
-            of_run("tracin", task, runs[0], checkpoints=count)
+            attributor_from_run("tracin", task, runs[0], checkpoints=count)
     with pytest.raises(InvalidInput, match="does not know its recipe"):
-        of_run("tracin", task, dataclasses.replace(runs[0], recipe=None))
+        attributor_from_run("tracin", task, dataclasses.replace(runs[0], recipe=None))

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import simfluence as sf
-from simfluence.attribution import reference
+from simfluence.attribution import exact as reference
 from simfluence.errors import ConvergenceWarning, InvalidInput
 from simfluence.tasks.losses import cross_entropy, squared_error
 

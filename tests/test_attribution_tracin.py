@@ -11,7 +11,8 @@ from attribution_cases import CASES, Case, mlp, relative
 from torch import nn
 
 import simfluence as sf
-from simfluence.attribution import Adam, GradientCosine, GradientDot, TracInCP, reference, tracin
+from simfluence.attribution import Adam, GradientCosine, GradientDot, TracInCP, tracin
+from simfluence.attribution import exact as reference
 from simfluence.errors import InvalidInput
 from simfluence.recording.checkpoints import Checkpoint
 
@@ -106,7 +107,7 @@ def test_the_checkpoints_of_a_recorded_run(task, curricula, tmp_path):
     run = runs[0]
     assert sorted(run.checkpoints) == [0, 5, 10]
     model = task.build_model(0).double()
-    tracer = TracInCP.of_run(run, batch_size=3).fit(model, task)
+    tracer = TracInCP.from_run(run, batch_size=3).fit(model, task)
     expected = 0
     for step, rate in ((0, 0.3), (5, 0.15), (10, run.learning_rates[-1])):
         Checkpoint.load(run.checkpoints[step]).restore(model)
@@ -114,7 +115,7 @@ def test_the_checkpoints_of_a_recorded_run(task, curricula, tmp_path):
         expected = expected + rate * test @ train.T
     assert relative(tracer.scores(), expected) < 1e-10
     with pytest.raises(InvalidInput, match="has no checkpoints with learning rates"):
-        TracInCP.of_run(sf.Run("bare", run.curriculum, run.losses))
+        TracInCP.from_run(sf.Run("bare", run.curriculum, run.losses))
 
 
 def test_checkpoints_of_another_architecture():

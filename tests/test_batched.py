@@ -7,8 +7,8 @@ from torch import nn
 
 import simfluence as sf
 from simfluence.errors import EngineWarning
-from simfluence.recording.batched import obstacle
-from simfluence.recording.engines import GROUP_RUNS, plan
+from simfluence.recording.engines.batched import obstacle
+from simfluence.recording.plan import GROUP_RUNS, plan
 from simfluence.recording.session import run_id
 
 RECIPES = {
@@ -89,7 +89,7 @@ def test_shared_and_frozen_parameters():
 
 
 def test_evaluation_in_pieces_changes_nothing(task, curricula, runs, monkeypatch):
-    monkeypatch.setattr("simfluence.recording.batched.EVALUATION_BATCH", 12)
+    monkeypatch.setattr("simfluence.recording.engines.batched.EVALUATION_BATCH", 12)
     again = sf.record(task, sf.Recipe(lr=0.3), curricula, engine="batched")
     assert np.allclose(again.losses, runs.losses, atol=1e-6)
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import simfluence as sf
-from simfluence import evaluation as ev
 from simfluence.errors import InvalidInput
+from simfluence.evaluation import metrics as ev
+from simfluence.evaluation.tuning import search
 from simfluence.simulators.surrogates import SPEEDS, Batches, Kernel, Sides, best_speed, surrogate_losses
-from simfluence.tuning import search
 
 RNG = np.random.default_rng(0)
 X, Z = RNG.normal(size=(10, 4)), RNG.normal(size=(6, 4))

@@ -11,8 +11,8 @@ import pytest
 
 import simfluence as sf
 from simfluence import cli
-from simfluence.cli.simulating import DEMOS
-from simfluence.demo import COMPARED, run_demo
+from simfluence.cli.demo import COMPARED, run_demo
+from simfluence.cli.fitting import DEMOS
 from simfluence.errors import UnseenWarning
 from simfluence.simulators import SIMULATORS
 
@@ -211,7 +211,7 @@ def test_tune_interrupted(run, folder, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simfluence.tuning._race", interrupted)
+    monkeypatch.setattr("simfluence.evaluation.tuning._race", interrupted)
     tune = ["tune", folder / "runs", "--out", tmp_path / "out", "--held-out", 3, "--folds", 2]
     code, out, err = run(*tune, "--storage", tmp_path / "trials.sqlite")
     assert (code, out) == (130, "")

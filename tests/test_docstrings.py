@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import simfluence as sf
-from simfluence import demo_docstrings
+from simfluence.cli import demo_docstrings
 from simfluence.errors import InvalidInput, StoreError
 from simfluence.recording import run_id
 from simfluence.specs import RecordingSpec
-from simfluence.tasks.docstrings import PACKAGES, documented, sample
-from simfluence.tasks.topics import paragraphs
+from simfluence.tasks.text.docstrings import PACKAGES, documented, sample
+from simfluence.tasks.text.topics import paragraphs
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

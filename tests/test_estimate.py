@@ -24,7 +24,7 @@ def test_time_and_disk_are_about_right(job, engine, tmp_path):
     seconds = time.perf_counter() - start
     disk = sum(file.stat().st_size for file in tmp_path.rglob("*") if "run-" in file.name or "step-" in file.name)
     assert found.engines == {engine: 6}
-    assert (found.runs, found.there) == (6, 0)
+    assert (found.runs, found.already_recorded) == (6, 0)
     assert 0.2 * seconds < found.seconds < 5 * seconds  # machines are noisy
     assert 0.7 * disk < found.disk < 1.4 * disk
     assert 50e6 < found.memory < 100e9
@@ -35,10 +35,10 @@ def test_what_is_there_costs_nothing(job, tmp_path):
     task, recipe, curricula = job
     sf.record(task, recipe, curricula[:2], tmp_path, engine="loop")
     found = sf.estimate(*job, tmp_path, engine="loop")
-    assert (found.runs, found.there) == (4, 2)
+    assert (found.runs, found.already_recorded) == (4, 2)
     sf.record(*job, tmp_path, engine="loop")
     found = sf.estimate(*job, tmp_path, engine="loop")
-    assert (found.runs, found.there, found.seconds, found.disk) == (0, 6, 0, 0)
+    assert (found.runs, found.already_recorded, found.seconds, found.disk) == (0, 6, 0, 0)
 
 
 def test_short_runs(job):

@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 
 import simfluence as sf
-from simfluence import evaluation as ev
 from simfluence.errors import DivergedWarning, InvalidInput
+from simfluence.evaluation import metrics as ev
 
 RNG = np.random.default_rng(0)
 TRUE = RNG.normal(size=(9, 6, 7))
@@ -130,7 +130,7 @@ def test_bad_requests(parts, runs):
     with pytest.raises(InvalidInput, match="no run to evaluate on"):
         sf.evaluate(fitted, held[:0], fit)
     with pytest.raises(InvalidInput, match="differ in shape"):
-        ev._squares(TRUE, TRUE[:, 1:])
+        ev.squared_errors(TRUE, TRUE[:, 1:])
 
 
 def test_diverged_held_out_runs_are_left_out(parts):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import simfluence as sf
-from simfluence._html import card
+from simfluence._internal.html import card
 
 EVIL = "<script>alert('x')</script> $\\frac{$ & \"q\""
 

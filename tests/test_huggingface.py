@@ -13,9 +13,9 @@ import torch
 import simfluence as sf
 from simfluence.errors import InvalidInput, PlainGradientsWarning
 from simfluence.task import take
-from simfluence.tasks.huggingface import losses_by_token
-from simfluence.tasks.padding import IGNORED, trimmed
-from simfluence.tasks.prompted import DATA
+from simfluence.tasks.text.padding import IGNORED, trimmed
+from simfluence.tasks.text.prompted import DATA
+from simfluence.tasks.text.tasks import losses_by_token
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -176,7 +176,7 @@ def test_per_example_gradients_are_autograds(models, folders, kind, tuning):
     with warnings.catch_warnings():
         if tuning == "full":  # positions, and T5's relative ones, have no rule
             warnings.simplefilter("ignore", PlainGradientsWarning)
-        found = sf.attribution.per_example(model, task.loss, task.train_data)
+        found = sf.attribution.per_example_gradients(model, task.loss, task.train_data)
     assert all(layer.sources or "wpe" in name or "relative" in name for name, layer in found.layers.items())
     factors, named = found.factors(task.train_data), found.parameters
     for row in range(5):
@@ -207,7 +207,7 @@ def test_padding_has_no_part_in_curvature(models, folders):
         model = moved(task).double()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PlainGradientsWarning)  # T5's relative positions
-            found = sf.attribution.per_example(model, task.loss, task.train_data)
+            found = sf.attribution.per_example_gradients(model, task.loss, task.train_data)
         ones = [trimmed(take(task.train_data, torch.tensor([row]))) for row in range(4)]
         alone = [found.factors(one) for one in ones]
         inputs = task.train_data[0]
@@ -235,7 +235,7 @@ def test_attribution_and_tangent_kernel_work_on_adapters(models, folders, tuning
     by_hand = np.asarray(sf.attribution.GradientDot().fit(model, task).scores(task.test_data))
     exact = np.asarray(sf.attribution.Exact(damping=0.1).fit(model, task).scores(task.test_data))
     assert np.corrcoef(scores.ravel(), exact.ravel())[0, 1] > np.corrcoef(by_hand.ravel(), exact.ravel())[0, 1]
-    tracin = np.asarray(sf.attribution.of_run("tracin", task, runs[0], checkpoints=2).scores())
+    tracin = np.asarray(sf.attribution.attributor_from_run("tracin", task, runs[0], checkpoints=2).scores())
     assert np.isfinite(tracin).all()
     tangent = sf.TangentKernelSimulator(task, checkpoints=5, references=1).fit(runs[:1])
     simulated = tangent.simulate([run.curriculum for run in runs], runs.initial_losses)

@@ -19,7 +19,7 @@ import torch
 import simfluence as sf
 from simfluence import cli
 from simfluence.recording import session
-from simfluence.recording.engines import Group
+from simfluence.recording.plan import RunGroup
 
 SPEC = """
 task: {name: digits, arguments: {n_train: 60, n_test: 20}}
@@ -50,14 +50,14 @@ def record_from_the_command_line(folder: Path, store: str, engine: str) -> None:
         os.dup2(errors.fileno(), 2)
     torch.set_num_threads(1)
     session.SECONDS_BETWEEN_SAVES = 0.05
-    begin = Group.start
+    begin = RunGroup.start
 
-    def noted(self: Group, *arguments: Any) -> Any:
+    def noted(self: RunGroup, *arguments: Any) -> Any:
         with open(f"{store}.{os.getpid()}.started", "a") as file:
             file.write(f"{self.name}\n")
         return begin(self, *arguments)
 
-    Group.start = noted
+    RunGroup.start = noted
     sys.argv = ["simfluence", "record", "spec.yaml", "--store", store, "--engine", engine]
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
     cli.main()

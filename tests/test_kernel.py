@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from simfluence.attribution.kernel import tangent_kernel
+from simfluence.attribution.gradients.tangent_kernel import tangent_kernel
 from simfluence.errors import InvalidInput
 
 
@@ -69,7 +69,7 @@ def test_the_kernel_is_the_dense_one(name, preconditioned, monkeypatch):
     outputs = len(expected) // 7
     for columns in (7, 4):
         for formed in (2**25, 40):  # in one piece, and in many
-            monkeypatch.setattr("simfluence.attribution.kernel.FORMED", formed)
+            monkeypatch.setattr("simfluence.attribution.gradients.tangent_kernel.FORMED", formed)
             found = tangent_kernel(model, (inputs, torch.zeros(7)), columns, steps, batch_size=3)
             assert found.shape == (columns, outputs, 7, outputs)
             assert torch.allclose(found.flatten(0, 1).flatten(1), expected[: columns * outputs], rtol=1e-8, atol=1e-10)

@@ -5,7 +5,7 @@ import pytest
 
 import simfluence as sf
 from simfluence.errors import DivergedWarning, InvalidInput
-from simfluence.evaluation import HOPELESS
+from simfluence.evaluation.metrics import MIN_SKILL
 from simfluence.simulators import build
 
 
@@ -57,7 +57,7 @@ def test_default_sizes(known):
 
 def test_what_runs_away_is_hopeless_and_silent(runs):
     away = sf.learning_curve(Overflowing(), runs, held_out=2)
-    assert (away[["skill", "skill_low", "final_skill_high"]] == HOPELESS).all(axis=None)
+    assert (away[["skill", "skill_low", "final_skill_high"]] == MIN_SKILL).all(axis=None)
 
 
 def test_diverged_runs_are_left_out(runs):

@@ -7,7 +7,7 @@ import pytest
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, UnseenWarning
-from simfluence.simulators.transitions import usual_batch_size
+from simfluence.simulators.batches import usual_batch_size
 
 
 def dense_fit(runs, l2, slope, intercept, prior):
@@ -308,7 +308,7 @@ def test_training_on_rollouts_lowers_their_error(runs):
 
 def test_one_step_rollouts_are_the_one_step_fit(ragged):
     """A window of one step is the ridge regression itself: where it starts is where it ends."""
-    from simfluence.simulators.dynamics import trained_on_rollouts
+    from simfluence.simulators.markov.dynamics import trained_on_rollouts
 
     simulator = sf.LinearSimulator(l2=0.5, around="mean").fit(ragged)
     again = trained_on_rollouts(simulator._kept(), ragged, simulator.l2_, simulator._prior, 1)
@@ -316,7 +316,7 @@ def test_one_step_rollouts_are_the_one_step_fit(ragged):
 
 
 def test_l2_of_each_test_example_is_the_best_on_held_out_runs(known):
-    from simfluence.simulators.markov import L2_PATH
+    from simfluence.simulators.markov.simulators import L2_PATH
 
     rng = np.random.default_rng(0)
     noisy = known.runs.losses + 0.3 * rng.normal(size=known.runs.losses.shape) * [0, 1, 3, 10]

@@ -5,7 +5,7 @@ import pytest
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
-from simfluence.recording.training import Training
+from simfluence.recording.engines.base import Training
 
 
 @pytest.fixture(scope="module")

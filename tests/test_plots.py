@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import simfluence as sf
 from simfluence import plots
 from simfluence.errors import InvalidInput
-from simfluence.evaluation import METRICS, skill_over_steps
+from simfluence.evaluation.held_out import METRICS, skill_over_steps
 
 MARKUP = "<script>$\\frac{1}$ & _x"
 
@@ -42,7 +42,7 @@ def verified(task, runs):
 
 @pytest.fixture(scope="module")
 def scores(task, runs):
-    return sf.attribution.of_run("dot", task, runs[0]).scores(by_layer=True)
+    return sf.attribution.attributor_from_run("dot", task, runs[0]).scores(by_layer=True)
 
 
 def labels(ax):

@@ -7,9 +7,10 @@ from torch import nn
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, StoreError
-from simfluence.recording import loop, session
-from simfluence.recording.engines import plan
-from simfluence.recording.training import Job, Training
+from simfluence.recording import session
+from simfluence.recording.engines import loop
+from simfluence.recording.engines.base import Training, TrainingSetup
+from simfluence.recording.plan import plan
 
 RECIPES = {
     "sgd": sf.Recipe(lr=0.3),
@@ -219,7 +220,7 @@ def test_a_diverged_run_is_kept_and_marked(task, curricula, tmp_path):
 
 
 def one_step(task, recipe):
-    training = loop.LoopTraining(Job.of(task, recipe), sf.Curriculum([[0, 1]], 12), np.ones(2, bool))
+    training = loop.LoopTraining(TrainingSetup.of(task, recipe), sf.Curriculum([[0, 1]], 12), np.ones(2, bool))
     training.advance()
     return training
 

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 import simfluence as sf
-from simfluence import recorder as recorder_module
 from simfluence.errors import InvalidInput, StoreError
-from simfluence.run_file import Rows
+from simfluence.storage import recorder as recorder_module
 
 TRAIN, TEST = [f"t{i}" for i in range(6)], ["x", "y", "z"]
 
@@ -235,9 +234,9 @@ def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
 def test_blocks_and_one_block_are_the_same_run(runs, store, monkeypatch):
     run = runs[0]
     whole = store.read(run.id)
-    about = recorder_module.About("b", store.info.fingerprint, 12, run.recipe, False)
+    about = recorder_module.RunHeader("b", store.info.fingerprint, 12, run.recipe, False)
     cut = [
-        Rows(
+        RunRows(
             start,
             np.concatenate([run.curriculum[t - 1] for t in times if t]), np.array([3 if t else 0 for t in times]),
             np.array([0.3 if t else np.nan for t in times]), np.ones(len(times), bool), run.losses[times], {},
@@ -250,7 +249,7 @@ def test_blocks_and_one_block_are_the_same_run(runs, store, monkeypatch):
     assert again.curriculum == whole.curriculum
     assert again.learning_rates.tolist() == whole.learning_rates.tolist()
     with pytest.raises(StoreError, match="another task"):
-        store.write_rows(recorder_module.About("b", "other", 12, None, False), cut)
+        store.write_rows(recorder_module.RunHeader("b", "other", 12, None, False), cut)
 
 
 def started(path, **arguments):

@@ -1,8 +1,9 @@
-"""The house: imports run downwards only, and the names on the design page are there."""
+"""The house: imports run downwards only and in no circle, and the names on the design page are there."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -10,50 +11,65 @@ import pytest
 import simfluence as sf
 
 ROOT = Path(sf.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
 #: Floors from the ground up; a module may import from its own floor and from those below.
 FLOORS = [
-    [
-        "_version",
-        "errors",
-        "_types",
-        "_indices",
-        "_places",
-        "_files",
-        "_progress",
-        "_spec",
-        "_html",
-        "_tables",
-        "plots",
-        "filters",
-        "curriculum",
-        "examples",
-        "edits",
-        "recipe",
-    ],
-    ["task", "runs", "run_file", "recorder", "store"],
+    ["_version", "errors", "_internal", "plots", "filters", "curriculum", "examples", "edits", "recipe"],
+    ["task", "runs", "storage"],
     ["tasks", "recording", "attribution"],
     ["simulators"],
-    ["evaluation", "tuning", "learning", "verification", "whatif", "effects", "removal", "judging", "specs"],
-    ["printing", "demo", "demo_docstrings", "cli", "__main__", "__init__"],
+    ["evaluation", "queries", "specs"],
+    ["cli", "__main__", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MOST_ROOT_MODULES = 12
 
 
-def imported_rooms(path: Path) -> set[str]:
-    found = set()
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(path) for path in MODULES}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The package's modules that a module imports: at its top, in functions, and for types alone."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "simfluence":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("simfluence."):
-            found.add(str(node.module).split(".")[1])
-    return found
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "simfluence":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= names & NAMES
+            modules |= {str(node.module)} if names - NAMES else set()
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names} & NAMES
+    return modules - {"simfluence"}  # whose names are imported when they are used
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_run_downwards(path):
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    for other in imported_rooms(path):
-        assert FLOOR_OF[other] <= FLOOR_OF[room], f"{room} imports {other}, which is above it"
+    for other in imported_modules(path):
+        below = other.split(".")[1]
+        assert FLOOR_OF[below] <= FLOOR_OF[room], f"{name_of(path)} imports {other}, which is above it"
+
+
+def test_imports_run_in_no_circle():
+    """Neither between floors nor within one. A package is what it exports: its modules may not import it."""
+    graph = {name_of(path): imported_modules(path) for path in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"imports in a circle: {' → '.join(error.args[1])}")
+
+
+def test_the_root_holds_what_users_type_and_little_else():
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    assert len(modules) <= MOST_ROOT_MODULES, sorted(modules)
+
+
+def test_no_module_looks_like_a_test():
+    assert not [path for path in MODULES if path.name.startswith("test_") or path.name.endswith("_test.py")]
 
 
 @pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning")  # four runs miss an example

@@ -6,9 +6,9 @@ import scipy.sparse
 import torch
 
 from simfluence.errors import InvalidInput, SimfluenceError
-from simfluence.simulators import solver
-from simfluence.simulators.least_squares import Lazy, Problem
-from simfluence.simulators.solver import free_coefficients, ridge, ridge_path
+from simfluence.simulators.markov import ridge as solver
+from simfluence.simulators.markov.least_squares import Lazy, Problem
+from simfluence.simulators.markov.ridge import free_coefficients, ridge, ridge_path
 
 ROWS, TRAIN, TESTS = 60, 9, 7
 METHODS = ["direct", "iterative"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, StoreError
-from simfluence.run_file import read_table, to_bytes
+from simfluence.storage.run_file import read_table, to_bytes
 
 
 def test_a_run_survives_unchanged(store, runs, recipe, task):
@@ -269,7 +269,7 @@ def test_verification_runs_are_marked_and_stay_out(store, task, recipe, curricul
     marked = [run for run in store.load(verification=True) if run.verification]
     assert [run.curriculum for run in marked] == [forecast.curriculum]
     assert np.array_equal(marked[0].losses, verified.actual)
-    monkeypatch.setattr("simfluence.recording.training.Training.advance", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr("simfluence.recording.engines.base.Training.advance", lambda self: pytest.fail("trained again"))
     assert np.array_equal(forecast.verify(store=store.path).actual, verified.actual)
     assert len(store.load()) == 6
     sf.record(task, recipe, [forecast.curriculum], store)  # now wanted for itself

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 import simfluence as sf
-from simfluence._progress import bar
+from simfluence._internal.progress import bar
 from simfluence.errors import BeyondReferenceWarning, InvalidInput, NotFittedError
-from simfluence.simulators import tangent
-from simfluence.simulators.head import Head
-from simfluence.simulators.nearness import nearness
-from simfluence.simulators.reference_run import factors_of
-from simfluence.simulators.tangent import _Correction
+from simfluence.simulators.tangent import simulator as tangent
+from simfluence.simulators.tangent.head import Head
+from simfluence.simulators.tangent.reference_run import factors_of
+from simfluence.simulators.tangent.simulator import _Correction
 from simfluence.tasks.losses import token_cross_entropy
 
 RECIPES = {
@@ -267,7 +266,7 @@ def test_how_far_references_disagree(task, runs):
     found = fitted.disagreement(curricula)
     references = fitted._reference_curricula()
     each = [fitted._space(number, reference).roll(curricula, 10) for number, reference in enumerate(references)]
-    shares = nearness(curricula, references, 10)
+    shares = reference_weights(curricula, references, 10)
     # of two values with shares s and 1 − s: √(s (1 − s)) of their difference
     expected = np.sqrt(shares[:, 0] * shares[:, 1])[..., None] * np.abs(each[0] - each[1])
     assert np.allclose(found[0], expected[0], rtol=1e-4, atol=1e-7)
@@ -289,13 +288,13 @@ def test_how_far_references_disagree(task, runs):
 def test_nearer_references_count_more(runs):
     a, b = runs[0].curriculum, runs[1].curriculum
     edited = sf.Remove([int(a[0][0])]).apply(a)
-    shares = nearness([a, b, edited], [a, b], 10)
+    shares = reference_weights([a, b, edited], [a, b], 10)
     assert np.allclose(shares.sum(1), 1)
     assert np.allclose(shares[:, :, 0], 0.5)  # nothing has been shown yet
     assert shares[0, 0, 1:].min() > 0.999
     assert shares[1, 1, 1:].min() > 0.999
     assert (shares[2, 0, 2:] > shares[2, 1, 2:]).all()
-    short = nearness([sf.Truncate(4).apply(edited)], [a, b], 4)
+    short = reference_weights([sf.Truncate(4).apply(edited)], [a, b], 4)
     assert np.allclose(short[0], shares[2][:, :5])  # what comes later does not matter
 
 
@@ -314,14 +313,14 @@ def test_interrupted_while_fitting_it_is_what_it_was(task, runs, monkeypatch):
     fitted = sf.TangentKernelSimulator(task, checkpoints=2, references=2).fit(runs[:2])
     expected = fitted.simulate(runs.curricula, runs.initial_losses)
     fresh = sf.TangentKernelSimulator(task, checkpoints=2, references=2)
-    taken = iter([tangent.taken_of])
+    taken = iter([tangent.collect_reference])
 
     def interrupted(*given):
         for real in taken:  # the first reference
             return real(*given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tangent, "taken_of", interrupted)
+    monkeypatch.setattr(tangent, "collect_reference", interrupted)
     for simulator in (fitted, fresh):
         with pytest.raises(KeyboardInterrupt):
             simulator.fit(runs[3:])

@@ -16,12 +16,12 @@ pytest.importorskip("accelerate")
 
 from test_recorder import blocks  # noqa: E402
 
-from simfluence.recording.trainer import TrainerRecorder  # noqa: E402 (after the packages that it needs)
+from simfluence.recording.hf_trainer import TrainerRecorder  # noqa: E402 (after the packages that it needs)
 
 N_TRAIN, N_TEST = 12, 5
 
 
-class Rows(Dataset):
+class RunRows(Dataset):
     def __init__(self, inputs, labels):
         self.rows = [
             {**{name: tensor[row] for name, tensor in inputs.items()}, "labels": labels[row]}
@@ -85,7 +85,7 @@ def make(bert, tmp_path):
             "dataloader_pin_memory": False,
         }  # fmt: skip
         args = transformers.TrainingArguments(**(settings | arguments))
-        sides = [Rows(*side) for side in (bert.train_data, bert.test_data)]
+        sides = [RunRows(*side) for side in (bert.train_data, bert.test_data)]
         model = bert.build_model(0)
         model.accepts_loss_kwargs = False  # BERT's loss is a mean, which the Trainer must average over the parts
         return cls(model, args, train_dataset=train or sides[0], eval_dataset=sides[1])
@@ -205,7 +205,7 @@ class HiddenSampler(transformers.Trainer):
 
 
 def stream(bert):
-    return Stream(Rows(*bert.train_data).rows)
+    return Stream(RunRows(*bert.train_data).rows)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_of_other_examples_or_without_transformers(bert, make, tmp_path, monkeyp
     TrainerRecorder(again, tmp_path / "runs", "a")
     with pytest.raises(InvalidInput, match="finished run"):
         again.train()
-    monkeypatch.setattr("simfluence.recording.trainer._Callback", object)
+    monkeypatch.setattr("simfluence.recording.hf_trainer._Callback", object)
     with pytest.raises(InvalidInput, match=r"pip install 'simfluence\[hf\]'"):
         TrainerRecorder(make(), tmp_path / "runs")
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import simfluence as sf
-from simfluence.recording.training import Job
-from simfluence.recording.trunk import find_trunk
+from simfluence.recording.activation_cache import find_trunk
+from simfluence.recording.engines.base import TrainingSetup
 from simfluence.task import take
-from simfluence.tasks.padding import trimmed
+from simfluence.tasks.text.padding import trimmed
 
 N_TRAIN, N_TEST, LENGTH = 10, 7, 9
 
@@ -162,7 +162,7 @@ def test_losses_are_the_same(name):
     assert (None if trunk is None else list(trunk.needed)) == expected
     assert trunk is None or trunk.in_training == in_training
     kept, calls = counted(task, RECIPE, CURRICULA)
-    each_time, calls_each_time = counted(task, RECIPE, CURRICULA, trunk_bytes=0)
+    each_time, calls_each_time = counted(task, RECIPE, CURRICULA, activation_cache_bytes=0)
     assert np.abs(kept.losses - each_time.losses).max() < 1e-6
     assert np.ptp(kept.losses, axis=1).min() > 1e-3  # something was learned
     trial = 15  # three examples: together, each alone, disturbed in training and in evaluation, and stood in for
@@ -189,14 +189,14 @@ def test_only_what_is_needed_is_kept():
 def test_memory_is_bounded():
     torch.manual_seed(0)
     task = task_of(frozen(plain(), "4"))
-    each_time, calls_each_time = counted(task, RECIPE, CURRICULA, trunk_bytes=0)
+    each_time, calls_each_time = counted(task, RECIPE, CURRICULA, activation_cache_bytes=0)
     row = 8 * 4 + 3 * 4  # what the head reads of an example, and a number each for what it does not
     counts = []
     for room in (N_TRAIN + N_TEST, N_TRAIN + N_TEST - 1, N_TEST, N_TEST - 2):
-        job = Job.of(task, RECIPE, trunk_bytes=row * room)
-        stand_in = job.stand_in(task.build_model(0))
-        assert stand_in.trunk.in_training == (room == N_TRAIN + N_TEST)
-        runs, calls = counted(task, RECIPE, CURRICULA, trunk_bytes=row * room)
+        setup = TrainingSetup.of(task, RECIPE, activation_cache_bytes=row * room)
+        cached_model = setup.cached_model(task.build_model(0))
+        assert cached_model.trunk.in_training == (room == N_TRAIN + N_TEST)
+        runs, calls = counted(task, RECIPE, CURRICULA, activation_cache_bytes=row * room)
         assert np.abs(runs.losses - each_time.losses).max() < 1e-6
         counts.append(calls)
     assert counts[0] < counts[1] == counts[2] < counts[3] == calls_each_time + 15
@@ -206,14 +206,14 @@ def test_gradients_of_trained_layers_are_the_same():
     torch.manual_seed(0)
     task = task_of(frozen(plain(), "3", "4"))
     model = task.build_model(0)
-    stand_in = Job.of(task, RECIPE).stand_in(model)
+    cached_model = TrainingSetup.of(task, RECIPE).cached_model(model)
     rows = [3, 1, 1, 8]
     gradients = []
     for kept in (False, True):
         model.zero_grad()
         if kept:
-            stand_in.prepare(stand_in.missing(rows))
-            with stand_in.training(rows):
+            cached_model.prepare(cached_model.missing(rows))
+            with cached_model.training(rows):
                 task.batch_losses(model, take(task.train_data, torch.tensor(rows))).sum().backward()
         else:
             task.batch_losses(model, take(task.train_data, torch.tensor(rows))).sum().backward()
@@ -256,7 +256,7 @@ def test_attribution_is_of_what_is_trained(split, method):
     scores = []
     for task in split:
         run = sf.record(task, RECIPE.replace(dtype="float64"), [sf.Curriculum([[1, 2], [3, 4]] * 3, N_TRAIN)])[0]
-        scores.append(sf.attribution.of_run(method, task, run, checkpoints=3, **damping).scores().values)
+        scores.append(sf.attribution.attributor_from_run(method, task, run, checkpoints=3, **damping).scores().values)
     assert np.ptp(scores[1]) > 0
     assert np.allclose(*scores, rtol=1e-6, atol=1e-9)
 
@@ -273,7 +273,7 @@ def test_the_tangent_kernel_is_of_what_is_trained(split):
 
 def test_interrupted_runs_go_on_bit_for_bit(tmp_path, monkeypatch):
     from simfluence.recording import session
-    from simfluence.recording.training import Training
+    from simfluence.recording.engines.base import Training
 
     torch.manual_seed(0)
     task = task_of(frozen(plain(), "4"))
@@ -361,7 +361,7 @@ def test_language_models(kind):
     else:
         assert "encoder" in names  # whole; a decoder's block also gives positions that all examples share
     kept = sf.record(task, RECIPE, CURRICULA, engine="loop")
-    each_time = sf.record(whole, RECIPE, CURRICULA, engine="loop", trunk_bytes=0)
+    each_time = sf.record(whole, RECIPE, CURRICULA, engine="loop", activation_cache_bytes=0)
     assert np.abs(kept.losses - each_time.losses).max() < 1e-6
     assert np.ptp(kept.losses, axis=1).min() > 1e-3
 
@@ -402,18 +402,18 @@ def texts(trim=None, trained=("layers.2", "head")):
 @pytest.mark.parametrize("room", [0, 2**30])
 def test_padding_trimmed_and_sorted(trained, room, monkeypatch):
     recipe = RECIPE.replace(dtype="float64")
-    expected = sf.record(texts(trained=trained), recipe, CURRICULA, engine="loop", trunk_bytes=0)
+    expected = sf.record(texts(trained=trained), recipe, CURRICULA, engine="loop", activation_cache_bytes=0)
     for numbers in (4096, 20, 1):  # one batch, several, one for each example
-        monkeypatch.setattr("simfluence.recording.reading.BATCH_NUMBERS", numbers)
-        runs = sf.record(texts(trimmed, trained), recipe, CURRICULA, engine="loop", trunk_bytes=room)
+        monkeypatch.setattr("simfluence.recording.readings.BATCH_NUMBERS", numbers)
+        runs = sf.record(texts(trimmed, trained), recipe, CURRICULA, engine="loop", activation_cache_bytes=room)
         assert np.abs(runs.losses - expected.losses).max() < 1e-6
         assert runs.ids == expected.ids  # trimming is no other task
 
 
 def test_batches_are_of_alike_length(monkeypatch):
-    monkeypatch.setattr("simfluence.recording.reading.BATCH_NUMBERS", 12)
+    monkeypatch.setattr("simfluence.recording.readings.BATCH_NUMBERS", 12)
     task = texts(trimmed)
-    side = Job.of(task, RECIPE).test_side
+    side = TrainingSetup.of(task, RECIPE).test_side
     widths = [data[0]["input_ids"].shape for data in side.batches]
     assert sum(count for count, _ in widths) == N_TEST
     assert [length for _, length in widths] == sorted(length for _, length in widths)

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 
 import simfluence as sf
-from simfluence import tuning
 from simfluence.errors import DivergedWarning, InvalidInput, StoreError
-from simfluence.evaluation import HOPELESS
+from simfluence.evaluation import tuning
+from simfluence.evaluation.metrics import MIN_SKILL
+from simfluence.evaluation.tuning import search
 from simfluence.simulators import SIMULATORS
-from simfluence.tuning import search
 
 ROOT = Path(__file__).parents[1]
 
@@ -217,7 +217,7 @@ def test_candidates_that_run_away_are_bad_and_silent(runs, explosive, capfd):
     found = search("explosive", runs, trials=12, folds=3)
     away = found.trials[found.trials["rate"] > 0.7]
     assert len(away) >= 2
-    assert (away["skill"] == HOPELESS).all()
+    assert (away["skill"] == MIN_SKILL).all()
     assert away["problem"].str.contains("run away").any()
     assert np.isfinite(found.trials["skill"]).all()
     assert found.parameters["rate"] < 0.5
@@ -305,7 +305,7 @@ KILLED = """
 import os, signal, sqlite3, sys, time
 import torch
 import simfluence as sf
-from simfluence import tuning
+from simfluence.evaluation import tuning
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 file, runs, errors = sys.argv[1], sf.RunStore(sys.argv[2]).load(), tuning.fitted_errors
 tuning.search("additive", runs, trials=1, folds=2, storage=file + ".warm")  # imports are paid once

@@ -5,7 +5,7 @@ import pytest
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
-from simfluence.evaluation import hit_rate, relative_error, seed_share
+from simfluence.evaluation.metrics import hit_rate, relative_error, seed_share
 
 
 @pytest.fixture(scope="module")

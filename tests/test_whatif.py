@@ -8,7 +8,7 @@ import pytest
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
-from simfluence.simulators import dynamics
+from simfluence.simulators.markov import dynamics
 
 
 @pytest.fixture(scope="module")

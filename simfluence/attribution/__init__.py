@@ -3,20 +3,19 @@
 model + training data + loss ──fit──▶ attributor ──scores(test data)──▶ Scores [test, train]
 """
 
-from simfluence.attribution import reference
+from simfluence.attribution import exact
 from simfluence.attribution.base import Attributor
-from simfluence.attribution.curvature import Relative
-from simfluence.attribution.finding import per_example
-from simfluence.attribution.gradients import Gradients, attention_mask
-from simfluence.attribution.ideal import TracInIdeal
+from simfluence.attribution.curvature.kronecker import Relative
+from simfluence.attribution.from_run import METHODS, attributor_from_run
+from simfluence.attribution.gradients.hooks import Gradients, attention_mask
+from simfluence.attribution.gradients.labels import draw_classes, draw_normal
+from simfluence.attribution.gradients.layers import Factors, Layer
+from simfluence.attribution.gradients.per_example import per_example_gradients
 from simfluence.attribution.influence import EKFAC, KFAC, Diagonal, Exact
 from simfluence.attribution.iterative import Arnoldi, ConjugateGradients, LiSSA
-from simfluence.attribution.labels import draw_classes, draw_normal
-from simfluence.attribution.layers import Factors, Layer
-from simfluence.attribution.of_run import METHODS, of_run
 from simfluence.attribution.scores import Scores, TopScores
 from simfluence.attribution.similarity import HiddenSimilarity, NGrams, TfIdf, candidates
-from simfluence.attribution.tracin import Adam, GradientCosine, GradientDot, TracInCP
+from simfluence.attribution.tracin import Adam, GradientCosine, GradientDot, TracInCP, TracInIdeal
 
 __all__ = [
     "EKFAC",
@@ -43,10 +42,10 @@ __all__ = [
     "TracInCP",
     "TracInIdeal",
     "attention_mask",
+    "attributor_from_run",
     "candidates",
     "draw_classes",
     "draw_normal",
-    "of_run",
-    "per_example",
-    "reference",
+    "exact",
+    "per_example_gradients",
 ]

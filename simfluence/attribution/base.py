@@ -12,13 +12,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from simfluence._indices import checked_indices
-from simfluence._progress import bar
-from simfluence._types import Indices
-from simfluence.attribution.finding import per_example
-from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask, rows_of
-from simfluence.attribution.layers import Factors
-from simfluence.attribution.pairs import Query, joined, numbers, own_products, position_products, products
+from simfluence._internal.progress import bar
+from simfluence._internal.types import Indices
+from simfluence._internal.validation import checked_indices
+from simfluence.attribution.gradients.hooks import Gradients, Loss, Mask, attention_mask, rows_of
+from simfluence.attribution.gradients.inner_products import (
+    Query,
+    joined,
+    numbers,
+    position_products,
+    products,
+    self_products,
+)
+from simfluence.attribution.gradients.layers import Factors
+from simfluence.attribution.gradients.per_example import per_example_gradients
 from simfluence.attribution.scores import Scores, TopScores
 from simfluence.errors import InvalidInput, NotFittedError
 from simfluence.task import Data, Task, take, tensors
@@ -83,7 +90,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         self.l2_ = l2 if l2 is not None else (0.0 if task is None else task.l2)
         if not self.l2_ >= 0:
             raise InvalidInput(f"l2 must be a number from 0 up, got {self.l2_!r}")
-        self.gradients_ = per_example(model, loss, train, self.layers, mask)
+        self.gradients_ = per_example_gradients(model, loss, train, self.layers, mask)
         self._fit()
         self.versions_ = versions(model)
         return self
@@ -204,7 +211,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
     def _own(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
         """The products of each example with itself, over all layers."""
         queries = solve(factors)
-        return torch.stack([own_products(queries[name], each).cpu() for name, each in factors.items()]).sum(0)
+        return torch.stack([self_products(queries[name], each).cpu() for name, each in factors.items()]).sum(0)
 
     def _few(self, gradients: Gradients) -> int:
         """How many examples may have their products with P formed at a time."""

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simfluence.attribution.base import Attributor, LayerFactors, Queries, Solve
-from simfluence.attribution.curvature import (
+from simfluence.attribution.curvature.cache import CurvatureCache, fingerprint
+from simfluence.attribution.curvature.kronecker import (
     Block,
     Damping,
     Relative,
@@ -22,12 +23,11 @@ from simfluence.attribution.curvature import (
     kfac,
     kronecker_factors,
 )
-from simfluence.attribution.flat import curvature_product, join, split
-from simfluence.attribution.gradients import rows_of
-from simfluence.attribution.kept import Kept, fingerprint
-from simfluence.attribution.labels import Draw, Relabel, relabelling
-from simfluence.attribution.layers import Factors
-from simfluence.attribution.pairs import low_rank, own_products
+from simfluence.attribution.curvature.matrix_free import curvature_product, flatten, unflatten
+from simfluence.attribution.gradients.hooks import rows_of
+from simfluence.attribution.gradients.inner_products import low_rank, self_products
+from simfluence.attribution.gradients.labels import Draw, Relabel, relabelling
+from simfluence.attribution.gradients.layers import Factors
 from simfluence.errors import InvalidInput
 
 DEFAULT_DAMPING = Relative(0.1)
@@ -89,19 +89,19 @@ class _Blocks(Attributor):
 
     def _own_of_layer(self, name: str, factors: Factors) -> Tensor:
         if name not in self.rotated_:
-            return own_products(self._solved(name, factors), factors)
+            return self_products(self._solved(name, factors), factors)
         along = factors.inputs[:, 0].square() @ (1 / self._divisor(name)).T  # (s²)ᵀ W a²: no gradient is formed
         return (along * factors.gradients[:, 0].square()).sum(1)
 
     def _divisor(self, name: str) -> Tensor:
         return damped(self.blocks_[name].eigenvalues, self.damping, self.l2_, f"layer {name!r}")
 
-    def _kept(self) -> Kept | None:
+    def _cache(self) -> CurvatureCache | None:
         if self.store is None:
             return None
         labels = getattr(self.labels, "__qualname__", self.labels)
         settings = type(self).__name__, labels, self.seed
-        return Kept(Path(self.store), fingerprint(self.gradients_, self.train_data_, *settings))
+        return CurvatureCache(Path(self.store), fingerprint(self.gradients_, self.train_data_, *settings))
 
     @abstractmethod
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]: ...
@@ -140,7 +140,7 @@ class EKFAC(_Blocks):
     """
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        return ekfac(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept())
+        return ekfac(self.gradients_, self.train_data_, self.batch_size, relabel, self._cache())
 
 
 class KFAC(_Blocks):
@@ -160,7 +160,7 @@ class KFAC(_Blocks):
     """
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        return kfac(kronecker_factors(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept()))
+        return kfac(kronecker_factors(self.gradients_, self.train_data_, self.batch_size, relabel, self._cache()))
 
 
 class Diagonal(_Blocks):
@@ -180,7 +180,7 @@ class Diagonal(_Blocks):
     """
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        return diagonal(self.gradients_, self.train_data_, self.batch_size, relabel, self._kept())
+        return diagonal(self.gradients_, self.train_data_, self.batch_size, relabel, self._cache())
 
 
 class Exact(Attributor):
@@ -234,5 +234,5 @@ class Exact(Attributor):
         self.eigenvalues_ = damped(eigenvalues, self.damping, self.l2_, f"the model ({self.curvature})")
 
     def _solve(self, factors: LayerFactors) -> Queries:
-        flat = join(self.gradients_, factors)
-        return split(self.gradients_, (flat @ self.basis_ / self.eigenvalues_) @ self.basis_.T)
+        flat = flatten(self.gradients_, factors)
+        return unflatten(self.gradients_, (flat @ self.basis_ / self.eigenvalues_) @ self.basis_.T)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simfluence.attribution.base import Attributor, LayerFactors, Queries
-from simfluence.attribution.curvature import (
+from simfluence.attribution.curvature.kronecker import (
     Block,
     Damping,
     Relative,
@@ -19,7 +19,7 @@ from simfluence.attribution.curvature import (
     damped,
     ekfac,
 )
-from simfluence.attribution.flat import Product, curvature_product, join, split
+from simfluence.attribution.curvature.matrix_free import Product, curvature_product, flatten, unflatten
 from simfluence.errors import ConvergenceWarning, InvalidInput
 from simfluence.task import take
 
@@ -49,7 +49,7 @@ class _Iterative(Attributor):
         self._prepare()
 
     def _solve(self, factors: LayerFactors) -> Queries:
-        return split(self.gradients_, self._solve_flat(join(self.gradients_, factors)))
+        return unflatten(self.gradients_, self._solve_flat(flatten(self.gradients_, factors)))
 
     @property
     def _added(self) -> float:
@@ -122,8 +122,8 @@ class ConjugateGradients(_Iterative):
             return vectors
         added = self._added
         damping = added if added > 0 else Relative(1e-3)  # of the preconditioner alone
-        parts = split(self.gradients_, vectors)
-        return join(self.gradients_, {n: block.divided(parts[n], damping) for n, block in self.blocks_.items()})
+        parts = unflatten(self.gradients_, vectors)
+        return flatten(self.gradients_, {n: block.divided(parts[n], damping) for n, block in self.blocks_.items()})
 
 
 def conjugate_gradients(

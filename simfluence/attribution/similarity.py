@@ -18,10 +18,10 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
-from simfluence._indices import checked_indices
-from simfluence._types import Indices
+from simfluence._internal.types import Indices
+from simfluence._internal.validation import checked_indices
 from simfluence.attribution.base import checked_data, versions
-from simfluence.attribution.gradients import (
+from simfluence.attribution.gradients.hooks import (
     Calls,
     Mask,
     attention_mask,

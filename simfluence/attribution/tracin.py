@@ -1,4 +1,5 @@
-"""Inner products of gradients: at the end of training, or summed over checkpoints (TracIn: Pruthi et al. 2020)."""
+"""Inner products of gradients: at the end of training, or summed over checkpoints (TracIn: Pruthi et al. 2020); and
+TracIn-ideal, read off recorded losses."""
 
 from __future__ import annotations
 
@@ -9,18 +10,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import sklearn.base
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve, versions
-from simfluence.attribution.curvature import FORMED
-from simfluence.attribution.gradients import Gradients, Loss, Mask, attention_mask
-from simfluence.attribution.layers import Factors
-from simfluence.attribution.pairs import matrices, own_products
-from simfluence.errors import InvalidInput
+from simfluence.attribution.curvature.kronecker import FORMED
+from simfluence.attribution.gradients.hooks import Gradients, Loss, Mask, attention_mask
+from simfluence.attribution.gradients.inner_products import matrices, self_products
+from simfluence.attribution.gradients.layers import Factors
+from simfluence.attribution.scores import Scores
+from simfluence.errors import InvalidInput, NotFittedError
 from simfluence.recording.checkpoints import Checkpoint
-from simfluence.runs import Run
+from simfluence.runs import Run, Runs
 from simfluence.task import Data, Task
 
 #: A model's state: by parameter name, a recording's checkpoint, or the file of one.
@@ -81,7 +84,7 @@ class GradientCosine(Attributor):
 
     def _prepared(self, factors: LayerFactors) -> LayerFactors:
         like = self.gradients_.like
-        squares = torch.stack([own_products(each, each).to(like) for each in factors.values()]).sum(0)
+        squares = torch.stack([self_products(each, each).to(like) for each in factors.values()]).sum(0)
         shares = torch.where(squares > 0, squares.clamp(min=torch.finfo(like.dtype).tiny).rsqrt(), 0.0)
         return {name: _scaled(each, shares) for name, each in factors.items()}
 
@@ -139,7 +142,7 @@ class TracInCP(Attributor):
         self.batch_size = batch_size
 
     @classmethod
-    def of_run(cls, run: Run, **parameters: Any) -> TracInCP:
+    def from_run(cls, run: Run, **parameters: Any) -> TracInCP:
         """Over the checkpoints that a run recorded, each with the learning rate of the step that follows it.
 
         Raises:
@@ -259,3 +262,57 @@ def _adam_steps(state: State, gradients: Gradients, adam: Adam) -> dict[str, Ten
         corrected = moments[index]["exp_avg_sq"] / (1 - adam.beta2 ** float(moments[index]["step"]))
         steps[name] = 1 / (corrected.sqrt() + adam.eps).to(parameter)
     return {name: layer.from_parameters(steps) for name, layer in gradients.layers.items()}
+
+
+class TracInIdeal(sklearn.base.BaseEstimator):
+    """``Σ_t count_ti/|c_t| · (L_t(z) − L_{t+1}(z))`` over the steps t of recorded runs, read off their losses.
+
+    A batch's change is shared out evenly among its examples. The unit is "loss": the predicted rise of z's loss if
+    every occurrence of i were taken out. Of several runs, the mean over those that show i; an example that none shows
+    has 0.
+
+    >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> TracInIdeal().fit(runs).scores().values
+    array([[ 2. , -0.5]])
+    """
+
+    def fit(self, runs: Run | Runs) -> TracInIdeal:
+        """Read the runs.
+
+        Raises:
+            InvalidInput: no run, or a loss that was not recorded at every step, or is not finite.
+        """
+        several = [runs] if isinstance(runs, Run) else list(runs)
+        if not several:
+            raise InvalidInput("no run to trace: give one run or more")
+        sums = np.zeros((several[0].losses.shape[1], several[0].curriculum.n_train))
+        shown = np.zeros(several[0].curriculum.n_train)
+        for run in several:
+            sums += _traced(run)
+            shown += run.curriculum.counts.sum(axis=0) > 0
+        self.values_ = sums / np.maximum(shown, 1)
+        self.ids_ = [side.ids if side is not None else None for side in (several[0].train, several[0].test)]
+        return self
+
+    def scores(self, test_data: Any = None, unit: str | None = None) -> Scores:
+        """The scores ``[test, train]``, of the runs' own test examples.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            InvalidInput: other test data, which no run has losses of; or another unit.
+        """
+        if not hasattr(self, "values_"):
+            raise NotFittedError("this TracInIdeal is not fitted yet: call fit(runs) first")
+        if test_data is not None:
+            raise InvalidInput("TracIn-ideal knows the runs' own test examples only: leave test_data out")
+        if unit not in (None, "loss"):
+            raise InvalidInput(f"no unit {unit!r}: TracIn-ideal gives 'loss'")
+        return Scores(self.values_, "loss", "TracInIdeal", None, *self.ids_)
+
+
+def _traced(run: Run) -> Float[np.ndarray, "test train"]:
+    falls = -np.diff(run.losses.astype(np.float64), axis=0)  # [steps, test]
+    if not np.isfinite(falls).all():
+        raise InvalidInput(f"run {run.id} lacks losses at some steps, or diverged: TracIn-ideal needs each of them")
+    shares = run.curriculum.counts.multiply(1 / np.maximum(run.curriculum.sizes, 1)[:, None])  # [steps, train]
+    return np.asarray((shares.T @ falls).T)

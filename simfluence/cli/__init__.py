@@ -7,7 +7,7 @@ import warnings
 
 import typer
 
-from simfluence.cli import asking, attributing, recording, simulating
+from simfluence.cli import attribution, fitting, queries, recording
 from simfluence.errors import SimfluenceError
 
 app = typer.Typer(
@@ -19,17 +19,17 @@ runs_app = typer.Typer(help="Look into a run store.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 
 for _command in (
-    simulating.demo,
+    fitting.demo,
     recording.record,
-    simulating.fit,
-    simulating.evaluate,
-    simulating.tune,
-    simulating.learning_curve,
-    asking.what_if,
-    asking.leave_one_out,
-    asking.removal,
-    attributing.attribute,
-    attributing.lds,
+    fitting.fit,
+    fitting.evaluate,
+    fitting.tune,
+    fitting.learning_curve,
+    queries.what_if,
+    queries.leave_one_out,
+    queries.removal,
+    attribution.attribute,
+    attribution.lds,
 ):
     app.command(_command.__name__.replace("_", "-"))(_command)
 runs_app.command("ls")(recording.runs_ls)

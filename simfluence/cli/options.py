@@ -13,7 +13,7 @@ from simfluence import simulators, tasks
 from simfluence.errors import InvalidInput
 from simfluence.runs import Run, Runs
 from simfluence.simulators import OF_TASK, SIMULATORS, Simulator
-from simfluence.store import RunStore
+from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
 StorePath = Annotated[Path, typer.Argument(help="Folder of recorded runs.")]

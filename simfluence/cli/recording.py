@@ -12,13 +12,13 @@ import typer
 
 from simfluence import tasks
 from simfluence.cli.options import AsJson, OwnTask, Plot, StorePath
+from simfluence.cli.output import draw, print_json, print_table
 from simfluence.errors import InvalidInput
-from simfluence.printing import draw, print_json, print_table
 from simfluence.recording import estimate
 from simfluence.recording import record as record_runs
 from simfluence.runs import Run
 from simfluence.specs import RecordingSpec
-from simfluence.store import RunStore
+from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
 

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from simfluence._html import Html
+from simfluence._internal.html import Html
 from simfluence.plots.style import COLOURS, empty, finished, named, of, opened, some
 
 _POINTS = 5000

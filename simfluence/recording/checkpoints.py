@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from simfluence._files import write_whole
+from simfluence._internal.files import write_whole
 from simfluence.errors import StoreError
 
 

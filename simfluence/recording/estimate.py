@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simfluence._files import size_of
+from simfluence._internal.files import size_of
 from simfluence.curriculum import Curriculum
 from simfluence.recipe import Recipe
-from simfluence.recording.engines import Group, plan
+from simfluence.recording.engines.base import TrainingSetup
 from simfluence.recording.observe import Observe
+from simfluence.recording.plan import RunGroup, plan
 from simfluence.recording.session import check, run_id
-from simfluence.recording.training import Job
-from simfluence.store import RunStore
+from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
 _WARM_UP = 2
@@ -31,18 +31,18 @@ class Estimate:
     """What a recording will take.
 
     Args:
-        runs: to be recorded; ``there`` more are recorded already.
+        runs: to be recorded; ``already_recorded`` more are recorded already.
         engines: how many of them by each engine.
         seconds: of training and reading, on this machine as busy as it is now.
         disk: bytes of run files and checkpoints, about.
         memory: bytes that the process takes at its peak, with all runs in memory at the end; 0 if not known here.
 
-    >>> Estimate(runs=3, there=0, engines={"loop": 3}, seconds=1.5, disk=2**20, memory=0).seconds
+    >>> Estimate(runs=3, already_recorded=0, engines={"loop": 3}, seconds=1.5, disk=2**20, memory=0).seconds
     1.5
     """
 
     runs: int
-    there: int
+    already_recorded: int
     engines: dict[str, int]
     seconds: float
     disk: int
@@ -52,7 +52,7 @@ class Estimate:
         engines = ", ".join(f"{count} by {name}" for name, count in self.engines.items()) or "none"
         memory = size_of(self.memory) if self.memory else "not known here"
         return (
-            f"{self.runs} runs to record ({engines}), {self.there} recorded already\n"
+            f"{self.runs} runs to record ({engines}), {self.already_recorded} recorded already\n"
             f"time    about {_duration(self.seconds)}\ndisk    about {size_of(self.disk)}\nmemory  about {memory}"
         )
 
@@ -87,34 +87,36 @@ def estimate(
     curricula, observe = list(curricula), observe or Observe()
     check(task, curricula, observe)
     wanted = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
-    there = set(RunStore(store).ids()) & set(wanted) if store is not None and RunStore(store).exists else set()
-    groups = [g for g in plan(task, recipe, wanted, engine) if not there >= set(g.curricula)]
-    job = Job.of(task, recipe, device, observe.measures)
+    already_recorded = (
+        set(RunStore(store).ids()) & set(wanted) if store is not None and RunStore(store).exists else set()
+    )
+    groups = [g for g in plan(task, recipe, wanted, engine) if not already_recorded >= set(g.curricula)]
+    setup = TrainingSetup.of(task, recipe, device, observe.measures)
     costs: dict[tuple[str, int], tuple[float, float, int]] = {}
     seconds, disk = 0.0, 0
     with torch.random.fork_rng(devices=[]):
         for group in groups:
             kind = group.engine, len(group.curricula)
             if kind not in costs:
-                costs[kind] = _measured(group, job, steps)
+                costs[kind] = _measured(group, setup, steps)
             update, reading, checkpoint = costs[kind]
             reads = int(observe.times(group.steps).sum())
             seconds += group.steps * update + reads * reading
-            disk += len(group.curricula) * (_run_bytes(job, group, reads) + len(observe.checkpoints) * checkpoint)
+            disk += len(group.curricula) * (_run_bytes(setup, group, reads) + len(observe.checkpoints) * checkpoint)
     engines: dict[str, int] = {}
     for group in groups:
         engines[group.engine] = engines.get(group.engine, 0) + len(group.curricula)
-    in_memory = sum(_readings_bytes(job, group.steps + 1) * len(group.curricula) for group in groups)
+    in_memory = sum(_readings_bytes(setup, group.steps + 1) * len(group.curricula) for group in groups)
     memory = _peak_memory() + in_memory if _peak_memory() else 0
-    return Estimate(sum(engines.values()), len(there), engines, seconds, disk, memory)
+    return Estimate(sum(engines.values()), len(already_recorded), engines, seconds, disk, memory)
 
 
-def _measured(group: Group, job: Job, steps: int) -> tuple[float, float, int]:
+def _measured(group: RunGroup, setup: TrainingSetup, steps: int) -> tuple[float, float, int]:
     """Seconds of an update, seconds of a reading (each of the whole group), and bytes of one run's checkpoint."""
     steps = max(1, min(steps, (group.steps - _WARM_UP) // 2))
     times = np.zeros(group.steps + 1, bool)
     times[: min(_WARM_UP + steps, group.steps) + 1] = True
-    training = group.start(job, times)
+    training = group.start(setup, times)
     for _ in range(min(_WARM_UP, group.steps)):
         training.advance()
     seconds = []
@@ -131,14 +133,14 @@ def _measured(group: Group, job: Job, steps: int) -> tuple[float, float, int]:
     return update, max(0.0, with_reading - update), size + _CHECKPOINT_OVERHEAD
 
 
-def _readings_bytes(job: Job, times: int) -> int:
-    return times * len(job.task.test) * (1 + len(job.measures)) * job.recipe.torch_dtype.itemsize
+def _readings_bytes(setup: TrainingSetup, times: int) -> int:
+    return times * len(setup.task.test) * (1 + len(setup.measures)) * setup.recipe.torch_dtype.itemsize
 
 
-def _run_bytes(job: Job, group: Group, reads: int) -> int:
+def _run_bytes(setup: TrainingSetup, group: RunGroup, reads: int) -> int:
     """Noise hardly compresses; indices take about two bytes."""
     places = max(len(curriculum.indices) for curriculum in group.curricula.values())
-    return _readings_bytes(job, reads) + 2 * places + 3 * group.steps + _PARQUET_OVERHEAD
+    return _readings_bytes(setup, reads) + 2 * places + 3 * group.steps + _PARQUET_OVERHEAD
 
 
 def _peak_memory() -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 from pydantic import Field
 
-from simfluence._spec import Spec
+from simfluence._internal.spec import Spec
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.task import Task

@@ -12,12 +12,12 @@ from torch import nn
 
 from simfluence.errors import InvalidInput
 from simfluence.recording.checkpoints import Checkpoint
-from simfluence.recording.loop import LoopTraining
+from simfluence.recording.engines.base import TrainingSetup
+from simfluence.recording.engines.loop import LoopTraining
 from simfluence.recording.observe import Observe
 from simfluence.recording.session import record
-from simfluence.recording.training import Job
 from simfluence.runs import Run
-from simfluence.store import RunStore
+from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
 
@@ -79,7 +79,7 @@ def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator
         raise InvalidInput(f"run {run.id} does not know its recipe, so it cannot be trained again")
     never = np.zeros(run.steps + 1, bool)
     with torch.random.fork_rng(devices=[]):
-        training = LoopTraining(Job.of(task, run.recipe, device, ()), run.curriculum, never)
+        training = LoopTraining(TrainingSetup.of(task, run.recipe, device, ()), run.curriculum, never)
         yield training
         while not training.finished:
             training.advance()

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from simfluence._internal.progress import RecordingProgress
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, StoreError
 from simfluence.recipe import Recipe
+from simfluence.recording.activation_cache import ACTIVATION_CACHE_BYTES
 from simfluence.recording.checkpoints import Checkpoint
-from simfluence.recording.engines import Group, plan
+from simfluence.recording.engines.base import Training, TrainingSetup
 from simfluence.recording.observe import Observe
-from simfluence.recording.progress import RecordingProgress
-from simfluence.recording.training import Job, Training
-from simfluence.recording.trunk import TRUNK_BYTES
+from simfluence.recording.plan import RunGroup, plan
 from simfluence.runs import Run, Runs
-from simfluence.store import RunStore
+from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
 #: A training that takes longer than this is kept on disk while under way, so that it can be gone on with.
@@ -44,7 +44,7 @@ def record(
     engine: str = "auto",
     device: str | torch.device = "cpu",
     verification: bool = False,
-    trunk_bytes: int = TRUNK_BYTES,
+    activation_cache_bytes: int = ACTIVATION_CACHE_BYTES,
 ) -> Runs:
     """Train under each curriculum and record every test example's loss before training and after every step.
 
@@ -62,8 +62,8 @@ def record(
         engine: "auto", "batched" (many runs at once) or "loop"; see ``recording.engines.plan``.
         device: where to train.
         verification: mark the runs as made to confirm a forecast: ``load()`` leaves them out.
-        trunk_bytes: memory for what frozen layers below the first trained one give for every example, so that the loop
-            computes it once; 0 computes it every time.
+        activation_cache_bytes: memory for the outputs of frozen layers below the first trained one, which the loop
+            then computes once for each example; 0 computes them every time.
 
     Returns:
         The runs, in the order of ``curricula``.
@@ -84,7 +84,7 @@ def record(
     if observe.checkpoints and store is None:
         raise InvalidInput("checkpoints are files: give store= a folder to keep them in")
     wanted = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
-    session = _Session(task, recipe, _opened(store, task), observe, device, verification, trunk_bytes)
+    session = _Session(task, recipe, _opened(store, task), observe, device, verification, activation_cache_bytes)
     with torch.random.fork_rng(devices=[]):
         found = session.all(plan(task, recipe, wanted, engine))
     return Runs(found[run_id(task, recipe, curriculum)] for curriculum in curricula)
@@ -136,14 +136,14 @@ class _Session:
         observe: Observe,
         device: str | torch.device,
         verification: bool,
-        trunk_bytes: int,
+        activation_cache_bytes: int,
     ) -> None:
         self.task, self.recipe, self.store, self.observe = task, recipe, store, observe
-        self.device, self.verification, self.trunk_bytes = device, verification, trunk_bytes
-        self.jobs: dict[tuple[str, ...], Job] = {}
+        self.device, self.verification, self.activation_cache_bytes = device, verification, activation_cache_bytes
+        self.setups: dict[tuple[str, ...], TrainingSetup] = {}
         self.found: dict[str, Run] = {}
 
-    def all(self, groups: Sequence[Group]) -> Mapping[str, Run]:
+    def all(self, groups: Sequence[RunGroup]) -> Mapping[str, Run]:
         """Every run by id: read if it is there, recorded otherwise."""
         missing = [group for group in groups if not self._is_there(group)]
         if not missing:
@@ -154,7 +154,7 @@ class _Session:
                 self._record(group, progress)
         return self.found
 
-    def _is_there(self, group: Group) -> bool:
+    def _is_there(self, group: RunGroup) -> bool:
         """Whether the store has all that is wanted of these runs; those it has are read into ``found``."""
         if self.store is None:
             return False
@@ -175,7 +175,7 @@ class _Session:
             run = self.store.add(dataclasses.replace(run, verification=False))
         return run
 
-    def _claimed(self, groups: Sequence[Group], progress: RecordingProgress) -> Iterator[Group]:
+    def _claimed(self, groups: Sequence[RunGroup], progress: RecordingProgress) -> Iterator[RunGroup]:
         """The groups to be recorded by this process, each held against others while it is."""
         if self.store is None:
             yield from groups
@@ -198,13 +198,13 @@ class _Session:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 others = 0
 
-    def _record(self, group: Group, progress: RecordingProgress) -> None:
+    def _record(self, group: RunGroup, progress: RecordingProgress) -> None:
         there = [self.found[name] for name in group.curricula if name in self.found]
         measures = dict.fromkeys([*self.observe.measures, *(name for run in there for name in run.measures)])
         times = self.observe.times(group.steps)
         for run in there:  # what a run has is read again, to be compared
             times[run.times] = True
-        training = group.start(self._job(tuple(measures)), times)
+        training = group.start(self._setup(tuple(measures)), times)
         self._resume(training, group)
         progress.step(training.step)
         saved = time.monotonic()
@@ -220,11 +220,13 @@ class _Session:
             self.found[name] = self._kept(self._run(name, curriculum, training, group.engine, readings, times))
             progress.run_finished()
 
-    def _job(self, measures: tuple[str, ...]) -> Job:
+    def _setup(self, measures: tuple[str, ...]) -> TrainingSetup:
         """One for all groups that read the same, so that what it keeps is kept for all."""
-        if measures not in self.jobs:
-            self.jobs[measures] = Job.of(self.task, self.recipe, self.device, measures, self.trunk_bytes)
-        return self.jobs[measures]
+        if measures not in self.setups:
+            self.setups[measures] = TrainingSetup.of(
+                self.task, self.recipe, self.device, measures, self.activation_cache_bytes
+            )
+        return self.setups[measures]
 
     def _run(
         self,
@@ -260,13 +262,13 @@ class _Session:
             return before
         return self.store.add(run)
 
-    def _save_if_asked(self, training: Training, group: Group) -> None:
+    def _save_if_asked(self, training: Training, group: RunGroup) -> None:
         if self.store and training.step in self.observe.checkpoints:
             for name, moment in zip(group.curricula, training.moments(), strict=True):
                 if training.step not in self.store.checkpoints(name):
                     moment.save(self.store.checkpoint(name, training.step), aside=self.store.partial(group.name))
 
-    def _resume(self, training: Training, group: Group) -> None:
+    def _resume(self, training: Training, group: RunGroup) -> None:
         if self.store is None or not (file := self._partial_file(self.store, group)).is_file():
             return
         with contextlib.suppress(StoreError):  # a damaged unfinished run costs its time again, nothing else
@@ -276,7 +278,7 @@ class _Session:
                 training.restore(saved)
 
     @staticmethod
-    def _partial_file(store: RunStore, group: Group) -> Path:
+    def _partial_file(store: RunStore, group: RunGroup) -> Path:
         return store.partial(group.name) / "training.safetensors"
 
 

@@ -11,8 +11,8 @@ from simfluence.simulators.baselines import MeanTrajectorySimulator, Persistence
 from simfluence.simulators.boosted import BoostedSimulator
 from simfluence.simulators.conformal import ConformalSimulator
 from simfluence.simulators.featurized import FeaturizedSimulator
-from simfluence.simulators.markov import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
-from simfluence.simulators.tangent import TangentKernelSimulator
+from simfluence.simulators.markov.simulators import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
+from simfluence.simulators.tangent.simulator import TangentKernelSimulator
 
 #: Every simulator by its name on the command line; ``ConformalSimulator`` wraps any of them,
 #: ``AttributedSimulator`` plays an attributor.

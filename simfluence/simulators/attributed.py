@@ -22,8 +22,7 @@ from simfluence.errors import InvalidInput
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import mean_trajectory
-from simfluence.simulators.dynamics import batch_weights
-from simfluence.simulators.transitions import usual_batch_size
+from simfluence.simulators.batches import batch_weights, usual_batch_size
 
 AROUND = (None, "mean")
 SCALES = ("given", "fitted")

@@ -17,9 +17,9 @@ import safetensors.numpy
 import sklearn.base
 from jaxtyping import Bool, Float
 
-from simfluence._files import write_whole
-from simfluence._progress import bar
-from simfluence._types import Losses
+from simfluence._internal.files import write_whole
+from simfluence._internal.progress import bar
+from simfluence._internal.types import Losses
 from simfluence._version import __version__
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Remove
@@ -40,6 +40,12 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
     """
 
     name: ClassVar[str]
+    #: Whether it needs the task besides the runs, as a parameter ``task``.
+    needs_task: ClassVar[bool] = False
+    #: Whether ``interval`` gives the ends of intervals of the losses.
+    gives_intervals: ClassVar[bool] = False
+    #: Whether ``derivatives_without`` gives derivatives of the final losses.
+    gives_derivatives: ClassVar[bool] = False
 
     def fit(self: SimulatorT, runs: Runs) -> SimulatorT:
         """Learn from recorded runs; diverged ones are left out with a warning. Interrupted, it is what it was before.
@@ -142,6 +148,16 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         initial = self._check_initial([base], initial_losses)[0]
         _check_some_left(base, np.eye(self.n_train_, dtype=bool))
         return self._derivatives_without(base, initial)
+
+    def interval(
+        self, curricula: Sequence[Curriculum], initial_losses: Any, confidence: float = 0.9
+    ) -> tuple[Losses, Losses]:
+        """Return the lower and upper ends of the interval of each loss, each ``[runs, steps + 1, test]``.
+
+        Raises:
+            InvalidInput: simulators of this kind give no intervals (``gives_intervals`` is False).
+        """
+        raise InvalidInput(f"simulator {self.name!r} gives no intervals: wrap it, ConformalSimulator({self!r})")
 
     def with_parameters(self: SimulatorT, **parameters: object) -> SimulatorT:
         """Set parameters like ``set_params``, but checked at once.

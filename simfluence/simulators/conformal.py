@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import sklearn.base
 
-from simfluence._types import Losses
+from simfluence._internal.types import Losses
 from simfluence.curriculum import Curriculum
 from simfluence.errors import BeyondReferenceWarning, InvalidInput, UnseenWarning
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
-from simfluence.simulators.markov import LinearSimulator
+from simfluence.simulators.markov.simulators import LinearSimulator
 
 _LEVELS = np.linspace(0.5, 0.99, 50)  # of confidence, between which an interval's width is interpolated
 _BORROWED = 0.5  # runs' worth of residuals that a test example borrows from the others: few runs may miss some
@@ -54,6 +54,7 @@ class ConformalSimulator(Simulator):
     """
 
     name = "conformal"
+    gives_intervals = True
 
     def __init__(self, simulator: Simulator | None = None, members: int = 10, folds: int = 4, seed: int = 0) -> None:
         self.simulator = simulator

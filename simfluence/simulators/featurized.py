@@ -18,9 +18,10 @@ from simfluence.examples import Examples
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import mean_trajectory
-from simfluence.simulators.dynamics import Dynamics, Term
+from simfluence.simulators.batches import usual_batch_size
+from simfluence.simulators.markov.dynamics import Dynamics, Term
+from simfluence.simulators.markov.transitions import Transitions, check_every_step
 from simfluence.simulators.surrogates import Sides
-from simfluence.simulators.transitions import Transitions, check_every_step, usual_batch_size
 
 _ITERATIONS = 600
 _TOLERANCE = 1e-7

@@ -12,13 +12,13 @@ from simfluence.task import Task, TaskInfo
 from simfluence.tasks import recipes
 from simfluence.tasks.arrays import from_arrays
 from simfluence.tasks.digits import digits
-from simfluence.tasks.docstrings import docstrings
-from simfluence.tasks.huggingface import classification, language_modelling, multiple_choice
-from simfluence.tasks.pretrained import Pretrained
-from simfluence.tasks.prompted import boolq, copa, rte, sst2, winogrande
 from simfluence.tasks.synthetic import synthetic, synthetic_optimum
 from simfluence.tasks.tabular import breast_cancer, diabetes
-from simfluence.tasks.topics import topics
+from simfluence.tasks.text.docstrings import docstrings
+from simfluence.tasks.text.pretrained import Pretrained
+from simfluence.tasks.text.prompted import boolq, copa, rte, sst2, winogrande
+from simfluence.tasks.text.tasks import classification, language_modelling, multiple_choice
+from simfluence.tasks.text.topics import topics
 
 #: Tasks that a file may name.
 READY_MADE: Mapping[str, Callable[..., Task]] = {

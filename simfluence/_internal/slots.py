@@ -1,0 +1,64 @@
+"""Places of a curriculum: which of them hold a target, and batches made anew of them. What edits are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simfluence._internal.types import Indices, Target
+from simfluence._internal.validation import checked_indices
+from simfluence.curriculum import Curriculum
+from simfluence.errors import InvalidInput
+from simfluence.examples import Examples
+
+
+def selected(target: Target, curriculum: Curriculum, examples: Examples | None) -> Indices:
+    """The training indices that ``target`` means."""
+    if examples is not None:
+        if len(examples) != curriculum.n_train:
+            raise InvalidInput(
+                f"a curriculum of {curriculum.n_train} training examples, but metadata of {len(examples)}"
+            )
+        return examples.select(target)
+    if isinstance(target, str) or any(isinstance(name, str) for name in target):
+        raise InvalidInput(f"{target!r} speaks of metadata or ids: give the training examples (task=… or task.train)")
+    return checked_indices(target, curriculum.n_train)
+
+
+def marked_slots(target: Target, curriculum: Curriculum, examples: Examples | None) -> np.ndarray:
+    """Which places of the curriculum hold an example of ``target``."""
+    chosen = np.zeros(curriculum.n_train, bool)
+    chosen[selected(target, curriculum, examples)] = True
+    return chosen[curriculum.indices]
+
+
+def insert_slots(
+    added: np.ndarray, at: int, fill: str, indices: np.ndarray, sizes: np.ndarray, original: Curriculum
+) -> Curriculum:
+    """``added`` in front of the places of batch ``at``."""
+    start = int(sizes[:at].sum())
+    grown = sizes + len(added) * (np.arange(len(sizes)) == at)
+    return rebatched(fill, np.concatenate([indices[:start], added, indices[start:]]), grown, original)
+
+
+def rebatched(fill: str, indices: np.ndarray, sizes: np.ndarray, original: Curriculum) -> Curriculum:
+    """The places in batches of ``sizes``, or cut anew into such as the original has."""
+    return Curriculum.from_flat(
+        indices, sizes if fill == "shrink" else _recut(len(indices), original), original.n_train
+    )
+
+
+def _recut(count: int, original: Curriculum) -> np.ndarray:
+    """Batch sizes for ``count`` places: the original's while they last, then its usual one."""
+    ends = original.offsets[1:]
+    if count == ends[-1]:
+        return original.sizes
+    usual = int(np.bincount(original.sizes[original.sizes > 0]).argmax())
+    if count > ends[-1]:
+        ends = np.append(ends, np.arange(ends[-1] + usual, count + usual, usual))
+    needed = int(np.searchsorted(ends, count)) + 1
+    return np.diff(np.minimum(ends[:needed], count), prepend=0)
+
+
+def sizes_of(curriculum: Curriculum, kept: np.ndarray) -> np.ndarray:
+    """How many of the ``kept`` places each batch has."""
+    return np.diff(np.concatenate([[0], np.cumsum(kept)])[curriculum.offsets])

@@ -1,0 +1,1 @@
+"""Curvature matrices: Kronecker-factored, matrix-free, and kept in files."""

@@ -1,0 +1,94 @@
+"""An attributor of a recorded run, by name: its model and checkpoints are read, or trained again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simfluence.attribution.base import Attributor
+from simfluence.attribution.influence import EKFAC, KFAC, Diagonal, Exact
+from simfluence.attribution.iterative import Arnoldi, ConjugateGradients, LiSSA
+from simfluence.attribution.tracin import Adam, GradientCosine, GradientDot, TracInCP, TracInIdeal
+from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.recording.replay import replay, trained_model
+from simfluence.runs import Run
+from simfluence.storage.store import RunStore
+from simfluence.task import Task
+
+#: Attributors of one trained model, by their names on the command line.
+OF_MODEL: Mapping[str, type[Attributor]] = {
+    "ekfac": EKFAC,
+    "kfac": KFAC,
+    "diagonal": Diagonal,
+    "exact": Exact,
+    "cg": ConjugateGradients,
+    "lissa": LiSSA,
+    "arnoldi": Arnoldi,
+    "dot": GradientDot,
+    "cosine": GradientCosine,
+}
+METHODS = (*OF_MODEL, "tracin", "tracin-ideal")
+
+
+def attributor_from_run(
+    method: str,
+    task: Task,
+    run: Run,
+    *,
+    checkpoints: int = 10,
+    store: str | Path | RunStore | None = None,
+    **parameters: Any,
+) -> Attributor | TracInIdeal:
+    """A fitted attributor of what a run trained.
+
+    Args:
+        method: one of ``METHODS``.
+        task, run: what was trained. The model is that at the end of the run.
+        checkpoints: for "tracin": how many, evenly spread over the run's steps.
+        store: folder to keep checkpoints in, with the run; without one it is trained again each time.
+        parameters: of the attributor, such as ``damping``.
+
+    Raises:
+        InvalidInput: an unknown method or parameter, a run of another task or that cannot be trained again.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> run = sf.record(task, sf.Recipe(lr=0.1), sf.random_curricula(n_train=20, runs=1, steps=4, batch_size=4))[0]
+    >>> attributor_from_run("tracin", task, run, checkpoints=2).scores().shape
+    (5, 20)
+    """
+    if method not in METHODS:
+        raise InvalidInput(f"unknown attribution method {method!r}, {did_you_mean(method, METHODS)}")
+    kind = OF_MODEL.get(method, TracInCP if method == "tracin" else TracInIdeal)
+    known = [name for name in kind().get_params() if name not in ("checkpoints", "adam")]
+    for name in parameters:
+        if name not in known:
+            raise InvalidInput(f"attribution method {method!r} has no parameter {name!r}, {did_you_mean(name, known)}")
+    if method == "tracin-ideal":
+        return TracInIdeal().fit(run)
+    if method == "tracin":
+        return _tracin(task, run, checkpoints, store, parameters)
+    return OF_MODEL[method](**parameters).fit(trained_model(task, run, store), task)
+
+
+def _tracin(
+    task: Task, run: Run, count: int, store: str | Path | RunStore | None, parameters: dict[str, Any]
+) -> TracInCP:
+    if not 1 <= count <= run.steps:
+        raise InvalidInput(f"a run of {run.steps} steps has checkpoints before 1 to {run.steps} of them, got {count}")
+    if run.recipe is None:
+        raise InvalidInput(f"run {run.id} does not know its recipe, so not its learning rates either")
+    steps = np.linspace(0, run.steps, count, endpoint=False).astype(int).tolist()
+    states = replay(task, run, steps, store)
+    rates = run.recipe.learning_rates(run.steps)
+    adam = None
+    if run.recipe.optimizer in ("adam", "adamw"):
+        states = {step: state for step, state in states.items() if step > 0}  # before the first step it has no moments
+        arguments: dict[str, Any] = dict(run.recipe.optimizer_args)
+        adam = Adam(arguments.get("betas", (0.9, 0.999))[1], arguments.get("eps", 1e-8))
+    pairs = [(state, float(rates[step])) for step, state in states.items()]
+    model = task.build_model(run.recipe.seed).to(run.recipe.torch_dtype)
+    return TracInCP(pairs, adam, **parameters).fit(model, task)

@@ -1,0 +1,1 @@
+"""Per-example gradients: found, tried, taken as factors, and multiplied."""

@@ -1,0 +1,70 @@
+"""Tables on a terminal, JSON for programs, pictures in files: how the command line shows what it found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from simfluence._internal.html import cell
+from simfluence.errors import InvalidInput
+from simfluence.plots.style import save
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    """The table under its title, as wide as the terminal is."""
+    shown = Table()
+    for name in table.index.names:
+        shown.add_column(str(name or ""))
+    for name in table.columns:
+        shown.add_column(str(name).replace("_", " "), justify="right")
+    for index, *values in table.itertuples():
+        keys = index if isinstance(index, tuple) else (index,)
+        shown.add_row(*map(str, keys), *(cell(value) for value in values))
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)  # a pipe has no width to keep to
+    console.print(f"\n{title}", highlight=False)
+    console.print(shown)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The table as a list of rows, its index among the columns."""
+    return [{str(name): value for name, value in row.items()} for row in table.reset_index().to_dict("records")]
+
+
+def print_json(content: Any) -> None:
+    """``content`` as JSON; NaN and infinities become null."""
+    print(json.dumps(_plain(content), indent=2))
+
+
+def draw(path: Path, drawing: Callable[[Axes], object]) -> None:
+    """A picture in a file: ``drawing`` puts it on the axes that it is given.
+
+    Raises:
+        InvalidInput: the file's ending is of no known picture format, or it cannot be written.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    drawing(figure.subplots())
+    try:
+        save(figure, path, dpi=150)
+    except (ValueError, OSError) as error:
+        raise InvalidInput(f"{path}: {error}") from None
+
+
+def _plain(content: Any) -> Any:
+    """What JSON can say: NaN and infinities become null, NumPy's numbers plain ones."""
+    if isinstance(content, dict):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    if hasattr(content, "item"):
+        content = content.item()
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,202 @@
+"""What each training example does to each test loss, as a simulator says: it and its like left out, moved, shown again.
+
+Each function edits one base run in many ways and returns the change of the final losses, ``[test, train]``: positive
+where the edit raises the loss. Simulators of the Markov family are asked all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from simfluence._internal.types import Target
+from simfluence.edits import Insert, Move
+from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.examples import Examples
+from simfluence.queries.tables import check_base, column_of, described
+from simfluence.runs import Run, Runs
+from simfluence.simulators import Simulator
+
+Changes = Float[np.ndarray, "test train"]
+METHODS = ("simulate", "derivative")
+
+
+def leave_one_out(simulator: Simulator, run: Run, method: str = "simulate") -> Changes:
+    """The change of every test example's final loss had one training example never been shown, for each of them.
+
+    Batches shrink, as with ``Remove``. Examples that the run never saw get 0.
+
+    Args:
+        simulator: fitted on runs of the same task.
+        run: the base: its curriculum, and the losses it starts from.
+        method: "simulate" each removal; or take the "derivative" of the final losses by how much of the example is
+            left out, for all training examples in one pass backwards, and multiply it by all of it. Only
+            ``TangentKernelSimulator`` has derivatives. On digits they correlate with what is simulated at 0.99, in
+            half the time, and are a fifth too small (relative error 0.23 to 0.24); with AdamW 0.96 and 0.40. So
+            they rank examples, and size effects roughly.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        InvalidInput: a run of other examples than the simulator's, or one of a single example; derivatives of a
+            simulator that has none.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> leave_one_out(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).round(2)
+    array([[ 2. , -0.5]])
+    """
+    check_base(simulator, run)
+    if method not in METHODS:
+        raise InvalidInput(f"unknown method {method!r}, {did_you_mean(method, METHODS)}")
+    if method == "derivative":
+        return simulator.derivatives_without(run.curriculum, run.initial_losses).T
+    return simulator.changes_without(run.curriculum, np.eye(run.curriculum.n_train, dtype=bool), run.initial_losses).T
+
+
+def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, Target]) -> pd.DataFrame:
+    """The same for each group of training examples, all of it left out: a row per test example, a column per group.
+
+    Args:
+        simulator, run: as of ``leave_one_out``.
+        groups: a column of the training examples' metadata, whose values are the groups; or a mapping from names to
+            targets (filters, indices or ids), which may overlap.
+
+    Raises:
+        NotFittedError, InvalidInput: as ``leave_one_out``; an unknown column or target; a group that is all the base
+            shows.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [2]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> fitted = sf.AdditiveSimulator(l2=1e-6).fit(runs)
+    >>> leave_group_out(fitted, runs[0], {"even": [0, 2], "odd": [1]}).round(2).to_dict("records")
+    [{'even': 2.0, 'odd': -0.5}]
+    """
+    check_base(simulator, run)
+    members = _members(groups, run)
+    changes = simulator.changes_without(run.curriculum, np.stack([*members.values()]), run.initial_losses)
+    return pd.DataFrame(changes.T, columns=pd.Index(members, name="group")).rename_axis("test")
+
+
+def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
+    """The change of every final loss had one training example been shown, as often, in batch ``to`` (0: the first,
+    −1: the last) instead of where it is, for each of them: ``Move``. Examples that the run never saw get 0.
+
+    Raises:
+        NotFittedError, InvalidInput: as ``leave_one_out``; a step beyond the end.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> move_each(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], to=-1).round(2)  # [[], [1], [0, 0]] for 0
+    array([[1.  , 0.25]])
+    """
+    check_base(simulator, run)
+    shown = np.unique(run.curriculum.indices)
+    moved = [Move([int(index)], to).apply(run.curriculum) for index in shown]
+    changes = np.zeros((run.losses.shape[1], run.curriculum.n_train))
+    changes[:, shown] = simulator.changes(run.curriculum, moved, run.initial_losses).T
+    return changes
+
+
+def show_again(simulator: Simulator, run: Run, at: int = -1) -> Changes:
+    """The change of every final loss had one training example been shown once more, in batch ``at`` (−1: the last),
+    for each of them: ``Insert``.
+
+    Raises:
+        NotFittedError, InvalidInput: as ``leave_one_out``; a step beyond the end.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], []]], [[[3.0], [2.0], [2.5], [2.5]]])
+    >>> show_again(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).round(2)
+    array([[-1. ,  0.5]])
+    """
+    check_base(simulator, run)
+    edited = [Insert([index], at).apply(run.curriculum) for index in range(run.curriculum.n_train)]
+    return simulator.changes(run.curriculum, edited, run.initial_losses).T
+
+
+def rank_suspects(
+    source: Simulator | Any,
+    base: Run | Runs | None = None,
+    *,
+    test: Target | None = None,
+    by: str | None = None,
+    examples: Examples | None = None,
+    method: str = "simulate",
+) -> pd.DataFrame:
+    """The training examples, those first whose removal would lower the test losses most: mislabelled or harmful ones.
+
+    Args:
+        source: a fitted simulator; or changes of test losses by the removal of each training example,
+            ``[test, train]``, such as ``leave_one_out`` or an attributor's scores.
+        base: for a simulator the run, or runs, to remove them from. Gains are means over those that show the example.
+        test: whose losses count: a filter over the test examples, indices or ids; all of them by default.
+        by: a column of the training examples' metadata: rank its groups instead.
+        examples: the training examples, where no base run tells of them.
+        method: of ``leave_one_out``, for a simulator; ``together`` is simulated.
+
+    Returns:
+        Columns: gain (mean fall of the chosen final losses if the example alone is removed), and with a simulator
+        shown (how often, in all base runs); what is known of the examples. With ``by`` a row per group: the total gain
+        of its examples, their number, the mean gain and, with a simulator, ``together``, the gain of removing them all.
+
+    Raises:
+        InvalidInput: a simulator without a base run, an array of another shape, an unknown column or target.
+
+    >>> rank_suspects(np.array([[0.2, -0.5, 0.0]])).gain.to_dict()
+    {1: 0.5, 2: -0.0, 0: -0.2}
+    """
+    runs = [base] if isinstance(base, Run) else list(base or [])
+    train = examples or (runs[0].train if runs else None)
+    if isinstance(source, Simulator):
+        if not runs:
+            raise InvalidInput("a simulator forecasts removals from a run: give base=, a run or several")
+        gains = [-_of_tests(leave_one_out(source, run, method), run.test, test) for run in runs]
+        shown = np.array([run.curriculum.counts.sum(axis=0) for run in runs])
+        gain = np.sum(gains, axis=0) / np.maximum((shown > 0).sum(axis=0), 1)
+        table = pd.DataFrame({"gain": gain, "shown": shown.sum(axis=0)})
+    else:
+        changes = np.asarray(source, np.float64)
+        if changes.ndim != 2 or (train is not None and changes.shape[1] != len(train)):
+            raise InvalidInput(f"changes must be [test, train], got {list(changes.shape)}")
+        table = pd.DataFrame({"gain": -_of_tests(changes, runs[0].test if runs else None, test)})
+    if by is None:
+        return described(table.rename_axis("train"), train).sort_values("gain", ascending=False, kind="stable")
+    groups = table["gain"].groupby(column_of(train, by, "training").to_numpy())
+    totals = pd.DataFrame({"gain": groups.sum(), "examples": groups.size(), "mean_gain": groups.mean()}).rename_axis(by)
+    if isinstance(source, Simulator):
+        totals["together"] = np.mean([-_group_gains(source, run, by, test) for run in runs], axis=0)
+    return totals.sort_values("gain", ascending=False, kind="stable")
+
+
+def chosen_tests(test: Target | None, examples: Examples | None, count: int) -> np.ndarray:
+    """Indices of the test examples that a target means; all of them where there is none.
+
+    Raises:
+        InvalidInput: unknown ones, or a filter that matches none.
+    """
+    if test is None:
+        return np.arange(count)
+    return (examples or Examples.numbered(count)).select(test)
+
+
+def _of_tests(changes: np.ndarray, examples: Examples | None, test: Target | None) -> np.ndarray:
+    """Mean over the chosen test examples, ``[train]``."""
+    return changes[chosen_tests(test, examples, len(changes))].mean(axis=0)
+
+
+def _group_gains(simulator: Simulator, run: Run, by: str, test: Target | None) -> np.ndarray:
+    return _of_tests(leave_group_out(simulator, run, by).to_numpy(), run.test, test)
+
+
+def _members(groups: str | Mapping[Any, Target], run: Run) -> dict[Any, np.ndarray]:
+    """Who is in each group, ``[train]`` of truth values."""
+    count = run.curriculum.n_train
+    if isinstance(groups, str):
+        values = column_of(run.train, groups, "training")
+        return {value: (values == value).to_numpy() for value in sorted(values.dropna().unique())}
+    known = run.train or Examples.numbered(count)
+    return {name: np.isin(np.arange(count), known.select(target)) for name, target in groups.items()}

@@ -1,0 +1,335 @@
+"""One question of one run: its forecast, and the forecast beside the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from simfluence._internal.files import write_whole
+from simfluence._internal.html import card, picture
+from simfluence._internal.types import RunLosses, Target
+from simfluence.curriculum import Curriculum
+from simfluence.edits import Edit
+from simfluence.evaluation.metrics import delta_correlation, hit_rate, relative_error, seed_share
+from simfluence.examples import Examples
+from simfluence.queries.retraining import retrained
+from simfluence.queries.tables import column_of, described, tidy
+from simfluence.recipe import Recipe
+from simfluence.runs import Run
+from simfluence.simulators import Simulator
+from simfluence.task import Task
+
+PerTest = Float[np.ndarray, " test"]
+SeedChanges = Float[np.ndarray, "seeds test"]
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What a simulator says of one edited curriculum, beside what it says of the base.
+
+    Both sides are simulated, so that the simulator's common error cancels in the difference.
+
+    Args:
+        run: the base run.
+        edits: what was changed.
+        curriculum: the edited curriculum.
+        base: simulated losses under the base curriculum, ``[steps + 1, test]``.
+        what_if: the same under the edited one, with as many rows as it has steps, and one.
+        low, high: ends of the interval of each loss in ``what_if``, where the simulator gives them.
+        task: for ``verify``, if known.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> forecast = what_if(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], sf.Remove([1]))
+    >>> print(forecast)
+    What if we remove examples 1 (1)? Mean final loss 1.500 → 1.000
+    >>> forecast.final.round(2).loc[0].tolist()  # base, what_if, change
+    [1.5, 1.0, -0.5]
+    """
+
+    run: Run
+    edits: tuple[Edit, ...]
+    curriculum: Curriculum
+    base: Float[np.ndarray, "base_times test"]
+    what_if: RunLosses
+    low: RunLosses | None = None
+    high: RunLosses | None = None
+    task: Task | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        simulator: Simulator,
+        run: Run,
+        edits: tuple[Edit, ...],
+        edited: Curriculum,
+        confidence: float = 0.9,
+        task: Task | None = None,
+    ) -> Forecast:
+        """Simulate the base run and its edited curriculum, with intervals where the simulator gives them."""
+        base, changed = simulator.simulate([run.curriculum, edited], run.initial_losses)
+        low = high = None
+        if simulator.gives_intervals:
+            low, high = (ends[0] for ends in simulator.interval([edited], run.initial_losses, confidence))
+        return cls(run, edits, edited, base[: run.steps + 1], changed[: len(edited) + 1], low, high, task)
+
+    @property
+    def change(self) -> PerTest:
+        """Predicted change of each test example's final loss."""
+        return self.what_if[-1] - self.base[-1]
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the edited curriculum is the base's: of examples that it never shows, say."""
+        return self.curriculum == self.run.curriculum
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """Tidy: a row per step and test example; columns step, test, base, what_if, delta and, where the simulator
+        gives intervals, low and high. Missing after the end of the shorter curriculum."""
+        columns = {"base": self.base, "what_if": self.what_if}
+        if self.low is not None and self.high is not None:
+            columns |= {"low": self.low, "high": self.high}
+        return tidy(columns)
+
+    @cached_property
+    def final(self) -> pd.DataFrame:
+        """The final losses, a row per test example: base, what_if, change (low, high) and what is known of it."""
+        table = pd.DataFrame({"base": self.base[-1], "what_if": self.what_if[-1], "change": self.change})
+        if self.low is not None and self.high is not None:
+            table["low"], table["high"] = self.low[-1], self.high[-1]
+        return described(table.rename_axis("test"), self.run.test)
+
+    def by_group(self, column: str) -> pd.DataFrame:
+        """Mean final losses over the test examples that share a value of a metadata column.
+
+        Raises:
+            InvalidInput: the run's test examples have no such column.
+        """
+        values = column_of(self.run.test, column, "test")
+        means = self.final[["base", "what_if", "change"]].groupby(values.to_numpy()).mean()
+        return means.assign(test_examples=values.groupby(values).size()).rename_axis(column)
+
+    def ranking(self) -> pd.DataFrame:
+        """``final``, the largest changes first."""
+        return self.final.loc[np.argsort(-np.abs(self.change), kind="stable")]
+
+    def summary(self) -> str:
+        """The answer in words and numbers."""
+        lines = [
+            str(self),
+            f"Base run {self.run.id}: {_extent(self.run.curriculum)}; edited: {_extent(self.curriculum)}.",
+        ]
+        rises, falls = int((self.change > 0).sum()), int((self.change < 0).sum())
+        lines.append(f"Of {len(self.change)} test examples {rises} rise and {falls} fall.")
+        for index, row in self.ranking().head(3).iterrows():
+            known = "" if self.run.test is None else f" ({self.run.test.ids[int(str(index))]})"
+            within = f", interval {row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
+            lines.append(
+                f"  test {index}{known}: {row['base']:.3f} → {row['what_if']:.3f} ({row['change']:+.3f}){within}"
+            )
+        return "\n".join(lines)
+
+    def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
+        """The mean loss along training: base and edited, as forecast (with its interval), and the base as recorded.
+
+        Args:
+            ax: matplotlib's axes to draw on; by default those of a new figure. They are returned.
+            title: by default the question.
+            test: whose losses: a filter over the test examples, indices or ids; all of them by default.
+        """
+        return drawn_fan(self, None, ax, title, test)
+
+    def _repr_html_(self) -> str:
+        question, _, answer = str(self).partition("? ")
+        return card(f"{question}?", {self.run.task_name or "forecast": answer}, picture(self.plot))
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write ``frame`` to a Parquet file."""
+        write_whole(Path(path), self.frame.to_parquet(index=False))
+
+    def verify(
+        self,
+        recipe: Recipe | None = None,
+        *,
+        task: Task | None = None,
+        store: str | Path | None = None,
+        seeds: int = 1,
+    ) -> Verification:
+        """Really retrain under the edited curriculum and set the truth beside the forecast.
+
+        Args:
+            recipe: how to train; by default as the base run was.
+            task: what to train; by default the one given to ``what_if``.
+            store: folder to keep the retrained runs in, marked as verifications so that ``load()`` leaves them out;
+                asking again trains nothing, and an interrupted verification is gone on with.
+            seeds: with more than 1, base and edited curriculum are also trained from so many − 1 other seeds of the
+                recipe: how much of the change is the seed's?
+
+        Raises:
+            InvalidInput: the task is not known or not the base run's, or the recipe is not the base run's.
+        """
+        task = task or self.task
+        after, noise = retrained([self.run], [[self.curriculum]], task, recipe, store, seeds)
+        return Verification(self, after[0][0], None if noise is None else noise[0, 0])
+
+    def __str__(self) -> str:
+        nothing = " (nothing changes: the base run never shows them so)" if self.changes_nothing else ""
+        before, after = self.base[-1].mean(), self.what_if[-1].mean()
+        return f"What if we {said(self.edits)}? Mean final loss {before:.3f} → {after:.3f}{nothing}"
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """A forecast beside the truth.
+
+    Args:
+        forecast: what was predicted.
+        actual: losses of the retrained run, ``[steps + 1, test]``.
+        seed_changes: change of the final losses, retrained from the base's seed and from others, ``[seeds, test]``.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> curricula = sf.random_curricula(n_train=20, runs=3, steps=4, batch_size=4)
+    >>> runs = sf.record(task, sf.Recipe(lr=0.1), curricula)
+    >>> verified = sf.what_if(sf.AdditiveSimulator().fit(runs), runs[0], sf.Truncate(2), task=task).verify()
+    >>> verified.actual.shape, bool(-1 <= verified.delta_correlation <= 1)
+    ((3, 5), True)
+    """
+
+    forecast: Forecast
+    actual: RunLosses
+    seed_changes: SeedChanges | None = None
+
+    @property
+    def actual_change(self) -> PerTest:
+        """Retrained change of each test example's final loss, against the recorded base run."""
+        return self.actual[-1] - self.forecast.run.losses[-1]
+
+    @property
+    def delta_correlation(self) -> float:
+        """Over test examples, Pearson's r of predicted and retrained change of the final loss."""
+        return delta_correlation(self.forecast.change, self.actual_change)
+
+    @property
+    def relative_error(self) -> float:
+        """Mean squared error of the predicted change, as a share of that of "nothing changes": below 1 is of use."""
+        return relative_error(self.forecast.change, self.actual_change)
+
+    @property
+    def final_mse(self) -> float:
+        """Mean over test examples of (predicted − retrained)² of the final loss."""
+        return float(np.mean((self.forecast.what_if[-1] - self.actual[-1]) ** 2))
+
+    @property
+    def coverage(self) -> float:
+        """The share of retrained final losses that lie within their intervals; NaN where there are none."""
+        return share_within(self.forecast.low, self.forecast.high, self.actual, slice(-1, None))
+
+    @property
+    def seed_share(self) -> float:
+        """How much of the retrained change is the seed's, from 0 to about 1; NaN unless other seeds were trained.
+
+        Variance of the change over seeds, as a share of its mean square.
+        """
+        return float("nan") if self.seed_changes is None else seed_share(self.seed_changes)
+
+    def hit_rate(self, k: int = 10) -> float:
+        """Of the ``k`` test examples that really change most, the share among the ``k`` that were said to."""
+        return hit_rate(self.forecast.change, self.actual_change, k)
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The forecast's frame with the columns actual_base, actual and actual_delta."""
+        frame = self.forecast.frame.copy()
+        for name, losses in (("actual_base", self.forecast.run.losses), ("actual", self.actual)):
+            frame[name] = np.nan
+            frame.loc[: losses.size - 1, name] = losses.astype(np.float64).ravel()
+        return frame.assign(actual_delta=frame["actual"] - frame["actual_base"])
+
+    def summary(self) -> str:
+        """How right the forecast was, in words and numbers."""
+        before, after = self.forecast.run.losses[-1].mean(), self.actual[-1].mean()
+        lines = [f"Retrained: mean final loss {after:.3f} (was {before:.3f})"]
+        if (self.actual_change == 0).all():
+            return lines[0] + ": nothing changed"
+        lines.append(
+            f"Delta correlation {self.delta_correlation:.3f}, error {self.relative_error:.1%} of saying 'no change', "
+            f"{self.hit_rate():.0%} of the 10 most changed test examples named, final-loss MSE {self.final_mse:.4g}"
+        )
+        if self.forecast.low is not None:
+            lines.append(f"{self.coverage:.0%} of retrained final losses lie within their intervals")
+        if self.seed_changes is not None:
+            lines.append(f"{self.seed_share:.1%} of the change is the seed's ({len(self.seed_changes)} seeds)")
+        return "\n".join(lines)
+
+    def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
+        """The forecast's picture with the retrained losses in it; arguments as of ``Forecast.plot``."""
+        return drawn_fan(self.forecast, self.actual, ax, title, test)
+
+    def plot_changes(self, ax: Any = None, title: str = "") -> Any:
+        """Forecast against retrained change of the final loss, a point per test example."""
+        from simfluence import plots
+
+        metrics = {"delta correlation": self.delta_correlation, "relative error": self.relative_error}
+        title = title or f"{asked(self.forecast)} {len(self.actual_change)} test examples"
+        return plots.scatter(self.forecast.change, self.actual_change, ax, title, metrics=metrics)
+
+    def _repr_html_(self) -> str:
+        facts = {"truth": self.summary().replace("\n", ". ")}
+        return card(str(self.forecast), facts, picture(self.plot), picture(self.plot_changes, 5, 4.4))
+
+    def __str__(self) -> str:
+        return f"{self.forecast}\n{self.summary()}"
+
+
+def said(edits: Sequence[Edit]) -> str:
+    """Edits as one sentence."""
+    return " and ".join(str(edit) for edit in edits)
+
+
+def asked(forecast: Forecast) -> str:
+    """The question, with the task's name where it is known."""
+    name = forecast.run.task_name
+    return f"{name + ': w' if name else 'W'}{str(forecast).partition('?')[0][1:]}?"
+
+
+def drawn_fan(forecast: Forecast, actual: np.ndarray | None, ax: Any, title: str, test: Target | None) -> Any:
+    """The mean losses of the chosen test examples, with the interval where there is one."""
+    from simfluence import plots
+
+    run = forecast.run
+    everyone = run.test or Examples.numbered(run.losses.shape[1])
+    chosen = np.arange(len(everyone)) if test is None else everyone.select(test)
+    losses = {"base, forecast": forecast.base, "edited, forecast": forecast.what_if, "base, recorded": run.losses}
+    losses |= {} if actual is None else {"edited, retrained": actual}
+    interval = None
+    if forecast.low is not None and forecast.high is not None:
+        interval = forecast.low[:, chosen].mean(1), forecast.high[:, chosen].mean(1)
+    of = "test example" if len(chosen) == 1 else "test examples"
+    return plots.fan(
+        {name: each[:, chosen].astype(np.float64).mean(1) for name, each in losses.items()}, ax,
+        title or f"{asked(forecast)} {'Mean of ' if len(chosen) > 1 else ''}{len(chosen)} {of}",
+        interval=interval,
+        ylabel="test loss" if len(chosen) == 1 else "mean test loss",
+        interval_name="interval of the forecast" if len(chosen) == 1 else "intervals, averaged",
+    )  # fmt: skip
+
+
+def _extent(curriculum: Curriculum) -> str:
+    examples = len(np.unique(curriculum.indices))
+    return f"{len(curriculum)} steps, {len(curriculum.indices)} places of {examples} examples"
+
+
+def share_within(low: Any, high: Any, actual: np.ndarray, some: slice) -> float:
+    """The share of some of the actual losses that lie within their intervals; NaN where there are no intervals."""
+    if low is None or high is None:
+        return float("nan")
+    return float(np.mean((low[some] <= actual[some]) & (actual[some] <= high[some])))

@@ -1,0 +1,289 @@
+"""Many questions, of one run or of many: their forecasts, and the forecasts beside the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from simfluence._internal.files import write_whole
+from simfluence._internal.html import card, picture
+from simfluence.curriculum import Curriculum
+from simfluence.edits import Edit
+from simfluence.evaluation.metrics import delta_correlation, hit_rate, relative_error, seed_share
+from simfluence.queries.forecast import Forecast, Verification, said, share_within
+from simfluence.queries.retraining import retrained
+from simfluence.queries.tables import column_of
+from simfluence.recipe import Recipe
+from simfluence.runs import Run
+from simfluence.simulators import Simulator
+from simfluence.task import Task
+
+PerQuery = Float[np.ndarray, "queries runs test"]
+
+
+@dataclass(frozen=True, eq=False)
+class Forecasts(Sequence[Forecast]):
+    """What a simulator says of many queries of one or many base runs: the change of every final loss.
+
+    A sequence of ``Forecast`` by number, query by query and, within one, run by run; each is simulated when asked for.
+
+    Args:
+        simulator: that was asked.
+        runs: the base runs.
+        queries: edits of each query, by name.
+        curricula: the edited curriculum of each query and run.
+        base: simulated final losses of the base runs, ``[runs, test]``.
+        change: of the final losses, ``[queries, runs, test]``.
+        low, high: ends of the intervals of the final losses, where the simulator gives them.
+        confidence: of the intervals.
+        task: for ``verify``, if known.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> fitted = sf.AdditiveSimulator(l2=1e-6).fit(runs)
+    >>> what_if(fitted, runs, {"no 0": sf.Remove([0]), "no 1": sf.Remove([1])}).ranking()["change"].round(2).to_dict()
+    {'no 0': 2.0, 'no 1': -0.5}
+    """
+
+    simulator: Simulator
+    runs: tuple[Run, ...]
+    queries: Mapping[str, tuple[Edit, ...]]
+    curricula: Sequence[Sequence[Curriculum]]
+    base: Float[np.ndarray, "runs test"]
+    change: PerQuery
+    low: PerQuery | None
+    high: PerQuery | None
+    confidence: float
+    task: Task | None = field(default=None, repr=False)
+
+    @property
+    def what_if(self) -> PerQuery:
+        """Predicted final losses."""
+        return self.base + self.change
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """Tidy: a row per query, base run and test example; columns query, run, test, base, what_if, change and, where
+        the simulator gives intervals, low and high."""
+        queries, runs, tests = self.change.shape
+        index = {
+            "query": np.repeat(list(self.queries), runs * tests),
+            "run": np.tile(np.repeat([run.id for run in self.runs], tests), queries),
+            "test": np.tile(np.arange(tests), queries * runs),
+        }
+        columns = {
+            "base": np.broadcast_to(self.base, self.change.shape),
+            "what_if": self.what_if,
+            "change": self.change,
+        }
+        if self.low is not None and self.high is not None:
+            columns |= {"low": self.low, "high": self.high}
+        return pd.DataFrame(index | {name: values.ravel() for name, values in columns.items()})
+
+    def by_group(self, column: str) -> pd.DataFrame:
+        """Mean change of the final loss, a row per query, a column per value of a metadata column of the test examples.
+
+        Raises:
+            InvalidInput: the test examples have no such column.
+        """
+        values = column_of(self.runs[0].test, column, "test")
+        table = pd.DataFrame(self.change.mean(1), index=pd.Index(self.queries, name="query"))
+        return table.T.groupby(values.to_numpy()).mean().T.rename_axis(columns=column)
+
+    def ranking(self) -> pd.DataFrame:
+        """The queries, those that raise the mean final loss most first: columns change, base, what_if, edits, and how
+        many base runs they leave as they are."""
+        same = [sum(c == run.curriculum for c, run in zip(row, self.runs, strict=True)) for row in self.curricula]
+        means = {"change": self.change.mean((1, 2)), "base": self.base.mean(), "what_if": self.what_if.mean((1, 2))}
+        edits = [said(edits) for edits in self.queries.values()]
+        table = pd.DataFrame(means | {"edits": edits, "unchanged_runs": same}, pd.Index(self.queries, name="query"))
+        return table.sort_values("change", ascending=False, kind="stable")
+
+    def summary(self) -> str:
+        """The answers in words and numbers."""
+        of = f"{len(self.queries)} queries of {len(self.runs)} base runs, {self.change.shape[2]} test examples"
+        lines = [f"{of}. Mean final loss {self.base.mean():.3f}; by query:"]
+        for name, row in self.ranking().iterrows():
+            nothing = " (nothing changes)" if row["unchanged_runs"] == len(self.runs) else ""
+            lines.append(f"  {name}: {row['change']:+.3f}{nothing}")
+        return "\n".join(lines)
+
+    def plot(self, ax: Any = None, title: str = "") -> Any:
+        """The forecast change of the mean final loss, a row per query."""
+        return drawn_changes(self, None, ax, title)
+
+    def _repr_html_(self) -> str:
+        rows = 1.8 + 0.25 * min(len(self.queries), 40)
+        return card(about(self), {"Mean final loss": f"{self.base.mean():.3f}"}, picture(self.plot, 7, rows))
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write ``frame`` to a Parquet file."""
+        write_whole(Path(path), self.frame.to_parquet(index=False))
+
+    def verify(
+        self,
+        recipe: Recipe | None = None,
+        *,
+        task: Task | None = None,
+        store: str | Path | None = None,
+        seeds: int = 1,
+    ) -> Verifications:
+        """Really retrain under every edited curriculum, many at a time; arguments as of ``Forecast.verify``."""
+        after, noise = retrained(self.runs, self.curricula, task or self.task, recipe, store, seeds)
+        final = np.array([[losses[-1] for losses in row] for row in after])
+        return Verifications(self, after, final, noise)
+
+    def __len__(self) -> int:
+        return len(self.queries) * len(self.runs)
+
+    @overload
+    def __getitem__(self, index: int) -> Forecast: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Forecast]: ...
+    def __getitem__(self, index: int | slice) -> Forecast | list[Forecast]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"forecast {index} of {len(self)}")
+        query, run = divmod(index % len(self), len(self.runs))
+        edits = list(self.queries.values())[query]
+        return Forecast.of(
+            self.simulator, self.runs[run], edits, self.curricula[query][run], self.confidence, self.task
+        )
+
+    def __iter__(self) -> Iterator[Forecast]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Forecasts({len(self.queries)} queries of {len(self.runs)} runs, test={self.change.shape[2]})"
+
+
+@dataclass(frozen=True, eq=False)
+class Verifications(Sequence[Verification]):
+    """Forecasts beside the truth, query by query and, within one, run by run.
+
+    Args:
+        forecasts: what was predicted.
+        losses: of the retrained runs, ``[queries][runs]`` of ``[steps + 1, test]``.
+        final: the last of them, ``[queries, runs, test]``.
+        seed_changes: change of the final losses from several seeds, ``[queries, runs, seeds, test]``, if asked for.
+
+    >>> import simfluence as sf
+    >>> task = sf.tasks.digits(n_train=20, n_test=5)
+    >>> curricula = sf.random_curricula(n_train=20, runs=3, steps=4, batch_size=4)
+    >>> runs = sf.record(task, sf.Recipe(lr=0.1), curricula)
+    >>> queries = {"half": sf.Truncate(2), "no 0": sf.Remove([0])}
+    >>> verified = sf.what_if(sf.AdditiveSimulator().fit(runs), runs, queries, task=task).verify()
+    >>> verified.table.index.tolist(), verified.final.shape
+    (['half', 'no 0', 'all'], (2, 3, 5))
+    """
+
+    forecasts: Forecasts
+    losses: Sequence[Sequence[np.ndarray]]
+    final: Float[np.ndarray, "queries runs test"]
+    seed_changes: Float[np.ndarray, "queries runs seeds test"] | None = None
+
+    @property
+    def actual_change(self) -> Float[np.ndarray, "queries runs test"]:
+        """Retrained change of the final losses, against the recorded base runs."""
+        return self.final - np.array([run.losses[-1] for run in self.forecasts.runs], np.float64)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """How right the forecasts were: a row per query, and one for all.
+
+        Columns: ``change`` and ``retrained`` (means over base runs and test examples); ``relative_error``, pooled over
+        both, below 1 if better than "nothing changes"; ``delta_correlation`` and ``hit_rate`` of the 10 most changed
+        test examples, means over base runs; ``coverage`` of the intervals, ``seed_share`` of the retrained change.
+        """
+        rows = {name: self._scores(slice(number, number + 1)) for number, name in enumerate(self.forecasts.queries)}
+        return pd.DataFrame.from_dict(rows | {"all": self._scores(slice(None))}, orient="index").rename_axis("query")
+
+    def _scores(self, some: slice) -> dict[str, float]:
+        change, actual = self.forecasts.change[some], self.actual_change[some]
+        pairs = list(zip(change.reshape(-1, change.shape[-1]), actual.reshape(-1, change.shape[-1]), strict=True))
+        return {
+            "change": float(change.mean()),
+            "retrained": float(actual.mean()),
+            "relative_error": relative_error(change, actual),
+            "delta_correlation": _mean_of_known([delta_correlation(*pair) for pair in pairs]),
+            "hit_rate": _mean_of_known([hit_rate(*pair) for pair in pairs]),
+            "coverage": share_within(self.forecasts.low, self.forecasts.high, self.final, some),
+            "seed_share": float("nan") if self.seed_changes is None else seed_share(self.seed_changes[some]),
+        }
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The forecasts' frame with the columns actual_base, actual and actual_change."""
+        base = np.array([run.losses[-1] for run in self.forecasts.runs], np.float64)
+        actual = {"actual_base": np.broadcast_to(base, self.final.shape), "actual": self.final}
+        columns = actual | {"actual_change": self.actual_change}
+        return self.forecasts.frame.assign(**{name: values.ravel() for name, values in columns.items()})
+
+    def summary(self) -> str:
+        """How right the forecasts were in all."""
+        scores = self.table.loc["all"]
+        changes = f"{scores['retrained']:+.3f} (forecast {scores['change']:+.3f})"
+        return (
+            f"Retrained {len(self)} curricula: mean change {changes}, "
+            f"error {scores['relative_error']:.1%} of saying 'no change', "
+            f"delta correlation {scores['delta_correlation']:.3f}"
+        )
+
+    def plot(self, ax: Any = None, title: str = "") -> Any:
+        """Forecast and retrained change of the mean final loss, a row per query."""
+        return drawn_changes(self.forecasts, self.actual_change, ax, title)
+
+    def plot_changes(self, ax: Any = None, title: str = "") -> Any:
+        """Forecast against retrained change of the final loss: a point per base run and test example, the queries in
+        colours of their own."""
+        from simfluence import plots
+
+        scores = self._scores(slice(None))
+        metrics = {name.replace("_", " "): scores[name] for name in ("delta_correlation", "relative_error")}
+        predicted, actual = (side.reshape(len(side), -1) for side in (self.forecasts.change, self.actual_change))
+        title, names = title or about(self.forecasts), list(self.forecasts.queries)
+        return plots.scatter(predicted, actual, ax, title, metrics=metrics, groups=names)
+
+    def _repr_html_(self) -> str:
+        size = 1.8 + 0.25 * min(len(self.forecasts.queries), 40)
+        pictures = picture(self.plot, 7, size), picture(self.plot_changes, 6.5, 4)
+        return card("Forecasts beside the truth", {about(self.forecasts): self.summary()}, *pictures)
+
+    def __len__(self) -> int:
+        return len(self.forecasts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        forecast = self.forecasts[index]
+        query, run = divmod(index % len(self), len(self.forecasts.runs))
+        changes = None if self.seed_changes is None else self.seed_changes[query, run]
+        return Verification(forecast, self.losses[query][run], changes)
+
+
+def about(forecasts: Forecasts) -> str:
+    """How many questions, of how many runs."""
+    queries, runs, tests = forecasts.change.shape
+    name = forecasts.runs[0].task_name
+    return f"{name + ': ' if name else ''}{queries} queries of {runs} base runs, {tests} test examples"
+
+
+def drawn_changes(forecasts: Forecasts, actual: np.ndarray | None, ax: Any, title: str) -> Any:
+    """The mean change by query."""
+    from simfluence import plots
+
+    predicted, retrained = forecasts.change.mean((1, 2)), None if actual is None else actual.mean((1, 2))
+    return plots.changes(list(forecasts.queries), predicted, retrained, ax, title or about(forecasts))
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")

@@ -1,0 +1,143 @@
+"""What-if questions: what would the losses be under an edited curriculum?
+
+forecast  = what_if(simulator, run, Remove("label == 3"))             one question: whole trajectories
+forecasts = what_if(simulator, runs, {"no 3": Remove("label == 3"), …})   many, of many runs: final losses
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from simfluence.curriculum import Curriculum
+from simfluence.edits import Edit, apply_all
+from simfluence.errors import InvalidInput
+from simfluence.queries.forecast import Forecast, said
+from simfluence.queries.forecasts import Forecasts
+from simfluence.queries.tables import check_base
+from simfluence.runs import Run
+from simfluence.simulators import Simulator
+from simfluence.task import Task
+
+_AT_ONCE = 50  # edited curricula whose intervals are asked for together
+
+Query = Edit | Sequence[Edit]
+
+
+@overload
+def what_if(
+    simulator: Simulator, base: Run, queries: Query, *, task: Task | None = None, confidence: float = 0.9
+) -> Forecast: ...
+@overload
+def what_if(
+    simulator: Simulator,
+    base: Run | Sequence[Run],
+    queries: Mapping[str, Query] | Sequence[Sequence[Edit]] | Query,
+    *,
+    task: Task | None = None,
+    confidence: float = 0.9,
+) -> Any: ...
+def what_if(
+    simulator: Simulator, base: Any, queries: Any, *, task: Task | None = None, confidence: float = 0.9
+) -> Forecast | Forecasts:
+    """What would the losses be, had the curriculum of a run been edited?
+
+    Args:
+        simulator: fitted on runs of the same task.
+        base: a run, or several: its curriculum is edited, its initial losses are where both simulations start.
+        queries: one edit, or several to be applied one after the other; or many queries, as a mapping from names to
+            such, or as a list of lists of edits.
+        task: for filters over metadata when the run does not carry it, and for ``verify``.
+        confidence: of intervals, where the simulator gives them (see ``ConformalSimulator``).
+
+    Returns:
+        A ``Forecast`` with whole trajectories for one run and one query; else ``Forecasts``.
+
+    Raises:
+        InvalidInput: no edit, an edit that cannot be applied, or a run of other examples than the simulator's.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> simulator = sf.AdditiveSimulator(l2=1e-6).fit(runs)
+    >>> what_if(simulator, runs[0], sf.Remove([1])).change.round(2)
+    array([-0.5])
+    >>> forecasts = what_if(simulator, runs, {"without 0": sf.Remove([0]), "without 1": sf.Remove([1])})
+    >>> forecasts.change.round(2).ravel()
+    array([ 2. , -0.5])
+    """
+    runs = (base,) if isinstance(base, Run) else tuple(base)
+    if not runs or not all(isinstance(run, Run) for run in runs):
+        raise InvalidInput(f"the base must be a Run (runs[0], say) or several, got {base!r}")
+    for run in runs:
+        check_base(simulator, run, task)
+    if isinstance(base, Run) and _is_one(queries):
+        edits = _edits(queries)
+        edited = apply_all(edits, base.curriculum, task.train if task else base.train)
+        return Forecast.of(simulator, base, edits, edited, confidence, task)
+    return _forecasts(simulator, runs, _named(queries), confidence, task)
+
+
+def _forecasts(
+    simulator: Simulator,
+    runs: tuple[Run, ...],
+    queries: Mapping[str, tuple[Edit, ...]],
+    confidence: float,
+    task: Task | None,
+) -> Forecasts:
+    edited = [[_applied(name, edits, run, task) for run in runs] for name, edits in queries.items()]
+    base, change, ends = [], [], []
+    for number, run in enumerate(runs):
+        mine = [row[number] for row in edited]
+        base.append(simulator.simulate([run.curriculum], run.initial_losses)[0, -1])
+        change.append(simulator.changes(run.curriculum, mine, run.initial_losses))
+        if simulator.gives_intervals:
+            ends.append(_final_intervals(simulator, mine, run.initial_losses, confidence))
+    low, high = np.stack(ends, axis=2) if ends else (None, None)
+    return Forecasts(simulator, runs, queries, edited, np.stack(base), np.stack(change, 1), low, high, confidence, task)
+
+
+def _final_intervals(
+    simulator: Simulator, curricula: Sequence[Curriculum], initial: np.ndarray, confidence: float
+) -> np.ndarray:
+    """Low and high ends of the final losses, ``[2, curricula, test]``."""
+    found = []
+    for start in range(0, len(curricula), _AT_ONCE):
+        some = curricula[start : start + _AT_ONCE]
+        ends = simulator.interval(some, initial, confidence)
+        found.append([[losses[len(c)] for losses, c in zip(each, some, strict=True)] for each in ends])
+    return np.concatenate(found, axis=1)
+
+
+def _applied(name: str, edits: tuple[Edit, ...], run: Run, task: Task | None) -> Curriculum:
+    try:
+        return apply_all(edits, run.curriculum, task.train if task else run.train)
+    except InvalidInput as error:
+        raise InvalidInput(f"query {name!r} of base run {run.id}: {error}") from None
+
+
+def _is_one(queries: Any) -> bool:
+    """Whether this is one query: an edit, or a sequence of edits (an empty one, too, which is refused later)."""
+    if isinstance(queries, Mapping):
+        return False
+    return isinstance(queries, Edit) or not any(isinstance(each, Sequence) for each in queries)
+
+
+def _edits(query: Any) -> tuple[Edit, ...]:
+    edits = (query,) if isinstance(query, Edit) else tuple(query)
+    if not edits or not all(isinstance(edit, Edit) for edit in edits):
+        raise InvalidInput("edits must be one or more of Remove, Keep, Repeat, …, such as Remove('label == 3')")
+    return edits
+
+
+def _named(queries: Any) -> dict[str, tuple[Edit, ...]]:
+    """Every query by its name; those without are called by what they say."""
+    if isinstance(queries, Mapping):
+        named = {str(name): _edits(query) for name, query in queries.items()}
+    else:
+        listed = [_edits(query) for query in ([queries] if _is_one(queries) else queries)]
+        named = {said(edits): edits for edits in listed}
+    if not named:
+        raise InvalidInput("no query: give one edit or more")
+    return named

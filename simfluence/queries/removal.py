@@ -1,0 +1,354 @@
+"""Data removal: what the losses would be without some examples, and which ones to remove to move a loss.
+
+forecast_removal(simulator, run, "source == 'web'")      the losses without them
+smallest_removal(simulator, run, test=17, past=1.0)      the fewest examples that carry test 17's loss past 1.0
+best_removal(simulator, run, test=17, k=10)              the ten whose removal lowers it most
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+from jaxtyping import Float
+
+from simfluence._internal.types import Indices, Target
+from simfluence.edits import Remove
+from simfluence.errors import InvalidInput
+from simfluence.queries.effects import chosen_tests
+from simfluence.queries.forecast import Forecast
+from simfluence.queries.forecasts import Forecasts
+from simfluence.queries.questions import what_if
+from simfluence.queries.tables import check_base
+from simfluence.runs import Run
+from simfluence.simulators import AdditiveSimulator, Simulator
+from simfluence.task import Task
+
+#: How long the exact search may take before it gives up the proof.
+SECONDS = 60.0
+
+_SHORTLIST = 50  # candidates, best by what was last known of them, that each greedy step tries
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """Which training examples to remove, and what is forecast of it.
+
+    Args:
+        examples: their indices; found greedily, in the order of removal.
+        losses: forecast mean final loss of the chosen test examples after 0, 1, 2, … of them, ``[removed + 1]``; or,
+            where the exact search found better ones, before and after all of them, ``[2]``.
+        reached: whether the loss got where it was wanted.
+        exact: whether it is proved that no other removal is smaller (or better), by this simulator.
+
+    >>> print(Removal(np.array([4, 1]), np.array([0.5, 0.8, 1.2]), reached=True, exact=False))
+    2 examples: loss 0.500 → 1.200 (not proved best)
+    """
+
+    examples: Indices
+    losses: Float[np.ndarray, " forecasts"]
+    reached: bool
+    exact: bool
+
+    @property
+    def edit(self) -> Remove:
+        """The removal as an edit.
+
+        Raises:
+            InvalidInput: nothing is removed.
+        """
+        if len(self.examples) == 0:
+            raise InvalidInput("there is nothing to remove")
+        return Remove(self.examples)
+
+    @property
+    def change(self) -> float:
+        """Forecast change of the mean final loss."""
+        return float(self.losses[-1] - self.losses[0])
+
+    def __str__(self) -> str:
+        found = f"{len(self.examples)} examples: loss {self.losses[0]:.3f} → {self.losses[-1]:.3f}"
+        notes = [] if self.reached else ["not as far as was asked"]
+        notes += ["proved best" if self.exact else "not proved best"]
+        return f"{found} ({', '.join(notes)})"
+
+
+def forecast_removal(
+    simulator: Simulator,
+    base: Run | Sequence[Run],
+    targets: Target | Mapping[str, Target],
+    *,
+    fill: str = "shrink",
+    seed: int = 0,
+    task: Task | None = None,
+    confidence: float = 0.9,
+) -> Forecast | Forecasts:
+    """The losses without some training examples, with intervals where the simulator gives them.
+
+    Args:
+        simulator, base, task, confidence: as of ``what_if``.
+        targets: a filter, indices or ids; or many of them by name.
+        fill, seed: what becomes of their places, as of ``Remove``.
+
+    Returns:
+        ``Forecast`` of one target and run, else ``Forecasts``; their ``by_group`` sums up over the test examples.
+
+    Raises:
+        InvalidInput: as ``what_if``.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> fitted = sf.AdditiveSimulator(l2=1e-6).fit(runs)
+    >>> forecast_removal(fitted, runs[0], {"first": [0], "second": [1]}).change.round(2).ravel()
+    array([ 2. , -0.5])
+    """
+    if not isinstance(targets, Mapping):
+        return what_if(simulator, base, Remove(targets, fill, seed), task=task, confidence=confidence)
+    queries = {str(name): Remove(target, fill, seed) for name, target in targets.items()}
+    return what_if(simulator, base, queries, task=task, confidence=confidence)
+
+
+def smallest_removal(
+    simulator: Simulator, run: Run, test: int | Target, past: float, *, exact: bool = False, most: int | None = None
+) -> Removal:
+    """The fewest training examples whose removal raises a test loss past a value. Batches shrink.
+
+    The greedy search removes, again and again, the example that raises the loss most. For the additive simulator
+    ``exact=True`` then solves the problem as a mixed-integer program: a proof for tens of removals from small runs, of
+    few from larger ones.
+
+    Args:
+        simulator: fitted on runs of the same task.
+        run: the base.
+        test: index of the test example; or a filter, indices or ids of several, whose mean counts.
+        past: the final loss to reach.
+        exact: prove that no smaller removal does it; gives up the proof after ``SECONDS``.
+        most: remove no more than so many; by default all but one.
+
+    Returns:
+        With ``reached`` False if no removal was found that gets there.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        InvalidInput: ``exact`` for another simulator, an unknown test example, a run of another task.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [2]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> fitted = sf.AdditiveSimulator(l2=1e-6).fit(runs)
+    >>> smallest_removal(fitted, runs[0], test=0, past=3.0, exact=True).examples.tolist()
+    [0, 2]
+    """
+    problem = _Problem.of(simulator, run, test, sign=1.0)
+    limit = problem.limit(most)
+    return _Program.of(simulator, problem, limit, past).smallest(past) if exact else problem.greedy(limit, past)
+
+
+def best_removal(simulator: Simulator, run: Run, test: int | Target, k: int, *, exact: bool = False) -> Removal:
+    """At most ``k`` training examples whose removal lowers a test loss most. Batches shrink.
+
+    Arguments, errors and the two ways as of ``smallest_removal``; ``reached`` is whether the loss falls at all.
+
+    >>> import simfluence as sf
+    >>> runs = sf.Runs.from_arrays([[[0], [1], [2]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> print(best_removal(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], test=0, k=2, exact=True))
+    1 examples: loss 1.500 → 1.000 (proved best)
+    """
+    problem = _Problem.of(simulator, run, test, sign=-1.0)
+    limit = problem.limit(k)
+    return _Program.of(simulator, problem, limit, None).best() if exact else problem.greedy(limit, None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """Removals from one run, judged by the mean final loss of some test examples.
+
+    Args:
+        tests: their indices.
+        sign: 1 to raise it, −1 to lower it.
+        start: its forecast without a removal.
+        shown: the examples that the run shows.
+    """
+
+    simulator: Simulator
+    run: Run
+    tests: np.ndarray
+    sign: float
+    start: float
+    shown: np.ndarray
+
+    @classmethod
+    def of(cls, simulator: Simulator, run: Run, test: int | Target, sign: float) -> _Problem:
+        check_base(simulator, run)
+        tests = chosen_tests([test] if isinstance(test, int | np.integer) else test, run.test, run.losses.shape[1])
+        start = simulator.simulate([run.curriculum], run.initial_losses)[0, -1, tests].mean()
+        return cls(simulator, run, tests, sign, float(start), np.unique(run.curriculum.indices))
+
+    def limit(self, most: int | None) -> int:
+        if most is not None and most < 1:
+            raise InvalidInput(f"at least 1 example must go, got {most}")
+        return min(len(self.shown) - 1, most or len(self.shown))
+
+    def greedy(self, limit: int, past: float | None) -> Removal:
+        """The best single removal, again and again: until the loss is past a value, or nothing helps."""
+        removed: list[int] = []
+        losses = [self.start]
+        gains = self._first_gains() if limit else {}
+        while len(removed) < limit and not self._is_past(losses[-1], past):
+            candidates = sorted(gains, key=lambda index: -gains[index])[:_SHORTLIST]
+            for index, change in zip(candidates, self._changes(removed, candidates), strict=True):
+                gains[index] = self.sign * (self.start + change - losses[-1])
+            best = max(candidates, key=lambda index: gains[index])
+            if gains[best] <= 0:
+                break
+            removed.append(best)
+            losses.append(losses[-1] + self.sign * gains.pop(best))
+        reached = self._is_past(losses[-1], past) if past is not None else len(removed) > 0
+        return Removal(np.array(removed, np.int64), np.array(losses), reached, exact=False)
+
+    def _is_past(self, loss: float, past: float | None) -> bool:
+        return past is not None and bool(loss >= past)
+
+    def _first_gains(self) -> dict[int, float]:
+        """What each removal alone gains."""
+        groups = np.zeros((len(self.shown), self.run.curriculum.n_train), bool)
+        groups[np.arange(len(self.shown)), self.shown] = True
+        changes = self.simulator.changes_without(self.run.curriculum, groups, self.run.initial_losses)
+        gains = self.sign * changes[:, self.tests].mean(axis=1)
+        return dict(zip(self.shown.tolist(), gains.tolist(), strict=True))
+
+    def _changes(self, removed: list[int], candidates: list[int]) -> np.ndarray:
+        """Change of the loss by removing each candidate on top of what is removed."""
+        groups = np.zeros((len(candidates), self.run.curriculum.n_train), bool)
+        groups[:, removed] = True
+        groups[np.arange(len(candidates)), candidates] = True
+        changes = self.simulator.changes_without(self.run.curriculum, groups, self.run.initial_losses)
+        return changes[:, self.tests].mean(axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """The additive simulator's removals as a mixed-integer linear program.
+
+    A batch t adds ``r_t = B Σ_i m_ti y_i b_i / Σ_i m_ti y_i`` to the loss, y_i being 1 while i is kept and m_ti how
+    often t shows it; 0 once nothing is left. With ``z_ti = y_i r_t`` (McCormick's four inequalities, exact for
+    y_i ∈ {0, 1}) this is linear: ``Σ_i m_ti z_ti = B Σ_i m_ti y_i b_i``. Variables stand as y, r, z. The greedy removal
+    bounds how many need go, and with that each r_t.
+    """
+
+    problem: _Problem
+    greedy: Removal
+    limit: int
+    effects: np.ndarray  # B b_i of the shown examples, [shown]
+    counts: scipy.sparse.coo_array  # m, [steps, shown]
+
+    @classmethod
+    def of(cls, simulator: Simulator, problem: _Problem, limit: int, past: float | None) -> _Program:
+        if not isinstance(simulator, AdditiveSimulator) or simulator.around is not None:
+            raise InvalidInput(f"exact=True is for AdditiveSimulator, not around the mean; got {simulator}")
+        effects = simulator.batch_size_ * simulator.B_[problem.shown][:, problem.tests].mean(axis=1)
+        counts = scipy.sparse.coo_array(problem.run.curriculum.counts[:, problem.shown])
+        greedy = problem.greedy(limit, past)
+        enough = len(greedy.examples) if past is not None and greedy.reached else limit
+        return cls(problem, greedy, enough, effects, counts)
+
+    def smallest(self, past: float) -> Removal:
+        """The fewest that carry the loss past a value."""
+        to_go = past - self._before
+        enough = scipy.optimize.LinearConstraint(self._row(r=np.ones(self.counts.shape[0])), to_go, np.inf)
+        found, removed, proved = self._solved(self._row(y=-np.ones(len(self.effects))), [enough])
+        if self.greedy.reached and (found is None or len(removed) >= len(self.greedy.examples)):
+            return dataclasses.replace(self.greedy, exact=proved)
+        if found is None:
+            return dataclasses.replace(self.greedy, exact=proved)
+        return Removal(removed, np.array([self.problem.start, found]), True, proved)
+
+    def best(self) -> Removal:
+        """At most so many that move the loss furthest."""
+        sign = self.problem.sign
+        found, removed, proved = self._solved(-sign * self._row(r=np.ones(self.counts.shape[0])), [])
+        if found is None or sign * (self.greedy.losses[-1] - found) >= -1e-9:
+            return dataclasses.replace(self.greedy, exact=proved)
+        return Removal(removed, np.array([self.problem.start, found]), len(removed) > 0, proved)
+
+    @property
+    def _before(self) -> float:
+        """The loss before any batch."""
+        return float(self.problem.run.initial_losses[self.problem.tests].mean())
+
+    def _row(self, y: Any = 0.0, r: Any = 0.0, z: Any = 0.0) -> np.ndarray:
+        sizes = (len(self.effects), self.counts.shape[0], self.counts.nnz)
+        return np.concatenate([np.broadcast_to(part, size) for part, size in zip((y, r, z), sizes, strict=True)])
+
+    def _solved(self, objective: np.ndarray, wanted: list[Any]) -> tuple[float | None, np.ndarray, bool]:
+        """The loss and the removal that the program finds (None if there is none), and whether that is proved."""
+        shown, steps = len(self.effects), self.counts.shape[0]
+        few = scipy.optimize.LinearConstraint(self._row(y=np.ones(shown)), shown - self.limit, np.inf)
+        low, high = self._bounds()
+        found = scipy.optimize.milp(
+            objective,
+            integrality=self._row(y=1),
+            bounds=scipy.optimize.Bounds(
+                self._row(r=low, z=np.minimum(low, 0)[self.counts.row]),
+                self._row(y=1.0, r=high, z=np.maximum(high, 0)[self.counts.row]),
+            ),
+            constraints=[*self._means(low, high), few, *wanted],
+            options={"time_limit": SECONDS},
+        )
+        if found.x is None:
+            return None, np.empty(0, np.int64), found.status == 2  # there is provably none
+        removed = self.problem.shown[found.x[:shown] < 0.5]
+        return self._before + float(found.x[shown : shown + steps].sum()), removed, found.status == 0
+
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each r_t, the least and the largest that the allowed number of removals can make it, ``[steps]``."""
+        steps = self.counts.shape[0]
+        low, high = np.zeros(steps), np.zeros(steps)
+        counts = self.counts.tocsr()
+        for step in range(steps):
+            part = slice(counts.indptr[step], counts.indptr[step + 1])
+            if part.stop == part.start:
+                continue
+            times = counts.data[part]
+            values = np.sort(np.repeat(self.effects[counts.indices[part]], times))
+            gone = min(self.limit * int(times.max()), len(values) - 1)
+            kept = np.arange(len(values), len(values) - gone - 1, -1)  # how many places are left after each removal
+            low[step] = (np.cumsum(values)[kept - 1] / kept).min()
+            high[step] = (np.cumsum(values[::-1])[kept - 1] / kept).max()
+            if self.limit >= len(times):  # nothing may be left
+                low[step], high[step] = min(low[step], 0.0), max(high[step], 0.0)
+        return low, high
+
+    def _means(self, low: np.ndarray, high: np.ndarray) -> list[Any]:
+        """The constraints that make each r_t its batch's mean, and z_ti = y_i r_t."""
+        steps, shown = self.counts.shape
+        pairs, row, col, count = self.counts.nnz, self.counts.row, self.counts.col, self.counts.data
+        every, ones = np.arange(pairs), np.ones(pairs)
+
+        def matrix(height: int, y: Any = None, r: Any = None, z: Any = None) -> Any:
+            parts = [(y, shown), (r, steps), (z, pairs)]
+            return scipy.sparse.hstack([
+                scipy.sparse.csr_array((height, size)) if part is None else scipy.sparse.csr_array(part, (height, size))
+                for part, size in parts
+            ])  # fmt: skip
+
+        by_pair, of_y, of_r = (ones, (every, every)), (every, col), (every, row)
+        identity_r = (np.ones(steps), (np.arange(steps), np.arange(steps)))
+        linear = scipy.optimize.LinearConstraint
+        return [
+            linear(
+                matrix(steps, y=(-count * self.effects[col], (row, col)), z=(count.astype(float), (row, every))), 0, 0
+            ),
+            linear(matrix(pairs, y=(-high[row], of_y), z=by_pair), -np.inf, 0),  # z ≤ high·y
+            linear(matrix(pairs, y=(-low[row], of_y), z=by_pair), 0, np.inf),  # z ≥ low·y
+            linear(matrix(pairs, y=(-low[row], of_y), r=(-ones, of_r), z=by_pair), -np.inf, -low[row]),
+            linear(matrix(pairs, y=(-high[row], of_y), r=(-ones, of_r), z=by_pair), -high[row], np.inf),
+            linear(
+                matrix(steps, y=(-np.maximum(high, 0)[row], (row, col)), r=identity_r), -np.inf, 0
+            ),  # 0 if none is left
+            linear(matrix(steps, y=(-np.minimum(low, 0)[row], (row, col)), r=identity_r), 0, np.inf),
+        ]

@@ -1,0 +1,59 @@
+"""Tables of losses and of examples, and the checks that every question shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from simfluence._internal.types import RunLosses
+from simfluence.errors import InvalidInput
+from simfluence.examples import Examples
+from simfluence.runs import Run
+from simfluence.simulators import Simulator
+from simfluence.task import Task
+
+
+def check_base(simulator: Simulator, run: Run, task: Task | None = None) -> None:
+    """Whether a run can be asked about.
+
+    Raises:
+        InvalidInput: it is of another task than the simulator, or than ``task``.
+    """
+    if task is not None and run.fingerprint not in (None, task.fingerprint):
+        raise InvalidInput(f"base run {run.id} is of another task than {task.name!r}")
+    fitted_on = getattr(simulator, "fingerprint_", None)
+    if None not in (fitted_on, run.fingerprint) and fitted_on != run.fingerprint:
+        raise InvalidInput(f"base run {run.id} is of another task than the runs that the simulator was fitted on")
+
+
+def described(table: pd.DataFrame, examples: Examples | None) -> pd.DataFrame:
+    """A table with a row per example, with what is known of them beside it."""
+    if examples is None:
+        return table
+    taken = {name: f"{name}_of_example" for name in examples.table.columns if name in table.columns}
+    return table.join(examples.table.rename(columns=taken))
+
+
+def column_of(examples: Examples | None, name: str, side: str) -> pd.Series:
+    """A metadata column of one side's examples.
+
+    Raises:
+        InvalidInput: nothing is known of them, or there is no such column.
+    """
+    if examples is None:
+        raise InvalidInput(f"nothing is known of the {side} examples, so not their {name!r} either: give task=")
+    return pd.Series(examples.column(name), name=name)
+
+
+def tidy(columns: Mapping[str, RunLosses]) -> pd.DataFrame:
+    """Losses ``[steps + 1, test]`` as columns, a row per step and test example, with delta = what_if − base."""
+    longest, tests = max(len(losses) for losses in columns.values()), next(iter(columns.values())).shape[1]
+    index = {"step": np.repeat(np.arange(longest), tests), "test": np.tile(np.arange(tests), longest)}
+    full = {name: np.full((longest, tests), np.nan) for name in columns}
+    for name, losses in columns.items():
+        full[name][: len(losses)] = losses
+    frame = pd.DataFrame(index | {name: losses.ravel() for name, losses in full.items()})
+    frame.insert(4, "delta", frame["what_if"] - frame["base"])
+    return frame

@@ -1,0 +1,1 @@
+"""What trains: one run after the other, or many at once."""

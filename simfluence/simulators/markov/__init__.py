@@ -1,0 +1,1 @@
+"""The paper's linear Markov process: its equation, its fit, its simulators."""

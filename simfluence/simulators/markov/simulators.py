@@ -1,0 +1,362 @@
+"""The paper's simulators: a linear Markov process for each test example (Guu et al. 2023, arXiv 2303.08114).
+
+    L_{t+1}(z) = α(c_t) · L_t(z) + β(c_t),    α(c) = Σ_{i∈c} w A_i(z),    β(c) = Σ_{i∈c} w B_i(z)
+
+with ``w = B/|c|`` for a batch of size |c| and fitting runs of batch size B, so that effects are those of an
+example in a full batch; at |c| = B this is the paper's equation. An empty batch is a step without an update.
+
+    additive          α = 1
+    multiplicative    β = 0
+    linear            both
+
+Around the mean trajectory m of the fitting runs (``around="mean"``, ours), effects are those of a batch that differs
+from the usual one, with c̄ the mean weights of a fitting step:
+
+    L_{t+1} − m_{t+1} = (1 + a)(L_t − m_t) + Σ_i (w_i − c̄_i)(A_i L_t + B_i)
+
+where a, how deviations last, is not penalised. Beyond the longest fitting run m is held at its end. Rollouts stay
+affine in the losses, with α = 1 + a + Σ (w − c̄) A and β = m_{t+1} − (1 + a) m_t + Σ (w − c̄) B.
+
+Options of both forms: ``order`` n lets a step depend on n earlier losses, each with slopes of its own (Chai et al.
+2024), which follows an optimizer's momentum; ``varying`` lets effects change in proportion to the share τ of training
+that has gone by, A_i + τ A'_i; ``rollout`` k trains on rollouts of k steps instead of one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import optuna
+import sklearn.base
+import torch
+from jaxtyping import Float
+
+from simfluence.curriculum import Curriculum
+from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
+from simfluence.runs import Runs
+from simfluence.simulators.base import Simulator
+from simfluence.simulators.baselines import mean_trajectory
+from simfluence.simulators.batches import usual_batch_size
+from simfluence.simulators.markov.dynamics import Differences, Dynamics, Steps, Term, free_terms, trained_on_rollouts
+from simfluence.simulators.markov.least_squares import Columns, Lazy, Problem
+from simfluence.simulators.markov.ridge import free_coefficients, ridge, ridge_path
+from simfluence.simulators.markov.transitions import Transitions, check_every_step
+
+PRIORS = ("identity", "zero")
+AROUND = (None, "mean")
+#: What ``l2="auto"`` chooses from, for each test example.
+L2_PATH = tuple(float(10**power) for power in np.arange(-1, 4.5, 0.5))
+
+_FOLDS = 4
+
+
+class MarkovSimulator(Simulator):
+    """The family's common part. Fits squared one-step errors from the true previous loss, plus ``l2`` times the
+    squared parameters; simulates by rolling out from the losses before training.
+
+    Attributes:
+        A_, B_: effects on slope and intercept, ``[train, test]``; a fixed one is absent.
+        further_: effects on the slopes of older losses, and what effects gain until the end of training:
+            ``[terms, train, test]`` in the order of ``terms`` after those of A_ and B_.
+        l2_: the penalty of each test example, ``[test]``.
+        seen_: which training examples some fitting run has, ``[train]``; the others have the prior's effects.
+        batch_size_: the fitting runs' (the most frequent, if they have several).
+        horizon_: steps of the longest fitting run.
+        mean_, centre_: around the mean only: m ``[steps + 1, test]``, c̄ ``[train]``.
+        lasting_: around the mean only: a of each earlier loss and, if ``varying``, what the first gains,
+            ``[free, test]``.
+    """
+
+    l2: Any
+    prior: str = "identity"
+    around: str | None
+    order: int = 1
+    varying: bool = False
+    guard: bool = False
+    rollout: int = 1
+    learns_slope: ClassVar[bool]
+    learns_intercept: ClassVar[bool]
+
+    @property
+    def terms(self) -> list[Term]:
+        """What is summed: A_ and B_ first, where they are learned."""
+        lags = [*range(1, self.order + 1)] if self.learns_slope else []
+        first = lags[:1] + ([0] if self.learns_intercept else [])
+        return [Term(lag) for lag in first + lags[1:]] + ([Term(lag, 1) for lag in first] if self.varying else [])
+
+    def effects(self, curricula: Sequence[Curriculum]) -> tuple[Float[np.ndarray, "order runs steps test"], Any]:
+        """α ``[order, runs, steps, test]`` and β ``[runs, steps, test]`` of every step; steps after a curriculum's end
+        are α=1, β=0. ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``."""
+        self._check_fitted()
+        alphas, beta = self._kept().affine(Steps.of(curricula, self.batch_size_))
+        return alphas.numpy().swapaxes(1, 2), beta.numpy().swapaxes(0, 1)
+
+    @classmethod
+    def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
+        found: dict[str, Any] = {"l2": trial.suggest_float("l2", 0.1, 1e5, log=True)}
+        found["around"] = trial.suggest_categorical("around", AROUND)
+        if cls.learns_slope and found["around"] is None:
+            found["prior"] = trial.suggest_categorical("prior", PRIORS)
+        return found
+
+    def _check_parameters(self) -> None:
+        numbers = not isinstance(self.l2, bool) and isinstance(self.l2, int | float)
+        if self.l2 != "auto" and not (numbers and self.l2 > 0):
+            raise InvalidInput(f"l2 must be a number above 0, or 'auto', got {self.l2!r}")
+        for name in ("order", "rollout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInput(f"{name} must be a whole number from 1 up, got {value!r}")
+        if self.prior not in PRIORS:
+            raise InvalidInput(f"unknown prior {self.prior!r}, {did_you_mean(str(self.prior), PRIORS)}")
+        if self.around not in AROUND:
+            raise InvalidInput(f"around={self.around!r}: it can be None or 'mean'")
+        if self.around == "mean" and self.prior != "identity":
+            raise InvalidInput("prior says what α shrinks to; around='mean' shrinks to the mean trajectory: choose one")
+
+    def _fit(self, runs: Runs) -> None:
+        rows = self._prepare(runs)
+        self.seen_ = np.zeros(runs.n_train, bool)
+        self.seen_[np.concatenate([run.curriculum.indices for run in runs])] = True
+        chosen = self._best_l2(runs) if self.l2 == "auto" else self.l2
+        self.l2_ = np.broadcast_to(np.asarray(chosen, np.float64), (runs.n_test,)).copy()
+        problem = self._problem(rows)
+        solution = ridge(problem, self.l2_)
+        lasting = free_coefficients(problem, solution)
+        found = self._dynamics(solution + self._prior, lasting)
+        if self.rollout > 1:
+            found = trained_on_rollouts(found, runs, self.l2_, self._prior, self.rollout)
+        self._keep(found)
+
+    def _prepare(self, runs: Runs) -> Transitions:
+        """What is known before the effects: sizes, and the mean trajectory if it is about that."""
+        self.batch_size_ = usual_batch_size(runs.curricula)
+        self.horizon_ = max(run.steps for run in runs)
+        if self.learns_slope or self.around == "mean" or self.varying or self.rollout > 1:
+            check_every_step(runs, str(self))
+        rows = Transitions.of(runs, self.batch_size_)
+        if self.around == "mean":
+            self.mean_ = mean_trajectory(runs)
+            self.centre_ = np.asarray(rows.weights.mean(axis=0)).ravel()
+        return rows
+
+    @property
+    def _prior(self) -> np.ndarray:
+        """What effects shrink to, ``[terms, 1, 1]``: A = 1/B makes α = 1."""
+        prior = np.zeros((len(self.terms), 1, 1))
+        if self.learns_slope and self.around is None and self.prior == "identity":
+            prior[0] = 1 / self.batch_size_
+        return prior
+
+    def _problem(self, rows: Transitions) -> Problem:
+        """The least-squares problem of one step, whose columns are made block by block."""
+        around = self.around == "mean"
+
+        def deviation(lag: int, some: slice) -> np.ndarray:
+            return rows.before(lag, some) - self.mean_[np.maximum(rows.times + 1 - lag, 0), some]
+
+        def target(some: slice) -> np.ndarray:
+            if around:
+                return rows.after(some) - self.mean_[rows.times + 1, some] - deviation(1, some)
+            changes = self.prior == "identity" or not self.learns_slope
+            return rows.after(some) - rows.before(1, some) if changes else rows.after(some)
+
+        def multiplier(term: Term) -> Columns | None:
+            if term == Term(0):
+                return None
+            loss = partial(rows.before, term.lag) if term.lag else rows.ones
+            return rows.lazy(lambda some: loss(some) * self._share(rows.times, term))
+
+        def free(term: Term) -> Lazy:
+            return rows.lazy(lambda some: deviation(term.lag, some) * self._share(rows.times, term))
+
+        columns = [free(term) for term in free_terms(self.order, self.varying)] if around else []
+        multipliers = [multiplier(term) for term in self.terms]
+        return Problem(rows.weights, multipliers, rows.lazy(target), self.centre_ if around else None, columns)
+
+    def _share(self, times: np.ndarray, term: Term) -> np.ndarray:
+        """τ of each row to the term's power, ``[rows, 1]``."""
+        return (times[:, None] / self.horizon_) ** term.power
+
+    def _dynamics(self, effects: np.ndarray, lasting: np.ndarray, some: slice = slice(None)) -> Dynamics:
+        """Of ``some`` of the test examples; ``effects`` and ``lasting`` are theirs alone."""
+        around = self.around == "mean"
+        return Dynamics(
+            terms=self.terms,
+            effects=torch.as_tensor(effects),
+            batch_size=self.batch_size_,
+            horizon=self.horizon_,
+            order=self.order,
+            fixed_slope=1.0 if around or not self.learns_slope else 0.0,
+            guard=self.guard,
+            centre=torch.as_tensor(self.centre_) if around else None,
+            mean=torch.as_tensor(self.mean_[:, some].copy()) if around else None,
+            lasting=torch.as_tensor(lasting) if around else None,
+        )
+
+    def _keep(self, found: Dynamics) -> None:
+        effects = list(found.effects.numpy())
+        if self.learns_slope:
+            self.A_ = effects.pop(0)
+        if self.learns_intercept:
+            self.B_ = effects.pop(0)
+        self.further_ = np.array(effects).reshape(-1, self.n_train_, self.n_test_)
+        if found.lasting is not None:
+            self.lasting_ = found.lasting.numpy()
+
+    def _kept(self) -> Dynamics:
+        first = [getattr(self, name) for name in ("A_", "B_") if hasattr(self, name)]
+        lasting = self.lasting_ if self.around == "mean" else np.empty(0)
+        return self._dynamics(np.concatenate([np.stack(first), self.further_]), lasting)
+
+    def _best_l2(self, runs: Runs) -> np.ndarray:
+        """For each test example, that of ``L2_PATH`` whose rollouts of held-out runs are best, ``[test]``."""
+        ids = list(dict.fromkeys(runs.ids))  # a run that is there twice, as in a bootstrap, is left out as one
+        folds = min(_FOLDS, len(ids))
+        if folds < 2:
+            raise InvalidInput("l2='auto' is chosen on runs left out of the fit: give 2 runs or more, or a number")
+        errors = np.zeros((len(L2_PATH), runs.n_test))
+        for fold in range(folds):
+            left_out = set(ids[fold::folds])
+            held = Runs(run for run in runs if run.id in left_out)
+            part = Runs(run for run in runs if run.id not in left_out)
+            errors += sklearn.base.clone(self)._path_errors(part, held)
+        return np.array(L2_PATH)[np.argmin(errors, axis=0)]
+
+    def _path_errors(self, part: Runs, held: Runs) -> np.ndarray:
+        """Squared errors of rollouts of ``held`` under ``L2_PATH`` fitted on ``part``, ``[path, test]``."""
+        problem, true = self._problem(self._prepare(part)), held.losses.astype(np.float64)
+        errors = np.empty((len(L2_PATH), held.n_test))
+        for some, solutions in ridge_path(problem, L2_PATH):
+            for index, solution in enumerate(solutions):
+                lasting = free_coefficients(problem.block(some), solution)
+                fitted = self._dynamics(solution + self._prior, lasting, some)
+                with np.errstate(all="ignore"):
+                    wrong = fitted.simulate(held.curricula, true[:, 0, some]) - true[:, :, some]
+                    wrong[np.isnan(true[:, :, some])] = 0.0
+                    errors[index, some] = (wrong**2).sum((0, 1))
+        return np.nan_to_num(errors, nan=np.inf)
+
+    def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        self._warn_of_unseen(curricula)
+        return self._kept().simulate(curricula, initial)
+
+    def _changes(self, base: Curriculum, edited: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        if any(len(curriculum) != len(base) for curriculum in edited):
+            return super()._changes(base, edited, initial)
+        self._warn_of_unseen([base, *edited])
+        return self._kept().changes(base, Differences.between(base, edited), initial)
+
+    def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
+        self._warn_of_unseen([base])
+        return self._kept().changes(base, Differences.without(base, groups), initial)
+
+    def _warn_of_unseen(self, curricula: Sequence[Curriculum]) -> None:
+        shown = np.zeros(self.n_train_, bool)
+        shown[np.concatenate([curriculum.indices for curriculum in curricula])] = True
+        if unseen := int((shown & ~self.seen_).sum()):
+            warnings.warn(
+                f"{unseen} training examples of these curricula are in no run that the {self.name} simulator was "
+                "fitted on: their effects are the prior's",
+                UnseenWarning,
+                stacklevel=5,
+            )
+
+
+class AdditiveSimulator(MarkovSimulator):
+    """``L_{t+1} = L_t + β(c_t)``: what an ideal TracIn could reach (Guu et al. 2023, section 3).
+
+    Args:
+        l2: penalty on the squared effects, or "auto": for each test example the best on held-out runs.
+        around: "mean" for effects around the mean trajectory of the fitting runs.
+        rollout: train on rollouts of so many steps.
+
+    >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+    >>> AdditiveSimulator(l2=1e-6).fit(runs).B_.round(3).ravel()
+    array([-1. ,  0.5])
+    """
+
+    name = "additive"
+    learns_slope = False
+    learns_intercept = True
+
+    def __init__(self, l2: float | str = 1.0, around: str | None = None, rollout: int = 1) -> None:
+        self.l2 = l2
+        self.around = around
+        self.rollout = rollout
+
+
+class MultiplicativeSimulator(MarkovSimulator):
+    """``L_{t+1} = α(c_t) · L_t`` (Guu et al. 2023, section 3).
+
+    Args:
+        l2, around, rollout: as of ``AdditiveSimulator``.
+        prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
+
+    >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[4.0], [2.0], [3.0], [1.5]]])
+    >>> MultiplicativeSimulator(l2=1e-6).fit(runs).A_.round(3).ravel()
+    array([0.5, 1.5])
+    """
+
+    name = "multiplicative"
+    learns_slope = True
+    learns_intercept = False
+
+    def __init__(
+        self, l2: float | str = 1.0, prior: str = "identity", around: str | None = None, rollout: int = 1
+    ) -> None:
+        self.l2 = l2
+        self.prior = prior
+        self.around = around
+        self.rollout = rollout
+
+
+class LinearSimulator(MarkovSimulator):
+    """``L_{t+1} = α(c_t) · L_t + β(c_t)`` (Guu et al. 2023, equations 1–3), and of order n.
+
+    Args:
+        l2, around, rollout: as of ``AdditiveSimulator``.
+        prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
+        order: how many earlier losses a step depends on, ``L_{t+1} = Σ_j α_j(c_t) L_{t+1−j} + β(c_t)``; before
+            training the loss is taken to have stood still. 2 follows a momentum.
+        varying: whether effects change along training.
+        guard: scale the slopes of a step down where they sum to more than 1 in size, so that no loss (around the
+            mean: no deviation) grows of itself. It depends on the curriculum alone: rollouts stay affine.
+
+    >>> rng = np.random.default_rng(0)
+    >>> curricula = [rng.integers(3, size=(50, 1)) for _ in range(4)]
+    >>> losses = np.cumsum(rng.normal(size=(4, 51, 2)), axis=1)
+    >>> LinearSimulator(l2=0.1).fit(Runs.from_arrays(curricula, losses)).A_.shape
+    (3, 2)
+    """
+
+    name = "linear"
+    learns_slope = True
+    learns_intercept = True
+
+    def __init__(
+        self,
+        l2: float | str = 1.0,
+        prior: str = "identity",
+        around: str | None = None,
+        order: int = 1,
+        varying: bool = False,
+        guard: bool = False,
+        rollout: int = 1,
+    ) -> None:
+        self.l2 = l2
+        self.prior = prior
+        self.around = around
+        self.order = order
+        self.varying = varying
+        self.guard = guard
+        self.rollout = rollout
+
+    @classmethod
+    def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
+        found = super().suggest(trial) | {"order": trial.suggest_int("order", 1, 3)}
+        return found | {"varying": trial.suggest_categorical("varying", (False, True))}

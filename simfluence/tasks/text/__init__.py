@@ -1,0 +1,1 @@
+"""Tasks of text: what they are made of, and ready-made ones."""
