@@ -13,6 +13,7 @@ from simfluence.attribution import EKFAC, KFAC, Diagonal, Relative, per_example_
 from simfluence.attribution import exact as reference
 from simfluence.attribution.curvature import kronecker as curvature
 from simfluence.attribution.curvature.kronecker import kfac, kronecker_factors
+from simfluence.attribution.gradients import inner_products
 from simfluence.attribution.gradients.labels import relabelling
 from simfluence.errors import InvalidInput
 from simfluence.tasks.losses import squared_error
@@ -278,8 +279,8 @@ def test_pieces_of_formed_gradients_do_not_change_results(monkeypatch):
     case = CASES["language"]()
     expected = EKFAC(labels="empirical").fit(case.model, case.train, case.loss).scores(case.test)
     monkeypatch.setattr(curvature, "FORMED", 50)
-    monkeypatch.setattr(attribution.pairs, "FORMED", 50)
-    monkeypatch.setattr(attribution.pairs, "BLOCK", 50)
+    monkeypatch.setattr(inner_products, "FORMED", 50)
+    monkeypatch.setattr(inner_products, "BLOCK", 50)
     monkeypatch.setattr(attribution.base, "QUERIES", 100)
     found = EKFAC(labels="empirical").fit(case.model, case.train, case.loss).scores(case.test)
     assert relative(found, expected) < 1e-10
@@ -337,7 +338,7 @@ def test_lower_rank_is_worse_and_within_its_bound():
         lower = EKFAC(0.01, labels="empirical", rank=rank, batch_size=2).fit(case.model, case.train, case.loss)
         wrong = np.abs(lower.scores(case.test, unit="raw") - wanted)
         bound = sum(
-            torch.outer(torch.linalg.svdvals(attribution.pairs.matrices(query))[:, rank:].norm(dim=1), norms[name])
+            torch.outer(torch.linalg.svdvals(inner_products.matrices(query))[:, rank:].norm(dim=1), norms[name])
             for name, query in queries.items()
         )
         assert (wrong <= 1.01 * bound.numpy() + 1e-10).all()
@@ -349,10 +350,10 @@ def test_lower_rank_is_worse_and_within_its_bound():
 def test_rank_takes_less_memory_and_leaves_the_random_state_alone():
     matrices = torch.randn(4, 30, 20, dtype=torch.float64)
     before = torch.get_rng_state()
-    found = attribution.pairs.low_rank(matrices, 2, seed=0)
+    found = inner_products.low_rank(matrices, 2, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
-    assert attribution.pairs.numbers([found]) == 4 * 2 * (30 + 20)
-    assert torch.equal(attribution.pairs.low_rank(matrices, 2, seed=0).inputs, found.inputs)
+    assert inner_products.numbers([found]) == 4 * 2 * (30 + 20)
+    assert torch.equal(inner_products.low_rank(matrices, 2, seed=0).inputs, found.inputs)
     least = torch.linalg.svdvals(matrices)[:, 2:].norm(dim=1)
     assert ((found.matrices() - matrices).norm(dim=(1, 2)) <= 1.05 * least).all()
 
@@ -387,15 +388,15 @@ def test_symmetric_products_by_blocks_are_whole(monkeypatch, width):
 @pytest.mark.parametrize("numbers", [1, 20, 10_000])
 def test_products_by_blocks_are_those_of_whole_gradients(monkeypatch, numbers, positions, rows, columns):
     monkeypatch.setattr(curvature, "CACHED", numbers)
-    monkeypatch.setattr(attribution.pairs, "BLOCK", numbers)
-    monkeypatch.setattr(attribution.pairs, "FORMED", numbers)
+    monkeypatch.setattr(inner_products, "BLOCK", numbers)
+    monkeypatch.setattr(inner_products, "FORMED", numbers)
     query = torch.randn(3, rows, columns, dtype=torch.float64)
     factors = attribution.Factors(
         torch.randn(4, positions, columns, dtype=torch.float64), torch.randn(4, positions, rows, dtype=torch.float64)
     )
     expected = torch.einsum("zoi,npo,npi->zn", query, factors.gradients, factors.inputs)
-    assert relative(attribution.pairs.products(query, factors), expected) < 1e-12
+    assert relative(inner_products.products(query, factors), expected) < 1e-12
     factored = attribution.Factors(query, torch.eye(rows, dtype=torch.float64).expand(3, -1, -1))
-    assert relative(attribution.pairs.products(factored, factors), expected) < 1e-12
+    assert relative(inner_products.products(factored, factors), expected) < 1e-12
     whole = torch.einsum("npo,npi->noi", factors.gradients, factors.inputs)
     assert relative(curvature.squares(factors), whole.square().sum(0)) < 1e-12

@@ -47,7 +47,7 @@ class Forecast:
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
-    >>> forecast = what_if(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], sf.Remove([1]))
+    >>> forecast = sf.what_if(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], sf.Remove([1]))
     >>> print(forecast)
     What if we remove examples 1 (1)? Mean final loss 1.500 → 1.000
     >>> forecast.final.round(2).loc[0].tolist()  # base, what_if, change

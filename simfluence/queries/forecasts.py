@@ -48,7 +48,8 @@ class Forecasts(Sequence[Forecast]):
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
     >>> fitted = sf.AdditiveSimulator(l2=1e-6).fit(runs)
-    >>> what_if(fitted, runs, {"no 0": sf.Remove([0]), "no 1": sf.Remove([1])}).ranking()["change"].round(2).to_dict()
+    >>> forecasts = sf.what_if(fitted, runs, {"no 0": sf.Remove([0]), "no 1": sf.Remove([1])})
+    >>> forecasts.ranking()["change"].round(2).to_dict()
     {'no 0': 2.0, 'no 1': -0.5}
     """
 

@@ -25,7 +25,7 @@ from simfluence.examples import Examples
 from simfluence.recipe import Recipe
 from simfluence.storage.journal import JOURNAL_FILE, events_by_time, journal_events, journal_line
 from simfluence.storage.run_file import RunHeader, RunRows
-from simfluence.task import ExternalTask, Task, TaskInfo
+from simfluence.task import Task, TaskInfo
 
 #: What a process has recorded outlives its death at once, and a power cut after so many seconds.
 SECONDS_BETWEEN_SYNCS = 5.0
@@ -42,12 +42,8 @@ class Storage(Protocol):
 
     path: Path
 
-    @property
-    def exists(self) -> bool: ...
-    @property
-    def info(self) -> TaskInfo: ...
     def __contains__(self, run_id: str) -> bool: ...
-    def open_for(self, task: Task | ExternalTask) -> None: ...
+    def open_recording(self, train: Examples | None, test: Examples | None, task: Task | str | None) -> TaskInfo: ...
     def sides(self) -> tuple[Examples, Examples]: ...
     def claim(self, name: str) -> contextlib.AbstractContextManager[bool]: ...
     def partial(self, name: str) -> Path: ...
@@ -110,8 +106,7 @@ class Recorder:
             raise InvalidInput("resume= goes on with a run that broke off: say which by its name, recorder(run, …)")
         if {"loss", "losses"} & set(self.measures):
             raise InvalidInput("the loss is recorded always: give the measure another name")
-        _open(store, _as_examples(train), _as_examples(test), task)
-        self.fingerprint = store.info.fingerprint
+        self.fingerprint = store.open_recording(as_examples(train), as_examples(test), task).fingerprint
         self.train, self.test = store.sides()
         self._index = {name: index for index, name in enumerate(self.train.ids)}
         self._dtype = np.dtype(recipe.dtype if recipe else "float32")
@@ -354,29 +349,6 @@ def _checked_name(run: str) -> str:
     return run
 
 
-def _as_examples(side: Examples | Sequence[Any] | None) -> Examples | None:
+def as_examples(side: Examples | Sequence[Any] | None) -> Examples | None:
+    """Examples, or ids in their order, as examples."""
     return side if side is None or isinstance(side, Examples) else Examples(list(side))
-
-
-def _open(store: Storage, train: Examples | None, test: Examples | None, task: Task | str | None) -> None:
-    """Make the store, or compare it with what was given.
-
-    Raises:
-        InvalidInput: a new store, and its examples were not given.
-        StoreError: the store is of other examples, or of another task.
-    """
-    if isinstance(task, Task):
-        train, test = train or task.train, test or task.test
-        if train.ids != task.train.ids or test.ids != task.test.ids:
-            raise InvalidInput(f"train= and test= are other examples than those of task {task.name!r}: leave them out")
-        store.open_for(task)
-    elif not store.exists:
-        if train is None or test is None or not len(train) or not len(test):
-            raise InvalidInput(
-                f"{store.path} is a new store: say of which examples with train= and test= (ids, or Examples with "
-                "metadata)"
-            )
-        store.open_for(ExternalTask(task or "recorded", train, test))
-    for side, here, given in zip(("train", "test"), store.sides(), (train, test), strict=True):
-        if given is not None and given.ids != here.ids:
-            raise StoreError(f"{store.path} is of other {side} examples (its ids differ): record into another folder")

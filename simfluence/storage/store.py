@@ -97,6 +97,38 @@ class RunStore:
         content = {"format": FORMAT, "task": described, "n_train": info.n_train, "n_test": info.n_test}
         write_whole(self.path / "store.json", json.dumps(content, indent=2).encode() + b"\n")
 
+    def open_recording(self, train: Examples | None, test: Examples | None, task: Task | str | None) -> TaskInfo:
+        """Make the store for a recording of a loop, or compare it with what is given.
+
+        Args:
+            train, test: the examples of both sides, where they are given.
+            task: what is trained, or the name of what a new store is of.
+
+        Raises:
+            InvalidInput: the store is new and its examples were not given.
+            StoreError: the store is of other examples, or of another task.
+        """
+        if isinstance(task, Task):
+            train, test = train or task.train, test or task.test
+            if train.ids != task.train.ids or test.ids != task.test.ids:
+                raise InvalidInput(
+                    f"train= and test= are other examples than those of task {task.name!r}: leave them out"
+                )
+            self.open_for(task)
+        elif not self.exists:
+            if train is None or test is None or not len(train) or not len(test):
+                raise InvalidInput(
+                    f"{self.path} is a new store: say of which examples with train= and test= (ids, or Examples with "
+                    "metadata)"
+                )
+            self.open_for(ExternalTask(task or "recorded", train, test))
+        for side, stored, given in zip(("train", "test"), self.sides(), (train, test), strict=True):
+            if given is not None and given.ids != stored.ids:
+                raise StoreError(
+                    f"{self.path} is of other {side} examples (its ids differ): record into another folder"
+                )
+        return self.info
+
     def _complete(self, task: Task | ExternalTask) -> None:
         """Write down the features and targets that a store made before lacks."""
         for side, here, given in zip(("train", "test"), self.sides(), (task.train, task.test), strict=True):
