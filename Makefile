@@ -18,8 +18,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## record, fit, score, ask a what-if, retrain to confirm it
 	$(BIN)/simfluence demo --folder build/demo
 
-test: $(READY)  ## the tests, under ten minutes on two cores
-	$(BIN)/python -m pytest
+# Two workers of one thread each: two programs with two torch threads each slow each other tenfold.
+test: $(READY)  ## the tests, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)  ## the longer tests
 	$(BIN)/python -m pytest -m slow

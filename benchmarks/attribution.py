@@ -214,8 +214,8 @@ def played(attributors: Mapping[str, Any], part: sf.Runs) -> dict[str, sf.Simula
     """As they are (where they have a size), with a fitted scale, and around the mean with a fitted scale."""
     variants: dict[str, dict[str, str]] = {
         "as given": {},
-        "scaled": {"scale": "fitted"},
-        "scaled, around the mean": {"scale": "fitted", "around": "mean"},
+        "scaled": {"fit_scale": True},
+        "scaled, around the mean": {"fit_scale": True, "around": "mean"},
     }
     return {
         f"{name}, {variant}": sf.AttributedSimulator(each, **options).fit(part)

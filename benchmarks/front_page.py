@@ -101,7 +101,7 @@ def main() -> None:
     part, held = store.load().split(held_out=8, seed=0)
     simulators = fitted(task, part)
     draw(Path("docs/images/forecast.png"), task, simulators, held)
-    table = markdown(sf.evaluate(simulators, held, reference=part))
+    table = markdown(sf.evaluate(simulators, held, baseline_runs=part))
     print(table)
     readme = Path("README.md")
     inside = re.compile(

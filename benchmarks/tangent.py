@@ -64,7 +64,7 @@ def scores(setting: Setting, task: sf.Task, runs: sf.Runs, choice: int, choices:
     """Skill and final skill of one choice of the runs that are fitted on."""
     part, held = runs.split(held_out=8, seed=0)
     chosen = sf.Runs(part[(choice * len(part) // choices + k) % len(part)] for k in range(setting.runs))
-    fitted = sf.TangentKernelSimulator(task, references=setting.references).fit(chosen)
+    fitted = sf.TangentKernelSimulator(task, n_references=setting.references).fit(chosen)
     table = sf.evaluate({"tangent": fitted}, held, part, metrics=METRICS, bootstrap=10)
     found: np.ndarray = table[list(METRICS)].to_numpy()[0]
     return found

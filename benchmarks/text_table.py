@@ -75,7 +75,7 @@ def rows(store: sf.RunStore, part: sf.Runs, options: argparse.Namespace) -> dict
         "boosted, tuned": lambda: sf.tune("boosted", part, trials=options.trials // 2, folds=FOLDS, storage=STORAGE),
         "TracIn-CP(10)": lambda: played(task(), states(), tenth, part),
         "tangent kernel": lambda: sf.TangentKernelSimulator(
-            task(), checkpoints=options.checkpoints, references=options.references, features=options.features
+            task(), n_checkpoints=options.checkpoints, n_references=options.references, n_features=options.features
         ).fit(part),
         "TracIn-CP(all)": lambda: played(task(), states(), 1, part),
     }

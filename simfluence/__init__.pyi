@@ -1,4 +1,4 @@
-from . import attribution, tasks
+from . import attribution, errors, evaluation, plots, queries, recording, simulators, specs, storage, tasks
 from ._version import __version__
 from .curriculum import Curriculum, random_curricula
 from .edits import (
@@ -90,20 +90,28 @@ __all__ = [
     "attribution",
     "best_removal",
     "brittleness",
+    "errors",
     "estimate",
     "evaluate",
+    "evaluation",
     "forecast_removal",
     "lds",
     "learning_curve",
     "leave_group_out",
     "leave_one_out",
     "move_each",
+    "plots",
+    "queries",
     "random_curricula",
     "rank_suspects",
     "record",
+    "recording",
     "replay",
     "show_again",
+    "simulators",
     "smallest_removal",
+    "specs",
+    "storage",
     "tasks",
     "trained_model",
     "tune",

@@ -1,4 +1,4 @@
-"""Which training examples are in which batch: the ``Curriculum`` and random ones."""
+"""The ``Curriculum``, which says what training examples each batch has, and random curricula."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import scipy.sparse
 from simfluence._internal.validation import checked_indices
 from simfluence.errors import InvalidInput
 
+__all__ = ["Curriculum", "random_curricula"]
+
 
 class Curriculum:
     """The training examples of every batch, in order. Frozen; equal and hashed by content.
@@ -25,7 +27,7 @@ class Curriculum:
         n_train: number of training examples; by default one more than the largest index.
 
     Raises:
-        InvalidInput: there is no step or no example, or an index is not an integer in ``0…n_train−1``.
+        InvalidInput: the curriculum has no step or no example, or an index is not an integer in ``0…n_train−1``.
 
     >>> curriculum = Curriculum([[0, 2], [1], []], n_train=3)
     >>> len(curriculum), curriculum[0]
@@ -43,7 +45,7 @@ class Curriculum:
 
     @classmethod
     def from_flat(cls, indices: np.ndarray, sizes: np.ndarray, n_train: int) -> Curriculum:
-        """The curriculum whose batches, laid end to end, are ``indices``; ``sizes`` says where to cut."""
+        """Build a curriculum from its batches laid end to end, ``indices``, and their ``sizes``."""
         self = cls.__new__(cls)
         self._set(np.asarray(indices), np.asarray(sizes, np.int64), n_train)
         return self
@@ -51,7 +53,7 @@ class Curriculum:
     def _set(self, indices: np.ndarray, sizes: np.ndarray, n_train: int | None) -> None:
         _check(indices, sizes, n_train)
         self.n_train = int(indices.max()) + 1 if n_train is None else int(n_train)
-        self.indices = _frozen(indices.astype(np.int32))  # [places] of all batches, end to end
+        self.indices = _frozen(indices.astype(np.int32))  # [slots] of all batches, end to end
         self.offsets = _frozen(np.concatenate([[0], np.cumsum(sizes)]))  # [steps + 1]
 
     @property
@@ -61,10 +63,10 @@ class Curriculum:
 
     @cached_property
     def counts(self) -> scipy.sparse.csr_array:
-        """How often each example is in each batch, sparse ``[steps, train]``."""
+        """Count of each example in each batch, sparse ``[steps, train]``."""
         ones = np.ones(len(self.indices), np.int64)
         matrix = scipy.sparse.csr_array((ones, self.indices, self.offsets), (len(self), self.n_train))
-        matrix = matrix.copy()  # sum_duplicates works in place, and our own arrays are frozen
+        matrix = matrix.copy()  # sum_duplicates works in place, and the curriculum's arrays are frozen
         matrix.sum_duplicates()
         return matrix
 
@@ -77,7 +79,7 @@ class Curriculum:
         return digest.hexdigest()
 
     def tolist(self) -> list[list[int]]:
-        """The batches as plain lists, for JSON and YAML."""
+        """Return the batches as plain lists, for JSON and YAML."""
         return [batch.tolist() for batch in self]
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ class Curriculum:
 
     def __getitem__(self, step: int) -> np.ndarray:
         if not -len(self) <= step < len(self):
-            raise IndexError(f"step {step} of a curriculum of {len(self)} steps")
+            raise IndexError(f"step {step} is out of range: the curriculum has {len(self)} steps")
         step = step % len(self)
         return self.indices[self.offsets[step] : self.offsets[step + 1]]
 
@@ -103,7 +105,7 @@ class Curriculum:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:
-            raise AttributeError(f"a Curriculum is frozen: {name} cannot be set; make a new one, or apply an edit")
+            raise AttributeError(f"a Curriculum is frozen: {name} cannot be set; build a new one or apply an edit")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -125,26 +127,26 @@ def random_curricula(
     descending: bool = False,
     stages: Sequence[Any] | None = None,
 ) -> list[Curriculum]:
-    """Random curricula as in Guu et al. (2023): each run trains on its own random subset.
+    """Draw random curricula as in Guu et al. (2023): each run trains on its own random subset.
 
     By default the subset is reshuffled every epoch; the epochs are laid end to end and cut into batches of
-    ``batch_size``, so every example of the subset is shown equally often to within one time.
-    Run r depends on ``seed`` and r alone: asking for more runs keeps the ones already there.
+    ``batch_size``, so the counts of two examples of the subset differ by at most one.
+    Run r depends on ``seed`` and r alone: asking for more runs does not change the first ones.
 
     Args:
         n_train: number of training examples.
-        runs, steps, batch_size: number of curricula, of batches in each, of examples in each batch.
+        runs, steps, batch_size: number of curricula, of batches per curriculum, and of examples per batch.
         subset: a fraction of the training examples (float in (0, 1]) or their number (int).
         seed: any non-negative integer.
-        replacement: draw every place by itself from the subset, with replacement; there are no epochs then.
-        sort_by: one value per training example: every epoch goes from the smallest to the largest, equal ones
+        replacement: fill every slot with an independent draw from the subset, with replacement, without epochs.
+        sort_by: one value per training example: every epoch goes from the smallest to the largest value, ties
             shuffled.
         descending: sort from the largest to the smallest.
-        stages: lists of training indices: the steps are shared out evenly, the first stage's batches come from the
-            first list (and the subset), and so on.
+        stages: lists of training indices, one per stage. The steps are split evenly over the stages; a stage's
+            batches come from the examples of its list that are in the subset.
 
     Raises:
-        InvalidInput: naming every argument that is out of range, or a stage that has no example of a run's subset.
+        InvalidInput: an argument is out of range, or a stage has no example of a run's subset.
 
     >>> random_curricula(n_train=10, runs=2, steps=3, batch_size=2, subset=0.5, seed=0)[0]
     Curriculum(steps=3, batch=2, examples=5 of 10)
@@ -158,14 +160,14 @@ def random_curricula(
     ranks = None if sort_by is None else _ranks(sort_by, descending, n_train, replacement)
     members = [np.arange(n_train)] if stages is None else [checked_indices(stage, n_train) for stage in stages]
     if not 1 <= len(members) <= steps:
-        raise InvalidInput(f"{len(members)} stages for {steps} steps: give at least one stage, and a step for each")
+        raise InvalidInput(f"{len(members)} stages for {steps} steps: give at least one stage, and a step per stage")
     lengths = [len(part) * batch_size for part in np.array_split(np.arange(steps), len(members))]
     curricula = []
     for run in range(runs):
         rng = np.random.default_rng([seed, run])
         chosen = rng.choice(n_train, size=size, replace=False)
         streams = [
-            _stream(rng, _of_stage(chosen, stage, number, run), length, replacement, ranks)
+            _stream(rng, _stage_members(chosen, stage, number, run), length, replacement, ranks)
             for number, (stage, length) in enumerate(zip(members, lengths, strict=True))
         ]
         curricula.append(Curriculum.from_flat(np.concatenate(streams), np.full(steps, batch_size), n_train))
@@ -175,7 +177,7 @@ def random_curricula(
 def _stream(
     rng: np.random.Generator, members: np.ndarray, length: int, replacement: bool, ranks: np.ndarray | None
 ) -> np.ndarray:
-    """``length`` places filled from ``members``, epoch by epoch or with replacement."""
+    """Fill ``length`` slots from ``members``, epoch by epoch or with replacement."""
     if replacement:
         return rng.choice(members, size=length)
     epochs = [rng.permutation(members) for _ in range(-(-length // len(members)))]
@@ -185,20 +187,20 @@ def _stream(
 
 
 def _ranks(sort_by: Any, descending: bool, n_train: int, replacement: bool) -> np.ndarray:
-    """What to sort by, as numbers that ascend."""
+    """Return the ascending sort key of each training example."""
     values = np.asarray(sort_by)
     if replacement:
-        raise InvalidInput("sort_by orders epochs, and replacement=True has none: choose one")
+        raise InvalidInput("sort_by orders epochs, but replacement=True has no epochs: choose one of the two")
     if values.shape != (n_train,):
         raise InvalidInput(f"sort_by must have one value for each of {n_train} training examples, got {values.shape}")
     ranks = np.unique(values, return_inverse=True)[1]
     return -ranks if descending else ranks
 
 
-def _of_stage(chosen: np.ndarray, stage: np.ndarray, number: int, run: int) -> np.ndarray:
+def _stage_members(chosen: np.ndarray, stage: np.ndarray, number: int, run: int) -> np.ndarray:
     members = chosen[np.isin(chosen, stage)]
     if len(members) == 0:
-        raise InvalidInput(f"stage {number} has no example in the subset of run {run}: a larger subset= would help")
+        raise InvalidInput(f"stage {number} has no example in the subset of run {run}: give a larger subset=")
     return members
 
 
@@ -230,9 +232,9 @@ def _as_indices(batch: Any, step: int) -> np.ndarray:
 
 def _check(indices: np.ndarray, sizes: np.ndarray, n_train: int | None) -> None:
     if len(indices) == 0:
-        raise InvalidInput(f"an empty curriculum: {len(sizes)} steps and no training example in any of them")
+        raise InvalidInput(f"the curriculum is empty: {len(sizes)} steps without a training example")
     if sizes.sum() != len(indices) or sizes.min() < 0:
-        raise InvalidInput(f"batch sizes add up to {sizes.sum()}, but there are {len(indices)} places")
+        raise InvalidInput(f"batch sizes add up to {sizes.sum()}, but the curriculum has {len(indices)} slots")
     limit = np.iinfo(np.int32).max if n_train is None else n_train
     bad = np.flatnonzero((indices < 0) | (indices >= limit))
     if len(bad):

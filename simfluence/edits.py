@@ -1,14 +1,14 @@
-"""Edits: small frozen objects that make one curriculum out of another, for what-if questions.
+"""Edits: small frozen objects that turn one curriculum into another, for what-if questions.
 
-A target says which training examples are meant: a filter over their metadata (a text), a list of indices, or a list
-of ids. ``fill`` says what becomes of places that an edit frees or adds:
+A target selects training examples: a filter over their metadata (a string), a list of indices, or a list of ids.
+``fill`` says how to handle the slots that an edit frees or adds:
 
-    "shrink"     the batch shrinks (or grows), and every other batch stays as it is: as many steps as before. A batch
-                 that shrinks to nothing is a step without an update.
-    "repack"     the stream closes up (or makes room) and is cut anew into batches of the sizes that were: the order of
-                 the rest stays, the number of steps follows the number of places.
-    "resample"   every batch keeps its size: freed places are filled from the remaining examples of the curriculum,
-                 in shuffled passes over them; added ones take the places of others, drawn at random. ``seed`` says how.
+    "shrink"     the batch shrinks (or grows); the other batches and the number of steps do not change. A batch that
+                 shrinks to nothing is a step without an update.
+    "repack"     all slots form one stream, which is cut into batches of the original sizes: the order of the other
+                 examples does not change, and the number of steps follows the number of slots.
+    "resample"   every batch keeps its size: freed slots are filled from the remaining examples of the curriculum, in
+                 shuffled passes over them; added examples replace others, drawn at random with ``seed``.
 
 Applying an edit never changes the original; a sequence of edits composes. With "shrink", ``Remove``, ``Keep`` and
 ``Repeat`` of disjoint targets commute, and so do removals with "repack". Edits of equal content are equal.
@@ -30,7 +30,24 @@ from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 
-#: What may become of places that an edit frees or adds.
+__all__ = [
+    "EDITS",
+    "FILLS",
+    "Concatenate",
+    "Edit",
+    "Insert",
+    "Keep",
+    "Move",
+    "Remove",
+    "Reorder",
+    "Repeat",
+    "Shuffle",
+    "Swap",
+    "Truncate",
+    "apply_all",
+]
+
+#: Ways to handle the slots that an edit frees or adds.
 FILLS = ("shrink", "repack", "resample")
 
 
@@ -39,7 +56,7 @@ class Edit(ABC):
     """A function from curriculum to curriculum that prints as a sentence.
 
     Raises:
-        InvalidInput: (of every edit) an argument of another kind, or out of range.
+        InvalidInput: an argument of an edit has the wrong type or is out of range.
     """
 
     kind: ClassVar[str]
@@ -50,51 +67,52 @@ class Edit(ABC):
 
     @abstractmethod
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        """The edited curriculum.
+        """Return the edited curriculum.
 
         Args:
-            curriculum: the original; it stays as it is.
+            curriculum: the original, which is not changed.
             examples: the training examples, needed for targets given as a filter or as ids.
 
         Raises:
-            InvalidInput: the target is unknown, matches nothing, or nothing would be left; a step beyond the end.
+            InvalidInput: the target is unknown or matches nothing, no example would be left, or a step is beyond the
+                end.
         """
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain content for YAML and JSON; ``from_dict`` reads it.
+        """Return the edit as plain content for YAML and JSON, which ``from_dict`` reads.
 
         >>> Remove([3, 17], fill="repack").to_dict()
         {'edit': 'remove', 'target': [3, 17], 'fill': 'repack'}
         """
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return {"edit": self.kind} | {name: _plain(v) for name, v in given.items() if v != defaults[name]}
+        return {"edit": self.kind} | {name: _plain(v) for name, v in values.items() if v != defaults[name]}
 
     @staticmethod
     def from_dict(content: Any) -> Edit:
-        """The edit that a mapping says.
+        """Build the edit that a mapping describes.
 
         Raises:
-            InvalidInput: an unknown edit or argument, one that is missing, or one out of range.
+            InvalidInput: the edit or an argument is unknown, or an argument is missing or out of range.
         """
         if not isinstance(content, Mapping):
             raise InvalidInput(f"an edit is a mapping such as {{edit: remove, target: label == 3}}, got {content!r}")
-        given = {str(name): value for name, value in content.items()}
-        kind = str(given.pop("edit", None))
+        arguments = {str(name): value for name, value in content.items()}
+        kind = str(arguments.pop("edit", None))
         if kind not in EDITS:
             raise InvalidInput(f"unknown edit {kind!r}, {did_you_mean(kind, EDITS)}: write it as 'edit: remove'")
         fields = EDITS[kind]._fields()
-        for name in given:
+        for name in arguments:
             if name not in fields:
                 raise InvalidInput(f"edit {kind!r} takes no {name!r}, {did_you_mean(name, fields)}")
-        missing = [name for name, needed in fields.items() if needed and name not in given]
+        missing = [name for name, required in fields.items() if required and name not in arguments]
         if missing:
             raise InvalidInput(f"edit {kind!r} needs {' and '.join(missing)}")
-        return EDITS[kind](**{name: _CHECKS[name](name, value) for name, value in given.items()})
+        return EDITS[kind](**{name: _CHECKS[name](name, value) for name, value in arguments.items()})
 
     @classmethod
     def _fields(cls) -> dict[str, bool]:
-        """Names of the arguments, and whether each must be given."""
+        """Map the name of each argument to whether it is required."""
         return {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
 
 
@@ -114,10 +132,10 @@ class Remove(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        return _kept(self, ~marked_slots(self.target, curriculum, examples), curriculum)
+        return _restricted(self, ~marked_slots(self.target, curriculum, examples), curriculum)
 
     def __str__(self) -> str:
-        return f"remove {_said(self.target)}{_filled(self)}"
+        return f"remove {_sentence(self.target)}{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
@@ -134,17 +152,17 @@ class Keep(Edit):
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        return _kept(self, marked_slots(self.target, curriculum, examples), curriculum)
+        return _restricted(self, marked_slots(self.target, curriculum, examples), curriculum)
 
     def __str__(self) -> str:
-        return f"keep only {_said(self.target)}{_filled(self)}"
+        return f"keep only {_sentence(self.target)}{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
 class Repeat(Edit):
-    """Show the target ``times`` as often: each of its places becomes ``times`` of them, in its batch or stream.
+    """Show the target ``times`` times as often: each of its slots becomes ``times`` slots, in its batch or stream.
 
-    With ``fill="resample"`` the further showings take the places of others, anywhere in the curriculum.
+    With ``fill="resample"`` the additional showings replace other examples, anywhere in the curriculum.
 
     >>> Repeat([2], times=3).apply(Curriculum([[0, 2], [1, 0]])).tolist()
     [[0, 2, 2, 2], [1, 0]]
@@ -159,30 +177,30 @@ class Repeat(Edit):
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
         marked = marked_slots(self.target, curriculum, examples)
         if self.fill == "resample":
-            return self._in_place_of_others(curriculum, marked)
+            return self._replace_others(curriculum, marked)
         copies = np.where(marked, self.times, 1)
         ends = np.concatenate([[0], np.cumsum(copies)])[curriculum.offsets]
         return rebatched(self.fill, np.repeat(curriculum.indices, copies), np.diff(ends), curriculum)
 
-    def _in_place_of_others(self, curriculum: Curriculum, marked: np.ndarray) -> Curriculum:
-        further = np.repeat(curriculum.indices[marked], self.times - 1)
+    def _replace_others(self, curriculum: Curriculum, marked: np.ndarray) -> Curriculum:
+        additional = np.repeat(curriculum.indices[marked], self.times - 1)
         others = np.flatnonzero(~marked)
-        if len(further) > len(others):
+        if len(additional) > len(others):
             raise InvalidInput(
-                f"'{self}' needs {len(further)} more places, but other examples have only {len(others)}: "
-                "fewer times, or fill='shrink'"
+                f"'{self}' needs {len(additional)} more slots, but other examples have only {len(others)}: "
+                "give a smaller times=, or fill='shrink'"
             )
         indices = curriculum.indices.copy()
-        indices[np.random.default_rng(self.seed).choice(others, len(further), replace=False)] = further
+        indices[np.random.default_rng(self.seed).choice(others, len(additional), replace=False)] = additional
         return Curriculum.from_flat(indices, curriculum.sizes, curriculum.n_train)
 
     def __str__(self) -> str:
-        return f"show {_said(self.target)} {self.times} times as often{_filled(self)}"
+        return f"show {_sentence(self.target)} {self.times} times as often{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
 class Insert(Edit):
-    """Show the target once more in batch ``at`` (−1: the last); an index that is listed twice is shown twice.
+    """Show the target once more in batch ``at`` (−1: the last); an index listed twice is shown twice.
 
     >>> Insert([2], at=1).apply(Curriculum([[0, 1], [1, 2]])).tolist()
     [[0, 1], [2, 1, 2]]
@@ -200,25 +218,25 @@ class Insert(Edit):
         added = selected(self.target, curriculum, examples)
         at = _step(self, curriculum)
         if self.fill == "resample":
-            return self._in_place_of_others(curriculum, added, at)
+            return self._replace_others(curriculum, added, at)
         return insert_slots(added, at, self.fill, curriculum.indices, curriculum.sizes, curriculum)
 
-    def _in_place_of_others(self, curriculum: Curriculum, added: np.ndarray, at: int) -> Curriculum:
+    def _replace_others(self, curriculum: Curriculum, added: np.ndarray, at: int) -> Curriculum:
         size = int(curriculum.sizes[at])
         if len(added) > size:
-            raise InvalidInput(f"'{self}': {len(added)} examples for a batch of {size}: fill='shrink' or 'repack'")
+            raise InvalidInput(f"'{self}': {len(added)} examples do not fit a batch of {size}: use another fill=")
         indices = curriculum.indices.copy()
-        places = curriculum.offsets[at] + np.random.default_rng(self.seed).choice(size, len(added), replace=False)
-        indices[places] = added
+        slots = curriculum.offsets[at] + np.random.default_rng(self.seed).choice(size, len(added), replace=False)
+        indices[slots] = added
         return Curriculum.from_flat(indices, curriculum.sizes, curriculum.n_train)
 
     def __str__(self) -> str:
-        return f"show {_said(self.target)} once more {_where(self.at)}{_filled(self)}"
+        return f"show {_sentence(self.target)} once more {_where(self.at)}{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
 class Move(Edit):
-    """Take the target out of its batches and show it, as often, in batch ``to`` (0: the first, −1: the last).
+    """Take the target out of its batches and show it equally often in batch ``to`` (0: the first, −1: the last).
 
     ``fill`` is "shrink" or "repack".
 
@@ -234,7 +252,7 @@ class Move(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fill == "resample":
-            raise InvalidInput("a move frees as many places as it takes: fill is 'shrink' or 'repack'")
+            raise InvalidInput("a move frees as many slots as it fills: use fill='shrink' or 'repack'")
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
         marked = marked_slots(self.target, curriculum, examples)
@@ -245,14 +263,14 @@ class Move(Edit):
         )
 
     def __str__(self) -> str:
-        return f"move {_said(self.target)} to {_where(self.to).removeprefix('in ')}{_filled(self)}"
+        return f"move {_sentence(self.target)} to {_where(self.to).removeprefix('in ')}{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
 class Reorder(Edit):
-    """Show ``first`` before everything else, and then ``then`` before the rest, each in its present order.
+    """Show ``first``, then ``then``, then all other examples, each group in its present order.
 
-    The places, laid end to end, are sorted so, and cut into batches of the same sizes as before.
+    The sorted slots are cut into batches of the original sizes.
 
     >>> Reorder(first=[2]).apply(Curriculum([[0, 1], [2, 0], [1, 2]])).tolist()
     [[2, 2], [0, 1], [0, 1]]
@@ -267,19 +285,20 @@ class Reorder(Edit):
         then = np.zeros_like(first) if self.then is None else marked_slots(self.then, curriculum, examples)
         if (first & then).any():
             both = np.unique(curriculum.indices[first & then])
-            raise InvalidInput(f"'{self}': example {both[0]} is in both targets ({len(both)} such)")
+            raise InvalidInput(f"'{self}': example {both[0]} is in both targets ({len(both)} such examples)")
         rank = np.where(first, 0, np.where(then, 1, 2))
         order = np.argsort(rank, kind="stable")
         return Curriculum.from_flat(curriculum.indices[order], curriculum.sizes, curriculum.n_train)
 
     def __str__(self) -> str:
-        return f"show {_said(self.first)} first" + ("" if self.then is None else f", then {_said(self.then)}")
+        return f"show {_sentence(self.first)} first" + ("" if self.then is None else f", then {_sentence(self.then)}")
 
 
 @dataclass(frozen=True)
 class Swap(Edit):
-    """Show ``by`` in the places of ``target``: the k-th of the one for the k-th of the other, from the first again
-    where ``by`` has fewer. ``by`` keeps the places that it has.
+    """Replace ``target`` by ``by``: its k-th example by the k-th of ``by``, starting over where ``by`` has fewer.
+
+    ``by`` also keeps its own slots.
 
     >>> Swap([0, 1], by=[2]).apply(Curriculum([[0, 1], [2, 0]])).tolist()
     [[2, 2], [2, 2]]
@@ -290,20 +309,20 @@ class Swap(Edit):
     by: Target
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-        target, by = (selected(each, curriculum, examples) for each in (self.target, self.by))
+        target, by = (selected(part, curriculum, examples) for part in (self.target, self.by))
         if both := sorted({*target.tolist()} & {*by.tolist()}):
-            raise InvalidInput(f"'{self}': example {both[0]} is in both targets ({len(both)} such)")
-        now = np.arange(curriculum.n_train)
-        now[target] = np.resize(by, len(target))
-        return Curriculum.from_flat(now[curriculum.indices], curriculum.sizes, curriculum.n_train)
+            raise InvalidInput(f"'{self}': example {both[0]} is in both targets ({len(both)} such examples)")
+        replacement = np.arange(curriculum.n_train)
+        replacement[target] = np.resize(by, len(target))
+        return Curriculum.from_flat(replacement[curriculum.indices], curriculum.sizes, curriculum.n_train)
 
     def __str__(self) -> str:
-        return f"swap {_said(self.target)} for {_said(self.by)}"
+        return f"swap {_sentence(self.target)} for {_sentence(self.by)}"
 
 
 @dataclass(frozen=True)
 class Shuffle(Edit):
-    """Show all in another order: the places, laid end to end, shuffled, in batches of the same sizes as before.
+    """Shuffle all slots of the curriculum; the batches keep their sizes.
 
     >>> Shuffle(seed=0).apply(Curriculum([[0, 1], [2, 3]])).tolist()
     [[2, 0], [1, 3]]
@@ -317,12 +336,12 @@ class Shuffle(Edit):
         return Curriculum.from_flat(shuffled, curriculum.sizes, curriculum.n_train)
 
     def __str__(self) -> str:
-        return f"shuffle the order of all places (seed {self.seed})"
+        return f"shuffle the order of all slots (seed {self.seed})"
 
 
 @dataclass(frozen=True)
 class Truncate(Edit):
-    """Stop after so many steps.
+    """Stop after ``steps`` steps.
 
     >>> Truncate(1).apply(Curriculum([[0, 1], [2, 0]])).tolist()
     [[0, 1]]
@@ -345,7 +364,7 @@ class Truncate(Edit):
 
 @dataclass(frozen=True)
 class Concatenate(Edit):
-    """Go on with further batches: those of another curriculum, or a list of lists of training indices.
+    """Append batches: those of another curriculum, or a list of lists of training indices.
 
     >>> Concatenate([[2], [0]]).apply(Curriculum([[0, 1]], n_train=3)).tolist()
     [[0, 1], [2], [0]]
@@ -358,60 +377,60 @@ class Concatenate(Edit):
         return Curriculum([*curriculum, *self.batches], curriculum.n_train)
 
     def __str__(self) -> str:
-        return f"go on for {len(self.batches)} more steps"
+        return f"continue for {len(self.batches)} more steps"
 
 
 #: Every edit by its name in files.
 EDITS: dict[str, type[Edit]] = {
-    each.kind: each
-    for each in (Remove, Keep, Repeat, Insert, Move, Reorder, Swap, Shuffle, Truncate, Concatenate)
+    edit.kind: edit
+    for edit in (Remove, Keep, Repeat, Insert, Move, Reorder, Swap, Shuffle, Truncate, Concatenate)
 }  # fmt: skip
 
 
 def apply_all(edits: Iterable[Edit], curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
-    """The curriculum after all edits, one after the other."""
+    """Apply all edits in turn and return the curriculum."""
     for edit in edits:
         curriculum = edit.apply(curriculum, examples)
     return curriculum
 
 
 def _step(edit: Insert | Move, curriculum: Curriculum) -> int:
-    """The batch that an edit names, from 0."""
-    named = edit.at if isinstance(edit, Insert) else edit.to
-    if not -len(curriculum) <= named < len(curriculum):
+    """Return the number of the batch that an edit names, counted from 0."""
+    step = edit.at if isinstance(edit, Insert) else edit.to
+    if not -len(curriculum) <= step < len(curriculum):
         raise InvalidInput(f"'{edit}': batches go from 0 to {len(curriculum) - 1} (−1: the last)")
-    return named % len(curriculum)
+    return step % len(curriculum)
 
 
-def _kept(edit: Remove | Keep, kept: np.ndarray, curriculum: Curriculum) -> Curriculum:
-    """The curriculum without the places that are not ``kept``."""
-    if not kept.any():
+def _restricted(edit: Remove | Keep, remains: np.ndarray, curriculum: Curriculum) -> Curriculum:
+    """Return the curriculum with only the slots that ``remains`` marks."""
+    if not remains.any():
         raise InvalidInput(f"'{edit}' would leave no example in the curriculum")
     if edit.fill == "resample":
         indices, rng = curriculum.indices.copy(), np.random.default_rng(edit.seed)
-        remaining, count = np.unique(indices[kept]), int((~kept).sum())
+        remaining, count = np.unique(indices[remains]), int((~remains).sum())
         passes = [rng.permutation(remaining) for _ in range(-(-count // len(remaining)))]
-        indices[~kept] = np.concatenate(passes)[:count] if count else remaining[:0]
+        indices[~remains] = np.concatenate(passes)[:count] if count else remaining[:0]
         return Curriculum.from_flat(indices, curriculum.sizes, curriculum.n_train)
-    return rebatched(edit.fill, curriculum.indices[kept], sizes_of(curriculum, kept), curriculum)
+    return rebatched(edit.fill, curriculum.indices[remains], sizes_of(curriculum, remains), curriculum)
 
 
-def _said(target: Target) -> str:
+def _sentence(target: Target) -> str:
     if isinstance(target, str):
         return f"examples where {target}"
     shown = ", ".join(str(name) for name in list(target)[:5])
     return f"examples {shown}{', …' if len(target) > 5 else ''} ({len(target)})"
 
 
-def _filled(edit: Remove | Keep | Repeat | Insert | Move) -> str:
-    """What the sentence says of ``fill``, where it is not the usual one."""
+def _fill_note(edit: Remove | Keep | Repeat | Insert | Move) -> str:
+    """Return the part of the sentence about ``fill``; empty for the default."""
     if edit.fill == "repack":
-        return ", and cut the stream anew"
+        return ", and re-batch the stream"
     if edit.fill == "shrink" or isinstance(edit, Move):
         return ""
-    freed = isinstance(edit, Remove | Keep)
-    said = "filling their places from the rest" if freed else "in the places of others"
-    return f", {said} (seed {edit.seed})"
+    frees_slots = isinstance(edit, Remove | Keep)
+    note = "filling their slots from the rest" if frees_slots else "replacing others"
+    return f", {note} (seed {edit.seed})"
 
 
 def _where(step: int) -> str:
@@ -424,8 +443,8 @@ def _target(name: str, value: Any) -> Target:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, Sequence):
-        raise InvalidInput(f"{name}: a target is a filter (a text) or a list of indices or ids, got {value!r}")
-    return tuple(each.item() if isinstance(each, np.generic) else each for each in value)
+        raise InvalidInput(f"{name} must be a filter (a string) or a list of indices or ids, got {value!r}")
+    return tuple(entry.item() if isinstance(entry, np.generic) else entry for entry in value)
 
 
 def _optional_target(name: str, value: Any) -> Target | None:
@@ -441,8 +460,8 @@ def _known_fill(name: str, value: Any) -> str:
 def _whole(least: int | None, note: str = "") -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or (least is not None and value < least):
-            wanted = "a whole number" if least is None else f"{least} or more"
-            raise InvalidInput(f"{name} must be {wanted}, got {value!r}{note}")
+            expected = "a whole number" if least is None else f"a whole number from {least} up"
+            raise InvalidInput(f"{name} must be {expected}, got {value!r}{note}")
         return int(value)
 
     return check
@@ -450,13 +469,13 @@ def _whole(least: int | None, note: str = "") -> Callable[[str, Any], int]:
 
 def _batches(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     try:
-        found = value if isinstance(value, Curriculum) else Curriculum(value)
+        curriculum = value if isinstance(value, Curriculum) else Curriculum(value)
     except TypeError:
-        raise InvalidInput(f"{name}: a Curriculum, or a list of lists of indices, got {value!r}") from None
-    return tuple(tuple(batch) for batch in found.tolist())
+        raise InvalidInput(f"{name} must be a Curriculum or a list of lists of indices, got {value!r}") from None
+    return tuple(tuple(batch) for batch in curriculum.tolist())
 
 
-#: What each argument must be, whichever edit has it.
+#: Check of each argument, by name; the same for every edit.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "target": _target, "first": _target, "then": _optional_target, "by": _target, "fill": _known_fill,
     "times": _whole(1, "; Remove takes examples out"), "at": _whole(None), "to": _whole(None),
@@ -465,4 +484,4 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value

@@ -1,11 +1,26 @@
-"""The errors and warnings that simfluence raises on purpose: what happened, why, and what to do."""
+"""The errors and warnings that simfluence raises on purpose; messages say what happened, why, and what to do."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-import sklearn.exceptions
+__all__ = [
+    "BeyondReferenceWarning",
+    "ConvergenceWarning",
+    "DivergedWarning",
+    "EngineWarning",
+    "FilterError",
+    "InvalidInput",
+    "NotFittedError",
+    "PlainGradientsWarning",
+    "SimfluenceError",
+    "StoreError",
+    "UnseenWarning",
+    "did_you_mean",
+]
 
 
 class SimfluenceError(Exception):
@@ -17,15 +32,18 @@ class InvalidInput(SimfluenceError, ValueError):
 
 
 class FilterError(InvalidInput):
-    """A filter that does not parse, or that speaks of columns or values that are not there."""
+    """A filter that does not parse, names unknown columns, or matches nothing."""
 
 
 class StoreError(SimfluenceError):
-    """A run store that is damaged, belongs to another task, or holds what does not belong there."""
+    """A run store that is damaged, belongs to another task, or has files that are not part of it."""
 
 
-class NotFittedError(SimfluenceError, sklearn.exceptions.NotFittedError):
-    """A simulator was used before ``fit``."""
+if TYPE_CHECKING:
+    import sklearn.exceptions
+
+    class NotFittedError(SimfluenceError, sklearn.exceptions.NotFittedError):
+        """A simulator or an attributor was used before ``fit``."""
 
 
 class DivergedWarning(UserWarning):
@@ -33,19 +51,19 @@ class DivergedWarning(UserWarning):
 
 
 class UnseenWarning(UserWarning):
-    """A simulated curriculum shows training examples that no fitting run has."""
+    """A simulated curriculum shows training examples that no fitting run shows."""
 
 
 class BeyondReferenceWarning(UserWarning):
-    """A simulated curriculum is longer than every reference run."""
+    """A simulated curriculum is longer than every run that the simulator was fitted on."""
 
 
 class EngineWarning(UserWarning):
-    """An engine that was asked for cannot train these runs; another does."""
+    """The requested engine cannot train these runs, so another engine does."""
 
 
 class PlainGradientsWarning(UserWarning):
-    """Some parameters have no rule for per-example gradients; they are taken by slower means."""
+    """Some parameters have no rule for per-example gradients; a slower method computes them."""
 
 
 class ConvergenceWarning(UserWarning):
@@ -53,13 +71,29 @@ class ConvergenceWarning(UserWarning):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest option, or all of them.
+    """Return the end of an error message about an unknown name: the nearest option, or all options.
 
     >>> did_you_mean("adma", ["adam", "sgd"])
     "did you mean 'adam'?"
     >>> did_you_mean("xyz", ["adam", "sgd"])
-    'known are: adam, sgd'
+    'choose from: adam, sgd'
     """
     options = [str(option) for option in options]
     close = difflib.get_close_matches(str(name), options, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(options)}"
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(options)}"
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``NotFittedError`` when it is first used: scikit-learn, whose error it is too, takes a second to import."""
+    if name == "NotFittedError":
+        return _not_fitted_error()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _not_fitted_error() -> type[Exception]:
+    import sklearn.exceptions
+
+    bases = (SimfluenceError, sklearn.exceptions.NotFittedError)
+    content = {"__doc__": "A simulator or an attributor was used before ``fit``.", "__module__": __name__}
+    return type("NotFittedError", bases, content)

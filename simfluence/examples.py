@@ -1,4 +1,4 @@
-"""One side of a task's data as people and simulators speak of it: ids, a metadata table, and features."""
+"""The ids, metadata and features of a task's training or test examples."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from simfluence._internal.types import Indices, Target
 from simfluence._internal.validation import checked_indices
 from simfluence.errors import FilterError, InvalidInput, did_you_mean
 
+__all__ = ["Examples"]
+
 
 class Examples:
     """Ids, metadata and features of the training or the test examples, in index order. Not the model's inputs.
 
     Args:
-        ids: one distinct text per example.
-        metadata: one row per example (label, text, group, …); filters speak of its columns and of ``id``.
-        features: what makes examples alike, ``[examples, features]`` (pixels, a sentence encoder's vectors, …), for
-            simulators that compare examples. CurvatureCache in single precision.
-        targets: what is to be learned, ``[examples]`` (whole numbers are classes) or ``[examples, outputs]``.
+        ids: one distinct string per example.
+        metadata: one row per example (label, text, group, …); filters use its columns and ``id``.
+        features: numbers that describe each example, ``[examples, features]`` (pixels, a sentence encoder's vectors,
+            …), for simulators that compare examples. Stored in single precision.
+        targets: training targets, ``[examples]`` (whole numbers are classes) or ``[examples, outputs]``.
 
     Raises:
-        InvalidInput: rows that are not one per example, ids that repeat, or features that are not finite numbers.
+        InvalidInput: there is not one row per example, an id repeats, or a feature is not a finite number.
 
     >>> examples = Examples(["a", "b", "c"], pd.DataFrame({"label": [3, 1, 3]}))
     >>> examples.select("label == 3")
@@ -37,14 +39,14 @@ class Examples:
     ) -> None:
         metadata = pd.DataFrame(index=range(len(ids))) if metadata is None else metadata
         if len(metadata) != len(ids):
-            raise InvalidInput(f"{len(ids)} ids, but {len(metadata)} rows of metadata")
+            raise InvalidInput(f"{len(ids)} ids, but {len(metadata)} rows of metadata: give one row per example")
         if "id" in metadata.columns:
-            raise InvalidInput("metadata has a column 'id': give it as ids=")
+            raise InvalidInput("metadata must not have a column 'id': pass it as ids=")
         self.table = metadata.reset_index(drop=True)
         self.table.insert(0, "id", [str(name) for name in ids])
         repeated = self.table["id"][self.table["id"].duplicated()]
         if len(repeated):
-            raise InvalidInput(f"example ids must be distinct; {repeated.iloc[0]!r} stands twice")
+            raise InvalidInput(f"example ids must be distinct; {repeated.iloc[0]!r} appears twice")
         self.features = None if features is None else _checked("features", features, len(ids), (2,), np.float32)
         self.targets = None if targets is None else _checked("targets", targets, len(ids), (1, 2), None)
 
@@ -52,52 +54,54 @@ class Examples:
     def numbered(
         cls, count: int, metadata: pd.DataFrame | None = None, features: Any = None, targets: Any = None
     ) -> Examples:
-        """Examples whose ids are "0", "1", …"""
+        """Build examples whose ids are "0", "1", …"""
         return cls(range(count), metadata, features, targets)
 
     def with_features(self, features: Any, targets: Any = None) -> Examples:
-        """The same examples with other features, and other targets if given.
+        """Return the same examples with other features, and other targets if given.
 
         Raises:
-            InvalidInput: not one row per example, or not finite numbers.
+            InvalidInput: there is not one row per example, or a number is not finite.
         """
         return Examples(self.ids, self.table.drop(columns="id"), features, self.targets if targets is None else targets)
 
     @property
     def ids(self) -> list[str]:
-        return self.table["id"].tolist()
+        ids: list[str] = self.table["id"].tolist()
+        return ids
 
     def column(self, name: str) -> list[Any]:
-        """The values of a metadata column.
+        """Return the values of a metadata column.
 
         Raises:
-            InvalidInput: there is no such column.
+            InvalidInput: the metadata has no such column.
         """
         if name not in self.table.columns:
             raise InvalidInput(
                 f"no column {name!r} in the examples' metadata: {did_you_mean(name, self.table.columns)}"
             )
-        return self.table[name].tolist()
+        values: list[Any] = self.table[name].tolist()
+        return values
 
     def select(self, target: Target) -> Indices:
-        """The indices that ``target`` means: a filter (one text), a list of indices, or a list of ids.
+        """Return the indices that ``target`` selects: a filter (one string), a list of indices, or a list of ids.
 
         Raises:
-            InvalidInput: an index or id that is not there, or a filter that matches nothing.
+            InvalidInput: an index or id does not exist, or a filter matches nothing.
         """
         if isinstance(target, str):
             return self._matching(target)
         if len(target) and all(isinstance(name, str) for name in target):
-            return self._of_ids(target)
+            return self._indices_of(target)
         return checked_indices(target, len(self))
 
     def _matching(self, text: str) -> Indices:
-        found = np.flatnonzero(filters.parse(text).mask(self.table))
-        if len(found) == 0:
-            raise FilterError(f"filter {text!r} matches none of {len(self)} examples. Columns: {self._columns()}")
-        return found
+        indices = np.flatnonzero(filters.parse(text).mask(self.table))
+        if len(indices) == 0:
+            raise FilterError(f"filter {text!r} matches none of the {len(self)} examples. Columns: {self._columns()}")
+        return indices
 
-    def _of_ids(self, ids: Any) -> Indices:
+    def _indices_of(self, ids: Any) -> Indices:
         position = {name: index for index, name in enumerate(self.ids)}
         unknown = [name for name in ids if name not in position]
         if unknown:
@@ -105,7 +109,7 @@ class Examples:
         return np.array([position[name] for name in ids])
 
     def _columns(self) -> str:
-        return "; ".join(f"{name} ({_some_values(self.table[name])})" for name in self.table.columns)
+        return "; ".join(f"{name} ({_first_values(self.table[name])})" for name in self.table.columns)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -114,17 +118,17 @@ class Examples:
         return f"Examples({len(self)}: {', '.join(self.table.columns)})"
 
 
-def _some_values(column: pd.Series, limit: int = 6) -> str:
+def _first_values(column: pd.Series, limit: int = 6) -> str:
     values = column.drop_duplicates()
     shown = [str(value)[:20] for value in values.head(limit)]
     return ", ".join(shown) + (", …" if len(values) > limit else "")
 
 
 def _checked(name: str, values: Any, count: int, ranks: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """``values`` as an array with one row per example.
+    """Return ``values`` as an array with one row per example.
 
     Raises:
-        InvalidInput: it has other rows or axes, or holds something else than finite numbers.
+        InvalidInput: the number of rows or axes is wrong, or a value is not a finite number.
     """
     array = np.asarray(values)
     if array.dtype.kind not in "biuf" or array.ndim not in ranks:
@@ -134,8 +138,8 @@ def _checked(name: str, values: Any, count: int, ranks: tuple[int, ...], dtype: 
     if 0 in array.shape[1:]:
         raise InvalidInput(f"{name} have no columns")
     with np.errstate(over="ignore"):
-        kept = array.astype(dtype or array.dtype.newbyteorder("="))
-    if not np.isfinite(kept).all():
-        bad = int(np.flatnonzero(~np.isfinite(kept.reshape(count, -1)).all(axis=1))[0])
-        raise InvalidInput(f"{name} of example {bad} are NaN, infinite, or beyond {kept.dtype}: fill or drop them")
-    return kept
+        converted = array.astype(dtype or array.dtype.newbyteorder("="))
+    if not np.isfinite(converted).all():
+        bad = int(np.flatnonzero(~np.isfinite(converted.reshape(count, -1)).all(axis=1))[0])
+        raise InvalidInput(f"{name} of example {bad} are NaN, infinite, or beyond {converted.dtype}: fill or drop them")
+    return converted

@@ -1,6 +1,6 @@
-"""Filters over example metadata: text such as ``label == 3 and group in ["a", "b"]``.
+"""Filters over example metadata, such as ``label == 3 and group in ["a", "b"]``.
 
-Parsed against the grammar below and applied column by column; nothing is ever evaluated.
+A filter is parsed by the grammar below and applied column by column; it is never evaluated as code.
 
     filter      = and_part ("or" and_part)*
     and_part    = part ("and" part)*
@@ -11,7 +11,7 @@ Parsed against the grammar below and applied column by column; nothing is ever e
     value       = number | string | "true" | "false"
     column      = a name, or any text between backticks
 
-A comparison with a value that is missing fails, except ``!=``, which holds.
+A comparison with a missing value is false, except ``!=``, which is true.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import numpy as np
 import pandas as pd
 
 from simfluence.errors import FilterError, did_you_mean
+
+__all__ = ["Both", "Comparison", "Either", "Filter", "Not", "Value", "parse"]
 
 Value = int | float | str | bool
 
@@ -47,7 +49,7 @@ _KEYWORDS = {"and", "or", "not", "in", "contains", "true", "false", "True", "Fal
 
 @dataclass(frozen=True)
 class Comparison:
-    """``column operator value``: one of ``== != < <= > >=``, ``in`` (a tuple) or ``contains``."""
+    """A comparison of a column by ``== != < <= > >=``, ``in`` (a tuple) or ``contains``."""
 
     column: str
     operator: str
@@ -55,7 +57,7 @@ class Comparison:
 
     def mask(self, table: pd.DataFrame) -> np.ndarray:
         column = _plain(_column(table, self.column))
-        if column.isna().all():  # of whatever type: nothing is equal to, or greater than, what is not there
+        if column.isna().all():  # whatever its type: a missing value is not equal to, or greater than, anything
             return np.full(len(column), self.operator == "!=")
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         for value in values:
@@ -64,13 +66,13 @@ class Comparison:
             return column.isin(list(values)).to_numpy(bool)
         if self.operator == "contains":
             return column.str.contains(str(self.value), regex=False, na=False).to_numpy(bool)
-        found = _ORDER[self.operator](column, self.value)
-        return np.where(column.isna(), self.operator == "!=", found.fillna(False)).astype(bool)
+        holds = _ORDER[self.operator](column, self.value)
+        return np.where(column.isna(), self.operator == "!=", holds.fillna(False)).astype(bool)
 
 
 @dataclass(frozen=True)
 class Not:
-    """Where ``part`` does not hold."""
+    """A filter that is true where ``part`` is false."""
 
     part: Filter
 
@@ -80,7 +82,7 @@ class Not:
 
 @dataclass(frozen=True)
 class Both:
-    """Where both parts hold."""
+    """A filter that is true where both parts are true."""
 
     left: Filter
     right: Filter
@@ -91,7 +93,7 @@ class Both:
 
 @dataclass(frozen=True)
 class Either:
-    """Where at least one part holds."""
+    """A filter that is true where at least one part is true."""
 
     left: Filter
     right: Filter
@@ -104,16 +106,16 @@ Filter = Comparison | Not | Both | Either
 
 
 def parse(text: str) -> Filter:
-    """The filter that ``text`` says.
+    """Parse the text of a filter.
 
     Raises:
-        FilterError: with the place where the text leaves the grammar.
+        FilterError: the text is not a filter; the message has the position of the error.
 
     >>> parse('label == 3 or not group in ["a"]').mask(pd.DataFrame({"label": [3, 1], "group": ["a", "a"]}))
     array([ True, False])
     """
     if len(text) > _MAX_LENGTH:
-        raise FilterError(f"a filter of {len(text):,} characters: the limit is {_MAX_LENGTH:,}")
+        raise FilterError(f"the filter has {len(text):,} characters, more than the limit of {_MAX_LENGTH:,}")
     parser = _Parser(text)
     result = parser.filter(0)
     if parser.kind != "end":
@@ -122,7 +124,7 @@ def parse(text: str) -> Filter:
 
 
 class _Parser:
-    """Recursive descent over the tokens of one filter, one token of look-ahead."""
+    """A recursive-descent parser of one filter, with one token of look-ahead."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -143,9 +145,9 @@ class _Parser:
             self.kind = "keyword"
 
     def error(self, expected: str) -> FilterError:
-        found = repr(self.token) if self.token else "the end"
+        actual = repr(self.token) if self.token else "the end"
         return FilterError(
-            f"filter {self.text!r}: {expected}, but found {found} at position {self.start}. "
+            f"filter {self.text!r}: {expected}, but got {actual} at position {self.start}. "
             'Filters compare columns with values, such as label == 3 and group in ["a", "b"]'
         )
 
@@ -173,7 +175,7 @@ class _Parser:
 
     def part(self, depth: int) -> Filter:
         if depth > _MAX_DEPTH:
-            raise FilterError(f"a filter nested more than {_MAX_DEPTH} deep")
+            raise FilterError(f"the filter is nested more than {_MAX_DEPTH} levels deep")
         if self.take("not"):
             return Not(self.part(depth + 1))
         if self.take("("):
@@ -193,12 +195,12 @@ class _Parser:
             return Comparison(column, symbol, self.value())
         negated = self.take("not")
         if self.take("in"):
-            found: Filter = Comparison(column, "in", self.values())
+            comparison: Filter = Comparison(column, "in", self.values())
         elif self.take("contains"):
-            found = Comparison(column, "contains", self.value())
+            comparison = Comparison(column, "contains", self.value())
         else:
             raise self.error(f"expected a comparison after {column!r}")
-        return Not(found) if negated else found
+        return Not(comparison) if negated else comparison
 
     def values(self) -> tuple[Value, ...]:
         self.expect("[")
@@ -227,22 +229,22 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
 
 
 def _plain(column: pd.Series) -> pd.Series:
-    """The column as numbers, truth values or text: the same from a data frame as from the store."""
+    """Return the column as numbers, booleans or text, so that data frames and stores give the same result."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(column.cat.categories.dtype)
     if pd.api.types.is_datetime64_any_dtype(column):
         column = column.astype(str).where(column.notna())
-    known = column.dropna()
-    if column.dtype == object and len(known) and known.map(lambda value: isinstance(value, bool)).all():
+    present = column.dropna()
+    if column.dtype == object and len(present) and present.map(lambda value: isinstance(value, bool)).all():
         column = column.astype("boolean")
     return column.infer_objects()
 
 
 def _check_comparable(column: pd.Series, symbol: str, value: Value) -> None:
-    """Comparing a number with text matches nothing in silence; say so instead."""
+    """Refuse to compare a number with text, which would silently match nothing."""
     is_number = pd.api.types.is_numeric_dtype(column)
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise FilterError(f"{value} is larger than any whole number here: write it as {float(value):g}")
+        raise FilterError(f"{value} does not fit a 64-bit integer: write it as {float(value):g}")
     if symbol == "contains" and (is_number or not isinstance(value, str)):
         raise FilterError(f"'contains' looks for text in a text column; column {column.name!r} is {column.dtype}")
     if is_number == isinstance(value, str):

@@ -1,4 +1,4 @@
-"""How to train: optimizer, learning-rate schedule, weight decay, clipping, dtype, initialisation seed."""
+"""The ``Recipe``: optimizer, learning-rate schedule, weight decay, clipping, dtype and initialisation seed."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from pydantic import Field, field_validator, model_validator
 from simfluence._internal.spec import Spec
 from simfluence.errors import did_you_mean
 
+__all__ = ["Recipe"]
+
 NonNegative = Annotated[float, Field(ge=0)]
 Scalar = bool | int | float | str | None
 
 
 class Recipe(Spec):
-    """How a run is trained. Frozen; the curriculum says on what, the recipe says how.
+    """The settings that a run is trained with, apart from its data. Frozen.
 
     With ``p(t)`` the learning-rate factor at step t = 0…T−1, the optimizer steps with ``lr · p(t)``:
     during warm-up ``p(t) = (t + 1) / warmup``; afterwards, with ``u = (t − warmup) / (horizon − warmup)``
     capped at 1, constant ``1``, linear ``1 − u``, cosine ``(1 + cos πu) / 2``. The horizon belongs to the
-    recipe, so a curriculum of another length does not bend the curve.
+    recipe, so the schedule does not depend on the length of the curriculum.
 
     Args:
         optimizer: "sgd", "adam", "adamw" or any class of ``torch.optim`` by name, in any case.
         lr: peak learning rate.
-        momentum: for optimizers that have it.
-        weight_decay: passed to the optimizer, also when 0 (AdamW of torch would otherwise use 0.01).
+        momentum: for optimizers that support it.
+        weight_decay: passed to the optimizer, also when 0 (torch's AdamW would otherwise use 0.01).
         optimizer_args: further arguments of the optimizer, such as ``{"betas": (0.9, 0.98)}``.
         schedule: "constant", "linear" or "cosine".
         warmup: number of warm-up steps.
-        horizon: number of steps of the whole schedule; needed unless it is constant.
-        clip_norm: the gradient's norm over all parameters is clipped to this, if given.
-        dtype: of parameters, inputs and losses.
-        micro_batch: most examples of a batch that pass through the model at once, their gradients added up: memory, not
-            results, but for rounding.
-        seed: of the initial weights and of anything random in the model; all runs of a recipe share it.
+        horizon: number of steps of the whole schedule; required unless the schedule is constant.
+        clip_norm: largest norm of the gradient over all parameters; larger gradients are scaled down to it.
+        dtype: dtype of parameters, inputs and losses.
+        micro_batch: largest number of examples per forward pass; the gradients of a batch's parts are added up. It
+            bounds memory and changes results only by rounding.
+        seed: seed of the initial weights and of anything random in the model; all runs of a recipe share it.
 
     Raises:
-        InvalidInput: naming every bad field.
+        InvalidInput: a field is invalid; the message names every such field.
 
     >>> Recipe(lr=1.0, schedule="linear", horizon=4, warmup=1).learning_rates(4).round(2).tolist()
     [1.0, 1.0, 0.67, 0.33]
@@ -66,36 +68,36 @@ class Recipe(Spec):
     @field_validator("optimizer")
     @classmethod
     def _known_optimizer(cls, name: str) -> str:
-        known = _optimizers()
-        if name.lower() not in known:
-            raise ValueError(f"unknown optimizer {name!r}, {did_you_mean(name.lower(), known)}")
-        if "closure" in _required(known[name.lower()].step):
-            raise ValueError(f"optimizer {name!r} re-evaluates the loss within a step, which a recipe cannot say")
+        optimizers = _optimizers()
+        if name.lower() not in optimizers:
+            raise ValueError(f"unknown optimizer {name!r}, {did_you_mean(name.lower(), optimizers)}")
+        if "closure" in _required_parameters(optimizers[name.lower()].step):
+            raise ValueError(f"optimizer {name!r} re-evaluates the loss within a step, which a recipe cannot express")
         return name.lower()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        known = self._accepted()
+        accepted = self._accepted()
         for name in self._arguments():
-            if name not in known:
-                raise ValueError(f"optimizer {self.optimizer!r} takes no {name!r}, {did_you_mean(name, known)}")
+            if name not in accepted:
+                raise ValueError(f"optimizer {self.optimizer!r} takes no {name!r}, {did_you_mean(name, accepted)}")
         try:
             self.build_optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"torch refuses these arguments of {self.optimizer!r}: {error}") from None
         if self.schedule != "constant" and self.horizon is None:
-            raise ValueError(f"schedule {self.schedule!r} needs horizon=, its number of steps")
+            raise ValueError(f"schedule {self.schedule!r} needs its number of steps: pass horizon=")
         if self.horizon is not None and self.warmup >= self.horizon:
             raise ValueError(f"warmup={self.warmup} must be below horizon={self.horizon}")
         return self
 
     def build_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """A fresh optimizer over ``parameters``, at the peak learning rate."""
+        """Build a fresh optimizer over ``parameters``, at the peak learning rate."""
         build: Callable[..., torch.optim.Optimizer] = _optimizers()[self.optimizer]
         return build(parameters, lr=self.lr, **self._arguments())
 
     def learning_rates(self, steps: int) -> Float[np.ndarray, " steps"]:
-        """The learning rate of each step."""
+        """Compute the learning rate of each step."""
         return self.lr * np.array([self._factor(step) for step in range(steps)])
 
     @property
@@ -103,7 +105,7 @@ class Recipe(Spec):
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def canonical(self) -> str:
-        """JSON of the fields that differ from their defaults, sorted: what run ids are made of."""
+        """Return sorted JSON of the fields that differ from their defaults, from which run ids are computed."""
         return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
 
     def _arguments(self) -> dict[str, Any]:
@@ -118,8 +120,8 @@ class Recipe(Spec):
             return (step + 1) / self.warmup
         if self.schedule == "constant" or self.horizon is None:
             return 1.0
-        used = min(1.0, (step - self.warmup) / (self.horizon - self.warmup))
-        return 1 - used if self.schedule == "linear" else (1 + math.cos(math.pi * used)) / 2
+        progress = min(1.0, (step - self.warmup) / (self.horizon - self.warmup))
+        return 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
     def __hash__(self) -> int:
         return hash(self.canonical())
@@ -133,6 +135,6 @@ def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     }
 
 
-def _required(function: Any) -> list[str]:
+def _required_parameters(function: Any) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in parameters if parameter.default is parameter.empty]

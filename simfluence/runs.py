@@ -1,9 +1,10 @@
-"""What trainings recorded: one ``Run``, and several ``Runs`` of one task."""
+"""Recorded training runs: one ``Run``, and several ``Runs`` of one task."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,32 +18,34 @@ from simfluence import filters
 from simfluence._internal.html import card, picture
 from simfluence._internal.types import InitialLosses, Losses, RunLosses
 from simfluence.curriculum import Curriculum
-from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.errors import DivergedWarning, InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
+
+__all__ = ["Run", "Runs", "combined"]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one training recorded.
+    """The record of one training run.
 
     Args:
-        id: content address, or any distinct text.
-        curriculum: what it was trained on.
+        id: content address, or any distinct string.
+        curriculum: the batches that the run was trained on.
         losses: ``[steps + 1, test]``; ``losses[0]`` before any update. NaN where not recorded or diverged.
-        learning_rates: of each step, ``[steps]``.
-        recipe: how it was trained, if known.
-        fingerprint: of its task, if known.
-        task_name: of its task, for people, if known.
-        train, test: ids and metadata of the task's two sides, if known.
-        checkpoints: files of the saved steps.
-        recorded: at which times the test side was read, ``[steps + 1]``; all of them by default.
-        measures: further readings by name, ``[steps + 1, test]`` like the losses.
-        verification: made to confirm a forecast, so not for fitting.
-        engine: that trained it, if known.
+        learning_rates: learning rate of each step, ``[steps]``.
+        recipe: settings that the run was trained with, if known.
+        fingerprint: fingerprint of the task, if known.
+        task_name: name of the task, if known.
+        train, test: training and test examples of the task, if known.
+        checkpoints: checkpoint file of each saved step.
+        recorded: whether the test examples were evaluated at each time, ``[steps + 1]``; by default at all times.
+        measures: other recorded measures by name, ``[steps + 1, test]`` like the losses.
+        verification: whether the run was trained to verify a forecast, so that it is not used for fitting.
+        engine: engine that trained the run, if known.
 
     Raises:
-        InvalidInput: there is not one row of losses more than there are steps.
+        InvalidInput: the losses do not have ``steps + 1`` rows.
 
     >>> run = Run("a", Curriculum([[0, 1], [2]]), np.ones((3, 5)))
     >>> run.steps, run.initial_losses.shape, run.diverged
@@ -77,20 +80,20 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss (or a loss set aside by ``select``) became NaN or infinite."""
+        """Whether a loss became NaN or infinite, including a loss that ``select`` made a measure."""
         losses = [self.losses, *(self.measures[name] for name in ("loss",) if name in self.measures)]
         return not all(np.isfinite(readings[self.times]).all() for readings in losses)
 
     @property
     def times(self) -> Int[np.ndarray, " k"]:
-        """The times 0…T at which the test side was read."""
+        """The times 0…T at which the test examples were evaluated."""
         return np.arange(len(self.losses)) if self.recorded is None else np.flatnonzero(self.recorded)
 
     def times_of(self, name: str) -> Int[np.ndarray, " k"]:
-        """The times at which the loss or a measure was read.
+        """Return the times at which the loss or a measure was recorded.
 
-        Runs merged of recordings that read different things have measures with gaps of their own: rows that are all
-        NaN where the loss is a number.
+        A run that combines recordings of different measures can lack a measure where it has the loss: such rows of the
+        measure are all NaN.
         """
         if name == "loss":
             return self.times
@@ -100,17 +103,17 @@ class Run:
         return self.times[~unread[self.times]]
 
     def select(self, name: str) -> Run:
-        """The run with the measure ``name`` in place of the losses, which become the measure "loss"."""
+        """Return the run with the measure ``name`` as its losses; the losses become the measure "loss"."""
         readings = dict(self.measures)
         if name not in {"loss", *readings}:
             raise InvalidInput(f"run {self.id} recorded no measure {name!r}, {did_you_mean(name, ['loss', *readings])}")
-        if name not in readings:  # the losses themselves, in their place already
+        if name not in readings:  # "loss" is already in place
             return self
         recorded = np.isin(np.arange(len(self.losses)), self.times_of(name))
         chosen = readings.pop(name)
-        kept = {"loss": self.losses} if "loss" not in readings else {}
+        loss = {"loss": self.losses} if "loss" not in readings else {}
         recorded_or_none = None if recorded.all() else recorded
-        return dataclasses.replace(self, losses=chosen, measures=readings | kept, recorded=recorded_or_none)
+        return dataclasses.replace(self, losses=chosen, measures=readings | loss, recorded=recorded_or_none)
 
     @property
     def steps(self) -> int:
@@ -122,10 +125,10 @@ class Run:
 
 
 class Runs(Sequence[Run]):
-    """Several runs of one task: a sequence of ``Run`` whose slices are ``Runs`` again.
+    """Several runs of one task: a sequence of ``Run`` whose slices are ``Runs`` too.
 
     Raises:
-        InvalidInput: the runs are of different tasks, or of different numbers of examples.
+        InvalidInput: the runs are of different tasks or have different numbers of examples.
 
     >>> runs = Runs.from_arrays([[[0], [1]], [[1], [1]]], np.zeros((2, 3, 5)))
     >>> runs[:1], runs.losses.shape, runs[0].curriculum.tolist()
@@ -137,9 +140,9 @@ class Runs(Sequence[Run]):
         sizes = {(run.curriculum.n_train, run.losses.shape[1]) for run in self._runs}
         if len(sizes) > 1:
             shown = "; ".join(f"{train} training and {test} test examples" for train, test in sorted(sizes))
-            raise InvalidInput(f"runs of different examples do not go together: {shown}")
+            raise InvalidInput(f"runs must have the same numbers of examples, got {shown}")
         if len({run.fingerprint for run in self._runs if run.fingerprint}) > 1:
-            raise InvalidInput("runs of different tasks (their fingerprints differ) do not go together")
+            raise InvalidInput("runs must be of one task, but their task fingerprints differ")
 
     @classmethod
     def from_arrays(
@@ -151,16 +154,16 @@ class Runs(Sequence[Run]):
         train: Examples | None = None,
         test: Examples | None = None,
     ) -> Runs:
-        """Runs without a task or a store.
+        """Build runs without a task or a store.
 
         Args:
             curricula: ``Curriculum`` objects, or for each run a sequence of batches of training indices.
             losses: ``[runs, steps + 1, test]``.
             n_train: number of training examples; by default one more than the largest index.
-            train, test: metadata and features of the two sides, if there are any.
+            train, test: training and test examples with their metadata and features, if any.
 
         Raises:
-            InvalidInput: unequal numbers of curricula, losses or examples.
+            InvalidInput: the numbers of curricula, losses or examples differ.
 
         >>> Runs.from_arrays([[[0], [1]], [[1], [1]]], np.zeros((2, 3, 5)))
         Runs(2: train=2, test=5)
@@ -176,17 +179,19 @@ class Runs(Sequence[Run]):
         return cls(_from_arrays(curriculum, np.asarray(run)) for curriculum, run in pairs).with_examples(train, test)
 
     def with_examples(self, train: Examples | None = None, test: Examples | None = None) -> Runs:
-        """The same runs with other metadata and features of a side, such as features that the task did not give.
+        """Return the same runs with other training or test examples, such as ones with features.
 
         Raises:
-            InvalidInput: a side has another number of examples than the runs.
+            InvalidInput: the number of examples differs from the runs'.
         """
-        sides = {"train": (train, self.n_train), "test": (test, self.n_test)}
-        given = {side: (examples, count) for side, (examples, count) in sides.items() if examples is not None}
-        for side, (examples, count) in given.items():
+        parts = {"train": (train, self.n_train), "test": (test, self.n_test)}
+        changes: dict[str, Any] = {}
+        for name, (examples, count) in parts.items():
+            if examples is None:
+                continue
             if len(examples) != count:
-                raise InvalidInput(f"{len(examples)} {side} examples for runs of {count}")
-        changes: dict[str, Any] = {side: examples for side, (examples, _) in given.items()}
+                raise InvalidInput(f"{len(examples)} {name} examples for runs of {count}")
+            changes[name] = examples
         return Runs(dataclasses.replace(run, **changes) for run in self)
 
     @property
@@ -232,11 +237,11 @@ class Runs(Sequence[Run]):
         return self[0].task_name if len(self) else None
 
     def plot(self, ax: Any = None, title: str = "") -> Any:
-        """The mean loss of the test examples along training, a thin line per run, and the mean of the runs.
+        """Plot the mean test loss along training, a thin line per run, and the mean over runs.
 
         Args:
-            ax: matplotlib's axes to draw on; by default those of a new figure. They are returned.
-            title: by default the task, and how many runs and test examples there are.
+            ax: matplotlib axes to draw on, which are returned; by default those of a new figure.
+            title: by default the task and the numbers of runs and test examples.
 
         >>> from matplotlib.figure import Figure
         >>> Runs.from_arrays([[[0], [1]]], np.ones((1, 3, 5))).plot(Figure().subplots()).get_title()
@@ -251,36 +256,62 @@ class Runs(Sequence[Run]):
         return plots.recorded(means, ax, title, mean=middle, unit="mean test loss")
 
     def select(self, name: str) -> Runs:
-        """The runs with the measure ``name`` in place of the losses: simulators and ``evaluate`` take it as such.
+        """Return the runs with the measure ``name`` as their losses, for simulators and ``evaluate``.
 
         Raises:
-            InvalidInput: a run did not record it.
+            InvalidInput: a run did not record the measure.
         """
         return Runs(run.select(name) for run in self)
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per run: what is known of it beside its numbers. ``where`` speaks of these columns."""
+        """The description of each run, one row per run; ``where`` filters by these columns."""
         return pd.DataFrame([_described(run) for run in self])
 
     def where(self, text: str) -> Runs:
-        """The runs that a filter over ``table`` matches, such as ``optimizer == "adamw" and steps > 100``."""
+        """Return the runs that a filter over ``table`` matches, such as ``optimizer == "adamw" and steps > 100``."""
         chosen = np.flatnonzero(filters.parse(text).mask(self.table)) if len(self) else ()
         return Runs(self[int(index)] for index in chosen)
 
     def to_frame(self) -> pd.DataFrame:
-        """Tidy: a row per run, recorded time and test example; columns run, step, test, loss, and every measure."""
+        """Return a table with columns run, step, test, loss and all measures, a row per run, recorded time and test."""
         return pd.concat([_tidy(run) for run in self], ignore_index=True)
 
     def to_arrays(self) -> tuple[list[Curriculum], Losses]:
-        """Curricula and losses ``[runs, steps + 1, test]``; ``from_arrays`` takes them back."""
+        """Return curricula and losses ``[runs, steps + 1, test]``, the arguments of ``from_arrays``."""
         return self.curricula, self.losses
 
-    def split(self, held_out: int | float, seed: int = 0) -> tuple[Runs, Runs]:
-        """Two disjoint parts ``(fit, held)``, each sorted by run id, so the order of the runs does not matter.
+    def take(self, indices: Iterable[Any]) -> Runs:
+        """Return the runs at these positions, in this order; a position may occur several times."""
+        return Runs(self._runs[int(index)] for index in indices)
+
+    def usable(self, purpose: str) -> Runs:
+        """Return the runs that did not diverge, checked to share one recipe; warn about the others.
 
         Args:
-            held_out: how many (int) or which fraction (float) of the runs go into ``held``.
+            purpose: verb for messages, such as "fit".
+
+        Raises:
+            InvalidInput: no run is left, or the runs have several recipes.
+        """
+        if len(self) == 0:
+            raise InvalidInput(f"no run to {purpose}: record some first")
+        finite = Runs(run for run in self if not run.diverged)
+        if len(finite) < len(self):
+            lost = [run.id for run in self if run.diverged]
+            count = "1 diverged run" if len(lost) == 1 else f"{len(lost)} diverged runs"
+            warnings.warn(f"left out {count}: {', '.join(lost)}", DivergedWarning, stacklevel=3)
+        if len(finite) == 0:
+            raise InvalidInput(f"no run to {purpose}: all {len(self)} diverged (a loss became NaN or infinite)")
+        if len({run.recipe for run in finite}) > 1:
+            raise InvalidInput(f"cannot {purpose} runs of several recipes together: load(recipe=…) chooses one")
+        return finite
+
+    def split(self, held_out: int | float, seed: int = 0) -> tuple[Runs, Runs]:
+        """Split into disjoint ``(fit, held)``, each sorted by run id, so that the order of the runs does not matter.
+
+        Args:
+            held_out: number (int) or fraction (float) of the runs that go into ``held``.
 
         Raises:
             InvalidInput: a part would be empty.
@@ -323,22 +354,22 @@ class Runs(Sequence[Run]):
 
 
 def combined(before: Run, again: Run) -> Run:
-    """One run of two recordings of the same training: ``before`` stays, ``again`` fills what it lacks.
+    """Combine two recordings of the same training: ``again`` fills what ``before`` lacks.
 
     Raises:
-        InvalidInput: at times that both recorded they differ by more than another engine's rounding.
+        InvalidInput: where both have values, they differ by more than another engine's rounding.
     """
     loose = before.losses.dtype == np.float32
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if loose else {"rtol": 1e-9, "atol": 1e-9}
     readings = {"loss": before.losses} | dict(before.measures)
     merged = {"loss": again.losses} | dict(again.measures)
     for name, values in readings.items():
-        mine = before.times_of(name)
-        both = np.intersect1d(mine, again.times_of(name))
+        times = before.times_of(name)
+        both = np.intersect1d(times, again.times_of(name))
         merged[name] = merged[name].copy() if name in merged else np.full_like(values, np.nan)
         if not np.allclose(values[both], merged[name][both], equal_nan=True, **tolerance):
-            raise InvalidInput(f"{name} of run {before.id} differs from what is recorded")
-        merged[name][mine] = values[mine]
+            raise InvalidInput(f"{name} of run {before.id} differs from the recorded values")
+        merged[name][times] = values[times]
     recorded = np.isin(np.arange(len(before.losses)), np.union1d(before.times, again.times))
     return dataclasses.replace(
         before,
@@ -351,15 +382,15 @@ def combined(before: Run, again: Run) -> Run:
 
 
 def _range(numbers: Iterable[int]) -> str:
-    found = sorted(numbers)
-    return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+    ordered = sorted(numbers)
+    return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 
 
 def _described(run: Run) -> dict[str, Any]:
-    known = {"id": run.id, "steps": run.steps, "examples": len(np.unique(run.curriculum.indices))}
-    known |= {"diverged": run.diverged, "verification": run.verification, "engine": run.engine or ""}
+    facts = {"id": run.id, "steps": run.steps, "examples": len(np.unique(run.curriculum.indices))}
+    facts |= {"diverged": run.diverged, "verification": run.verification, "engine": run.engine or ""}
     recipe = run.recipe.model_dump(exclude={"optimizer_args"}) if run.recipe else {}
-    return known | recipe
+    return facts | recipe
 
 
 def _tidy(run: Run) -> pd.DataFrame:

@@ -1,5 +1,7 @@
-"""Specifications in YAML: what to record, what to ask. Data only: tags that would build objects, and aliases, are
-refused."""
+"""Specifications in YAML of recordings and what-if queries.
+
+They are plain data: aliases, and tags that would build objects, are refused.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,20 @@ from simfluence.recipe import Recipe
 from simfluence.recording import Observe
 from simfluence.task import Task
 
+__all__ = [
+    "CURRICULA",
+    "CurriculaSpec",
+    "ExplicitCurricula",
+    "FileSpec",
+    "RecordingSpec",
+    "ReplacementCurricula",
+    "SortedCurricula",
+    "StagedCurricula",
+    "SubsetCurricula",
+    "TaskSpec",
+    "WhatIfSpec",
+]
+
 
 class TaskSpec(Spec):
     """A ready-made task by name."""
@@ -33,21 +49,21 @@ class TaskSpec(Spec):
 
 
 class CurriculaSpec(Spec):
-    """Curricula of one kind; ``build`` makes them for a task's training examples."""
+    """Curricula of one kind, which ``build`` makes for a task's training examples."""
 
     kind: ClassVar[str]
 
     def build(self, train: Examples) -> list[Curriculum]:
-        """The curricula.
+        """Build the curricula.
 
         Raises:
-            InvalidInput: they do not fit the examples.
+            InvalidInput: the specification does not fit the examples.
         """
         raise NotImplementedError
 
 
 class SubsetCurricula(CurriculaSpec):
-    """Each run on a random subset, reshuffled every epoch; see ``random_curricula``."""
+    """Curricula on a random subset per run, reshuffled every epoch; see ``random_curricula``."""
 
     kind = "subset"
     runs: int = Field(ge=1)
@@ -59,14 +75,14 @@ class SubsetCurricula(CurriculaSpec):
     def build(self, train: Examples) -> list[Curriculum]:
         return self._random(train)
 
-    def _random(self, train: Examples, **more: Any) -> list[Curriculum]:
+    def _random(self, train: Examples, **options: Any) -> list[Curriculum]:
         return random_curricula(
-            len(train), self.runs, self.steps, self.batch_size, subset=self.subset, seed=self.seed, **more
+            len(train), self.runs, self.steps, self.batch_size, subset=self.subset, seed=self.seed, **options
         )
 
 
 class ReplacementCurricula(SubsetCurricula):
-    """Every place drawn by itself from the subset, with replacement."""
+    """Curricula whose slots are drawn independently from the subset, with replacement."""
 
     kind = "replacement"
 
@@ -75,7 +91,7 @@ class ReplacementCurricula(SubsetCurricula):
 
 
 class SortedCurricula(SubsetCurricula):
-    """Every epoch sorted by a column of the training examples' metadata."""
+    """Curricula whose epochs are sorted by a metadata column of the training examples."""
 
     kind = "sorted"
     column: str
@@ -86,9 +102,9 @@ class SortedCurricula(SubsetCurricula):
 
 
 class StagedCurricula(SubsetCurricula):
-    """The steps shared out over stages, each on the examples with some values of a metadata column.
+    """Curricula with stages, each on the examples that have certain values of a metadata column.
 
-    Without ``stages``, every value of the column is one, in ascending order.
+    Without ``stages``, every value of the column is a stage, in ascending order.
     """
 
     kind = "staged"
@@ -99,14 +115,14 @@ class StagedCurricula(SubsetCurricula):
         values = train.column(self.column)
         stages = self.stages if self.stages is not None else [(value,) for value in sorted(set(values))]
         members = [[i for i, value in enumerate(values) if value in stage] for stage in stages]
-        for stage, found in zip(stages, members, strict=True):
-            if not found:
+        for stage, stage_members in zip(stages, members, strict=True):
+            if not stage_members:
                 raise InvalidInput(f"curricula.stages: no training example has {self.column} in {list(stage)}")
         return self._random(train, stages=members)
 
 
 class ExplicitCurricula(CurriculaSpec):
-    """The batches themselves, ``[run][step][place]``."""
+    """Curricula given as their batches, ``[run][step][slot]``."""
 
     kind = "explicit"
     curricula: tuple[tuple[tuple[int, ...], ...], ...] = Field(min_length=1)
@@ -133,14 +149,14 @@ SpecT = TypeVar("SpecT", bound="FileSpec")
 
 
 class FileSpec(Spec):
-    """A specification that stands in a file of its own."""
+    """A specification that is a whole file."""
 
     @classmethod
     def read(cls: type[SpecT], path: str | Path) -> SpecT:
-        """The specification in a file.
+        """Read the specification from a file.
 
         Raises:
-            InvalidInput: there is no such file, or its content is not a specification; every bad key is named.
+            InvalidInput: the file does not exist or is not a specification; the message names every bad key.
         """
         try:
             return cls.parse(Path(path).read_text("utf-8"))
@@ -149,18 +165,18 @@ class FileSpec(Spec):
 
     @classmethod
     def parse(cls: type[SpecT], text: str) -> SpecT:
-        """The specification in a YAML text."""
+        """Parse the specification from YAML text."""
         try:
             content = yaml.load(text, _PlainLoader)  # noqa: S506 (a subclass of SafeLoader)
         except (yaml.YAMLError, RecursionError) as error:
             raise InvalidInput(f"not plain YAML: {error}") from None
         if not isinstance(content, dict):
-            raise InvalidInput(f"expected the keys {', '.join(cls.model_fields)}")
+            raise InvalidInput(f"not a mapping with the keys {', '.join(cls.model_fields)}")
         return cls(**{str(name): value for name, value in content.items()})
 
 
 class RecordingSpec(FileSpec):
-    """All that ``record`` needs. A user's own task is not named here: it is given where the file is used.
+    """The arguments of ``record``. A custom task is not part of the file; pass it where the file is used.
 
     >>> RecordingSpec.parse("task: {name: digits}\\nrecipe: {lr: 0.1}\\n"
     ...                     "curricula: {runs: 2, steps: 9, batch_size: 4}").recipe.lr
@@ -185,14 +201,14 @@ class RecordingSpec(FileSpec):
         return CURRICULA[kind](**fields)
 
     def dump(self) -> str:
-        """YAML that ``parse`` reads back."""
+        """Return the YAML text that ``parse`` reads."""
         curricula = {"kind": self.curricula.kind} | self.curricula.model_dump()
         rest = self.model_dump(exclude_defaults=True, exclude={"curricula"})
         return yaml.safe_dump(_lists(rest | {"curricula": curricula}))
 
 
 class WhatIfSpec(FileSpec):
-    """What-if queries by name, each one edit or several to be applied one after the other.
+    """What-if queries by name, each with one edit or several, which are applied in turn.
 
     >>> spec = WhatIfSpec.parse("queries: {no threes: {edit: remove, target: label == 3}}")
     >>> str(spec.queries["no threes"][0])
@@ -211,7 +227,7 @@ class WhatIfSpec(FileSpec):
         return {str(name): _query(str(name), query) for name, query in content.items()}
 
     def dump(self) -> str:
-        """YAML that ``parse`` reads back."""
+        """Return the YAML text that ``parse`` reads."""
         queries = {name: [edit.to_dict() for edit in edits] for name, edits in self.queries.items()}
         return yaml.safe_dump({"queries": queries}, sort_keys=False, allow_unicode=True)
 
@@ -219,7 +235,7 @@ class WhatIfSpec(FileSpec):
 def _query(name: str, content: Any) -> tuple[Edit, ...]:
     listed = content if isinstance(content, list | tuple) else [content]
     if not listed:
-        raise InvalidSpec("queries", {name: "no edit"})
+        raise InvalidSpec("queries", {name: "a query needs at least one edit"})
     edits = []
     for number, part in enumerate(listed):
         try:
@@ -230,7 +246,7 @@ def _query(name: str, content: Any) -> tuple[Edit, ...]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases, with which a few lines can stand for gigabytes."""
+    """A safe YAML loader that refuses aliases, with which a few lines could expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -240,7 +256,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _lists(content: Any) -> Any:
-    """Tuples as lists, which plain YAML has."""
+    """Convert tuples to lists, because plain YAML has no tuples."""
     if isinstance(content, dict):
         return {name: _lists(value) for name, value in content.items()}
     return [_lists(value) for value in content] if isinstance(content, tuple | list) else content

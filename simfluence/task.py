@@ -1,4 +1,4 @@
-"""What is trained: a model factory, training and test examples, and a per-example loss."""
+"""The ``Task``: a model factory, training and test examples, and a per-example loss."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ from simfluence._internal.html import card, picture
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.examples import Examples
 
+__all__ = [
+    "EVALUATION_BATCH",
+    "Data",
+    "ExternalTask",
+    "Inputs",
+    "Task",
+    "TaskInfo",
+    "cast",
+    "convert",
+    "forward",
+    "set_seed",
+    "take",
+    "tensors",
+]
+
 #: Model inputs: a tensor, or a mapping or sequence of tensors; the first axis of each counts examples.
 Inputs = Any
 Data = tuple[Inputs, Tensor]
@@ -26,16 +41,16 @@ Data = tuple[Inputs, Tensor]
 #: Test examples per forward pass: bounds memory, does not change the losses.
 EVALUATION_BATCH = 1024
 
-#: Inputs of at most so many numbers are their examples' features, unless a task gives others.
+#: Largest number of inputs per example that are used as its features where a task gives none.
 _MOST_FEATURES = 4096
 
-#: Values of a column that a notebook's summary counts.
+#: Largest number of distinct values of a column that a notebook's summary counts.
 _MOST_VALUES = 20
 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a store remembers of its task: enough to refuse another one, and to rebuild a ready-made one."""
+    """A store's description of its task: enough to refuse another task, and to rebuild a ready-made one."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -46,7 +61,7 @@ class TaskInfo:
 
 @dataclass(frozen=True, eq=False)
 class ExternalTask:
-    """A task that is trained elsewhere, as a store knows it: its name, and the examples of its two sides."""
+    """A task that is trained outside simfluence: its name, and its training and test examples."""
 
     name: str
     train: Examples
@@ -55,7 +70,7 @@ class ExternalTask:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name and ids: neither data nor model is known."""
+        """SHA-256 over name and ids; data and model are not available."""
         described = {"outline": self.name, "ids": [self.train.ids, self.test.ids]}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -69,31 +84,31 @@ class Task:
     """A model factory, training examples, test examples, and a per-example loss.
 
     Args:
-        name: of the task, for people and files.
-        model: called without arguments after torch was seeded by the recipe, returns a fresh module; or a
-            module, whose present weights every run starts from.
+        name: name of the task.
+        model: function without arguments that returns a fresh module, called after torch was seeded with the recipe's
+            seed; or a module, with whose weights every run starts.
         train_data, test_data: ``(inputs, targets)``. Inputs are a tensor, or a mapping or sequence of tensors.
             A mapping is passed to the model as keyword arguments, anything else as one argument.
         loss: ``loss(outputs, targets)`` → losses ``[batch]``, not reduced.
-        train, test: ids and metadata of the two sides. Without features of their own they get the inputs, flattened,
-            where those are one tensor of numbers; without targets, the task's.
-        arguments: what rebuilds a ready-made task from its name.
-        measures: further numbers to record of each test example, by name: ``measure(outputs, targets)`` → ``[batch]``.
-        l2: the objective's own penalty: training minimises the batch's mean loss + ``l2/2 · ‖θ‖²``. Recorded losses
-            are without it.
-        trim: ``trim(data)`` → the same examples without what is padding in all of them, at the end of any axis but
-            the first, such as ``tasks.padding.trimmed``; losses must not depend on it. Saves time, nothing else.
+        train, test: ids and metadata of the training and test examples. Examples without features get the flattened
+            inputs if these are one tensor of numbers; examples without targets get the task's targets.
+        arguments: arguments that rebuild a ready-made task.
+        measures: other numbers to record of each test example, by name: ``measure(outputs, targets)`` → ``[batch]``.
+        l2: L2 penalty of the objective: training minimises the batch's mean loss + ``l2/2 · ‖θ‖²``. Recorded losses
+            do not include it.
+        trim: ``trim(data)`` → the same examples without the padding that all of them have at the end of any axis but
+            the first, such as ``tasks.padding.trimmed``. It saves time; losses must not depend on it.
 
     Raises:
-        InvalidInput: the number of examples, inputs and targets differ on a side.
+        InvalidInput: the numbers of examples, inputs and targets differ, or a number or measure is invalid.
 
-    ``tasks.from_arrays`` makes one of arrays with less to write.
+    ``tasks.from_arrays`` builds a task from arrays with less code.
 
     >>> X, y = torch.eye(3), torch.tensor([0, 1, 0])
     >>> loss = nn.CrossEntropyLoss(reduction="none")
-    >>> sides = Examples(["a", "b", "c"]), Examples(["d"])
-    >>> Task("mine", lambda: nn.Linear(3, 2), (X, y), (X[:1], y[:1]), loss, *sides)
-    Task('mine', train=3, test=1)
+    >>> train, test = Examples(["a", "b", "c"]), Examples(["d"])
+    >>> Task("toy", lambda: nn.Linear(3, 2), (X, y), (X[:1], y[:1]), loss, train, test)
+    Task('toy', train=3, test=1)
     """
 
     name: str
@@ -112,15 +127,15 @@ class Task:
         if not (math.isfinite(self.l2) and self.l2 >= 0):
             raise InvalidInput(f"l2 must be a number from 0 up, got {self.l2!r}")
         if "loss" in self.measures:
-            raise InvalidInput("'loss' is recorded always: give the measure another name")
-        for side, examples, data in (("train", self.train, self.train_data), ("test", self.test, self.test_data)):
+            raise InvalidInput("'loss' is the name of the loss itself: give the measure another name")
+        for part, examples, data in (("train", self.train, self.train_data), ("test", self.test, self.test_data)):
             counts = {len(examples)} | {len(tensor) for tensor in tensors(data)}
             if len(counts) > 1 or 0 in counts:
-                raise InvalidInput(f"{side} examples, inputs and targets must be equally many and some: {counts}")
-            object.__setattr__(self, side, _described(examples, data))  # frozen
+                raise InvalidInput(f"{part} examples, inputs and targets must be equally many and not empty: {counts}")
+            object.__setattr__(self, part, _described(examples, data))  # frozen
 
     def build_model(self, seed: int) -> nn.Module:
-        """A fresh model with the initial weights that ``seed`` gives. Leaves torch's global seed as it was."""
+        """Build a model with the initial weights of ``seed``, without changing torch's global random state."""
         if isinstance(self.model, nn.Module):
             return copy.deepcopy(self.model)
         with torch.random.fork_rng(devices=[]):
@@ -131,10 +146,10 @@ class Task:
         return copy.deepcopy(model)  # a factory may return the same module each time
 
     def read(self, outputs: Any, targets: Tensor, measures: Iterable[str] = ()) -> dict[str, Tensor]:
-        """The loss and the named measures of each example, each ``[batch]``.
+        """Compute the loss and the named measures of each example, each ``[batch]``.
 
         Raises:
-            InvalidInput: one of them is not one number per example.
+            InvalidInput: the loss or a measure is not one number per example.
         """
         readings = {"loss": self.loss(outputs, targets)}
         readings |= {name: self.measures[name](outputs, targets) for name in measures}
@@ -142,26 +157,29 @@ class Task:
             if values.shape != targets.shape[:1]:
                 raise InvalidInput(
                     f"{name} of task {self.name!r} has shape {tuple(values.shape)} for {len(targets)} examples: "
-                    "give one loss per example, [batch] (in torch: reduction='none', and a mean over further axes)"
+                    "give one number per example, [batch] (in torch: reduction='none', and a mean over other axes)"
                 )
         return readings
 
     def some(self, data: Data, rows: Tensor) -> Data:
-        """The examples ``rows`` of ``data``, without the padding that they have in common."""
+        """Return the examples ``rows`` of ``data``, without the padding that all of them have."""
         chosen: Data = take(data, rows)
         return self.trim(chosen) if self.trim else chosen
 
     def sizes(self, data: Data) -> list[int]:
-        """How many numbers the longest tensor of each example has without its padding."""
-        alone = (self.some(data, torch.tensor([row])) for row in range(len(data[1])))
-        return [max(tensor.numel() for tensor in tensors(example)) for example in alone]
+        """Return the size of each example: how many numbers its largest tensor has without padding."""
+        singles = (self.some(data, torch.tensor([row])) for row in range(len(data[1])))
+        return [max(tensor.numel() for tensor in tensors(example)) for example in singles]
 
     def batch_losses(self, model: nn.Module, data: Data) -> Tensor:
-        """The loss of each example of ``data``, ``[batch]``, in the model's present mode."""
+        """Compute the loss of each example of ``data``, ``[batch]``, in the model's present mode."""
         return self.read(forward(model, data[0]), data[1])["loss"]
 
     def evaluate(self, model: nn.Module, data: Data, measures: Iterable[str] = ()) -> dict[str, Tensor]:
-        """The loss and the named measures of each example of ``data``, in the model's present mode, no gradients."""
+        """Compute the loss and the named measures of each example of ``data``, without gradients.
+
+        The model stays in its present mode.
+        """
         with torch.no_grad():
             if len(data[1]) <= EVALUATION_BATCH:
                 return self.read(forward(model, data[0]), data[1], measures)
@@ -171,9 +189,9 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over data, ids, loss name, model structure and, for a given module, its weights.
+        """SHA-256 over data, ids, loss name, model structure and, if the model is a module, its weights.
 
-        It finds another data set, split, architecture or loss; it does not see inside the code of functions.
+        It distinguishes data sets, splits, architectures and losses by name, but not the code of functions.
         """
         digest = hashlib.sha256()
         model = self.build_model(0)
@@ -206,17 +224,17 @@ class Task:
         return card(f"Task {self.name}", facts, self._counts_as_html())
 
     def _counts_as_html(self) -> str:
-        """How many examples have each value of the first column of metadata with few of them."""
+        """Draw the number of examples per value, for the first metadata column with few distinct values."""
         from simfluence import plots
 
         def drawn(table: pd.DataFrame) -> str:
             return picture(lambda ax: plots.counts(table, ax))
 
         for name in self.train.table.columns.intersection(self.test.table.columns):
-            sides = {"train": self.train.table[name], "test": self.test.table[name]}
-            if not all(isinstance(value, Hashable) for values in sides.values() for value in values):
-                continue  # lists, say
-            table = pd.DataFrame({side: values.value_counts() for side, values in sides.items()}).fillna(0)
+            columns = {"train": self.train.table[name], "test": self.test.table[name]}
+            if not all(isinstance(value, Hashable) for values in columns.values() for value in values):
+                continue  # such as lists
+            table = pd.DataFrame({part: values.value_counts() for part, values in columns.items()}).fillna(0)
             if len(table) <= _MOST_VALUES:
                 table = table.sort_index(key=lambda index: index if index.dtype.kind in "biuf" else index.astype(str))
                 return drawn(table.rename_axis(name))
@@ -224,59 +242,59 @@ class Task:
 
 
 def _described(examples: Examples, data: Data) -> Examples:
-    """``examples`` with the features and targets that ``data`` gives where they have none."""
+    """Fill missing features and targets of ``examples`` from ``data``."""
     inputs, targets = data
     features = examples.features
     if features is None and isinstance(inputs, Tensor) and inputs.is_floating_point():
         flat = inputs.detach().reshape(len(inputs), -1)
         features = flat.cpu().float().numpy() if flat.shape[1] <= _MOST_FEATURES and flat.isfinite().all() else None
-    plain = targets.ndim == 1 or (targets.ndim == 2 and targets.is_floating_point())  # others are words of a text
-    wanted = targets if examples.targets is None and plain and targets.isfinite().all() else None
-    if features is examples.features and wanted is None:
+    plain = targets.ndim == 1 or (targets.ndim == 2 and targets.is_floating_point())  # others are tokens of a text
+    added_targets = targets if examples.targets is None and plain and targets.isfinite().all() else None
+    if features is examples.features and added_targets is None:
         return examples
-    return examples.with_features(features, None if wanted is None else wanted.detach().cpu().numpy())
+    return examples.with_features(features, None if added_targets is None else added_targets.detach().cpu().numpy())
 
 
 def set_seed(seed: int) -> None:
-    """Seed torch. ``torch.manual_seed`` also queues a call, with a stack trace, for every backend not in use."""
+    """Seed torch; ``torch.manual_seed`` would also queue a call, with a stack trace, for every unused backend."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
 def forward(model: Callable[..., Any], inputs: Inputs) -> Any:
-    """The model's outputs; a mapping of inputs is passed as keyword arguments."""
+    """Compute the model's outputs; a mapping of inputs is passed as keyword arguments."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def convert(function: Callable[[Tensor], Tensor], data: Any) -> Any:
-    """``data`` with ``function`` applied to every tensor in its mappings and sequences."""
+    """Apply ``function`` to every tensor in the mappings and sequences of ``data``."""
     if isinstance(data, Tensor):
         return function(data)
     if isinstance(data, Mapping):
         return {name: convert(function, part) for name, part in data.items()}
     if isinstance(data, tuple | list):
         return type(data)([convert(function, part) for part in data])
-    raise SimfluenceError(f"task data must be tensors, or mappings and sequences of them; found {type(data).__name__}")
+    raise SimfluenceError(f"task data must be tensors, or mappings and sequences of them; got {type(data).__name__}")
 
 
 def take(data: Any, indices: Tensor) -> Any:
-    """The examples ``indices`` of ``data``."""
+    """Return the examples ``indices`` of ``data``."""
     return convert(lambda tensor: tensor[indices], data)
 
 
 def tensors(data: Any) -> list[Tensor]:
-    """All tensors in ``data``, in order."""
-    found: list[Tensor] = []
+    """Return all tensors in ``data``, in order."""
+    collected: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+    def collect(tensor: Tensor) -> Tensor:
+        collected.append(tensor)
         return tensor
 
-    convert(keep, data)
-    return found
+    convert(collect, data)
+    return collected
 
 
 def cast(data: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """``data`` on ``device``, its floating tensors as ``dtype``."""
+    """Move ``data`` to ``device`` and its floating-point tensors to ``dtype``."""
     return convert(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), data)

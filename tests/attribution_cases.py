@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from comparing import relative as relative
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -209,10 +209,3 @@ def kronecker_case() -> Case:
 
 
 CASES = {case.__name__: case for case in (mlp, regression, images, texts, tied, language)}
-
-
-def relative(found: Any, true: Any) -> float:
-    """The largest error relative to the largest number."""
-    found, true = (np.asarray(x.detach() if isinstance(x, Tensor) else x, np.float64) for x in (found, true))
-    assert found.shape == true.shape
-    return float(np.abs(found - true).max() / np.abs(true).max())

@@ -77,7 +77,7 @@ def test_derivatives_are_those_of_the_simulation(name, monkeypatch):
     """The base is no reference."""
     task = small_task()
     runs = recorded(task, sf.Recipe(**{"lr": 0.2, "dtype": "float64", **RECIPES[name]}), 2)
-    fitted = sf.TangentKernelSimulator(task, checkpoints=3, features=1).fit(runs[:1])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=3, n_features=1).fit(runs[:1])
     fitted.scale_ = np.linspace(1.0, 0.7, STEPS + 1)
     fitted.correction_, fitted.centre_ = np.ones((2, STEPS + 1, N_TEST))
     found = sf.leave_one_out(fitted, runs[1], "derivative")
@@ -93,7 +93,7 @@ def test_several_references_whose_nearness_changes(base, monkeypatch):
     monkeypatch.setattr(nearness, "_shown", lambda *given: np.cumsum(nearness._shares(*given), axis=0))  # in float64
     task = small_task()
     runs = recorded(task, sf.Recipe(lr=0.2, dtype="float64"), 4)
-    fitted = sf.TangentKernelSimulator(task, checkpoints=3, features=1, references=3).fit(runs[:3])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=3, n_features=1, n_references=3).fit(runs[:3])
     found = sf.leave_one_out(fitted, runs[base], "derivative")
     with pytest.MonkeyPatch.context() as patch:
         expected = by_differences(fitted, runs[base], patch)
@@ -111,7 +111,7 @@ def test_landmarks_no_head_longer_curricula_and_few_tests_at_once(monkeypatch):
     twice = sf.Curriculum(runs[1].curriculum.tolist() * 2, N_TRAIN)
     longer = dataclasses.replace(runs[1], curriculum=twice, losses=np.repeat(runs[1].losses, 2, axis=0)[1:])
     for landmarks in (None, 4):
-        fitted = sf.TangentKernelSimulator(task, checkpoints=3, landmarks=landmarks).fit(runs[:1])
+        fitted = sf.TangentKernelSimulator(task, n_checkpoints=3, landmarks=landmarks).fit(runs[:1])
         with pytest.warns(BeyondReferenceWarning, match="18 steps, but no reference has more than 9"):
             found = sf.leave_one_out(fitted, longer, "derivative")
         with pytest.MonkeyPatch.context() as patch:
@@ -128,9 +128,9 @@ def test_a_model_that_is_all_head(monkeypatch):
 
 
 def test_who_has_derivatives(task, runs):
-    fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(runs[:1])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=2).fit(runs[:1])
     expected = sf.leave_one_out(fitted, runs[1], "derivative")
-    wrapped = sf.ConformalSimulator(sf.TangentKernelSimulator(task, checkpoints=2), members=2, folds=2).fit(runs[:3])
+    wrapped = sf.ConformalSimulator(sf.TangentKernelSimulator(task, n_checkpoints=2), members=2, folds=2).fit(runs[:3])
     assert sf.leave_one_out(wrapped, runs[1], "derivative").shape == expected.shape
     assert np.allclose(sf.rank_suspects(fitted, runs[1], method="derivative")["gain"].sort_index(), -expected.mean(0))
     with pytest.raises(InvalidInput, match=r"'additive' has no derivatives: .* method='simulate'"):

@@ -55,7 +55,7 @@ def test_scores_in_losses_are_shared_out_over_occurrences(runs):
 @pytest.mark.parametrize("around", [None, "mean"])
 def test_the_fitted_scale_is_the_least_squares_one(runs, tracin, around):
     given = sf.AttributedSimulator(tracin, around=around).fit(runs)
-    fitted = sf.AttributedSimulator(tracin, scale="fitted", around=around).fit(runs)
+    fitted = sf.AttributedSimulator(tracin, fit_scale=True, around=around).fit(runs)
     true = runs.losses.astype(np.float64)
 
     def error(scale):
@@ -95,7 +95,7 @@ def test_whatever_is_played_is_cloned_and_saved(source, runs, tracin, tmp_path):
         "scores": np.random.default_rng(0).normal(size=(5, 12)),
         "ideal": attribution.TracInIdeal().fit(runs),
     }[source]
-    fitted = sf.AttributedSimulator(attributor, scale="fitted").fit(runs)
+    fitted = sf.AttributedSimulator(attributor, fit_scale=True).fit(runs)
     fitted.save(tmp_path / "fitted.safetensors")
     expected = fitted.simulate(runs.curricula, runs.initial_losses)
     loaded = sf.Simulator.load(tmp_path / "fitted.safetensors")
@@ -108,20 +108,20 @@ def test_whatever_is_played_is_cloned_and_saved(source, runs, tracin, tmp_path):
 
 def test_bad_input(runs, task, tracin):
     for bad, said in (
-        (sf.AttributedSimulator(), "what to play"),
+        (sf.AttributedSimulator(), "attributor is required"),
         (sf.AttributedSimulator(np.zeros((5, 11))), "scores of 5 test and 11 training examples"),
         (sf.AttributedSimulator(np.zeros(12)), r"finite numbers \[test, train\]"),
         (sf.AttributedSimulator(np.full((5, 12), np.nan)), "finite numbers"),
-        (sf.AttributedSimulator(np.zeros((5, 12)), scale="fitted"), "no scale to fit"),
-        (sf.AttributedSimulator(tracin, scale="best"), "'given' or 'fitted'"),
+        (sf.AttributedSimulator(np.zeros((5, 12)), fit_scale=True), "no scale to fit"),
+        (sf.AttributedSimulator(tracin, fit_scale="best"), "fit_scale='best' is not known: choose from False, True"),
         (sf.AttributedSimulator(tracin, around="median"), "None or 'mean'"),
     ):
         with pytest.raises(InvalidInput, match=said):
             bad.fit(runs)
     cosine = attribution.GradientCosine().fit(task.build_model(0), task)
-    with pytest.raises(InvalidInput, match="take scale='fitted'"):
+    with pytest.raises(InvalidInput, match="take fit_scale=True"):
         sf.AttributedSimulator(cosine).fit(runs)
-    assert np.isfinite(sf.AttributedSimulator(cosine, scale="fitted").fit(runs).scale_)
+    assert np.isfinite(sf.AttributedSimulator(cosine, fit_scale=True).fit(runs).scale_)
     states = [(task.build_model(0).state_dict(), 0.3)]
     unknown = attribution.TracInCP(states).fit(task.build_model(0), task)
     with pytest.raises(InvalidInput, match="does not know its step"):

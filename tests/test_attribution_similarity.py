@@ -200,7 +200,7 @@ def test_tracin_scores_candidates_alone():
 
 def test_bad_models():
     case, words = mlp(), language()
-    for layer, message in (("3", "no layer '3', known are: 0, 1, 2"), ("frist", "no layer 'frist'")):
+    for layer, message in (("3", "no layer '3', choose from: 0, 1, 2"), ("frist", "no layer 'frist'")):
         with pytest.raises(InvalidInput, match=message):
             HiddenSimilarity(layer=layer).fit(case.model, case.train)
     with pytest.raises(InvalidInput, match="has no Linear layer: name a module"):

@@ -12,7 +12,6 @@ import pytest
 import simfluence as sf
 from simfluence import cli
 from simfluence.cli.demo import COMPARED, run_demo
-from simfluence.cli.fitting import DEMOS
 from simfluence.errors import UnseenWarning
 from simfluence.simulators import SIMULATORS
 
@@ -79,7 +78,7 @@ def test_what_to_record(run, folder, tmp_path):
 def test_dry_run(run, folder, tmp_path):
     code, out, _ = run("record", folder / "spec.yaml", "--store", tmp_path / "s", "--dry-run", "--json")
     found = json.loads(out)
-    assert (code, found["runs"], found["there"]) == (0, 8, 0)
+    assert (code, found["runs"], found["already_recorded"]) == (0, 8, 0)
     assert min(found["seconds"], found["disk"], found["memory"]) > 0
     code, out, _ = run("record", folder / "spec.yaml", "--store", tmp_path / "s", "--dry-run")
     assert code == 0
@@ -173,7 +172,7 @@ def test_tune(run, folder, tmp_path):
     found = json.loads(out)
     assert code == 0
     part, held = sf.RunStore(folder / "runs").load().split(3, seed=1)
-    expected = sf.tuning.search("linear", part, trials=4, seed=1, folds=2, fixed={"around": "mean"})
+    expected = sf.evaluation.search("linear", part, trials=4, seed=1, folds=2, fixed={"around": "mean"})
     assert (found["parameters"], found["skill"]) == (expected.parameters, expected.skill)
     assert [row["skill"] for row in found["trials"]] == expected.trials["skill"].tolist()
     tuned = sf.LinearSimulator.load(file)
@@ -188,8 +187,8 @@ def test_tune(run, folder, tmp_path):
 def test_tangent_kernel(run, folder, tmp_path):
     """The ready-made task that the store is of is rebuilt."""
     _, held = sf.RunStore(folder / "runs").load().split(3, 0)
-    options = ["--held-out", 3, "--simulator", "tangent", "--set", "checkpoints=2", "--set", "references=1"]
-    options += ["--set", "features=0"]
+    options = ["--held-out", 3, "--simulator", "tangent", "--set", "n_checkpoints=2", "--set", "n_references=1"]
+    options += ["--set", "n_features=0"]
     file = tmp_path / "tuned.safetensors"
     code, out, _ = run("tune", folder / "runs", "--out", file, *options, "--folds", 2, "--trials", 1, "--json")
     assert code == 0
@@ -274,7 +273,7 @@ def test_what_if_pictures_and_groups(run, folder, tmp_path):
     asked = ["what-if", folder / "runs", "--keep", "label < 5", "--fill", "resample", "--held-out", 3]
     code, out, _ = run(*asked, "--by", "label", "--plot", picture)
     assert code == 0
-    assert "keep only examples where label < 5, filling their places from the rest (seed 0)" in out
+    assert "keep only examples where label < 5, filling their slots from the rest (seed 0)" in out
     assert "By label" in out
     assert picture.stat().st_size > 5_000
 
@@ -370,7 +369,7 @@ def test_runs(run, folder, tmp_path):
 
 
 def test_demo(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(DEMOS, "digits", functools.cache(run_demo))  # printed twice, made once
+    monkeypatch.setattr("simfluence.cli.demo.run_demo", functools.cache(run_demo))  # printed twice, made once
     code, out, _ = run("demo", "--folder", tmp_path / "demo", "--json")
     found = json.loads(out)
     assert code == 0

@@ -57,8 +57,8 @@ def test_frozen():
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ([], "empty curriculum"),
-        ([[], []], "empty curriculum"),
+        ([], "curriculum is empty"),
+        ([[], []], "curriculum is empty"),
         ([[0], [-1]], "batch 1 names training example -1"),
         ([[0], [], [1, 5]], "batch 2 names training example 5: indices go from 0 to 4"),
         ([[0.5]], "integer"),
@@ -72,7 +72,7 @@ def test_bad_batches(bad, said):
 
 
 def test_step_out_of_range():
-    with pytest.raises(IndexError, match="step 1 of a curriculum of 1 steps"):
+    with pytest.raises(IndexError, match="step 1 is out of range: the curriculum has 1 steps"):
         sf.Curriculum([[0]])[1]
 
 
@@ -80,7 +80,7 @@ def test_random_curricula_show_a_subset_equally_often():
     for curriculum in sf.random_curricula(n_train=20, runs=5, steps=21, batch_size=4, subset=0.5, seed=3):
         counts = np.bincount(curriculum.indices, minlength=20)
         assert (counts > 0).sum() == 10
-        assert set(counts[counts > 0]) == {8, 9}  # 84 places over 10 examples
+        assert set(counts[counts > 0]) == {8, 9}  # 84 slots over 10 examples
         assert set(curriculum.sizes) == {4}
 
 

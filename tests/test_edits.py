@@ -172,7 +172,7 @@ def test_resample_keeps_every_batch_as_large(curriculum, target, seed):
         assert int(np.isin(repeated.indices, target).sum()) == 2 * marked
 
 
-def test_places_in_the_place_of_others():
+def test_slots_that_replace_others():
     curriculum = sf.Curriculum([[0, 1], [2, 3]], n_train=10)
     inserted = sf.Insert([7, 8], 1, "resample").apply(curriculum).tolist()
     assert [inserted[0], sorted(inserted[1])] == [[0, 1], [7, 8]]
@@ -212,12 +212,10 @@ def test_sentences():
         str(sf.Reorder("label < 5", "label >= 5"))
         == "show examples where label < 5 first, then examples where label >= 5"
     )
-    assert str(sf.Remove([3], "repack")) == "remove examples 3 (1), and cut the stream anew"
-    filled = "keep only examples a (1), filling their places from the rest (seed 2)"
+    assert str(sf.Remove([3], "repack")) == "remove examples 3 (1), and re-batch the stream"
+    filled = "keep only examples a (1), filling their slots from the rest (seed 2)"
     assert str(sf.Keep(["a"], "resample", 2)) == filled
-    assert (
-        str(sf.Repeat([1], 3, "resample")) == "show examples 1 (1) 3 times as often, in the places of others (seed 0)"
-    )
+    assert str(sf.Repeat([1], 3, "resample")) == "show examples 1 (1) 3 times as often, replacing others (seed 0)"
     assert str(sf.Insert([1], -1)) == "show examples 1 (1) once more in the last batch"
     assert str(sf.Move("label == 1", 4)) == "move examples where label == 1 to batch 4"
     assert str(sf.Swap([1], [2])) == "swap examples 1 (1) for examples 2 (1)"
@@ -238,10 +236,10 @@ def test_sentences():
         (sf.Swap([0, 1], [1]), "example 1 is in both targets"),
         (sf.Insert([5], 1), "batches go from 0 to 0"),
         (sf.Insert([5], -2), "batches go from 0 to 0"),
-        (sf.Insert([5, 6, 7, 8], 0, "resample"), "4 examples for a batch of 3"),
+        (sf.Insert([5, 6, 7, 8], 0, "resample"), "4 examples do not fit a batch of 3"),
         (sf.Move([0], 9), "batches go from 0 to 0"),
         (sf.Truncate(2), "the curriculum has 1 steps"),
-        (sf.Repeat([0], 9, "resample"), "needs 8 more places, but other examples have only 2"),
+        (sf.Repeat([0], 9, "resample"), "needs 8 more slots, but other examples have only 2"),
         (sf.Concatenate([[10]]), "names training example 10"),
     ],
 )
@@ -258,14 +256,14 @@ def test_bad_edits(edit, said):
         ({"edit": "remove"}, "edit 'remove' needs target"),
         ({"edit": "remove", "target": [1], "fil": "shrink"}, "did you mean 'fill'"),
         ({"edit": "remove", "target": [1], "fill": "squeeze"}, "unknown fill 'squeeze'"),
-        ({"edit": "remove", "target": 3}, "a target is a filter"),
-        ({"edit": "remove", "target": [1], "seed": -1}, "seed must be 0 or more"),
-        ({"edit": "repeat", "target": [1], "times": 0}, "times must be 1 or more"),
-        ({"edit": "repeat", "target": [1], "times": 1.5}, "times must be 1 or more"),
+        ({"edit": "remove", "target": 3}, "must be a filter"),
+        ({"edit": "remove", "target": [1], "seed": -1}, "seed must be a whole number from 0 up"),
+        ({"edit": "repeat", "target": [1], "times": 0}, "times must be a whole number from 1 up"),
+        ({"edit": "repeat", "target": [1], "times": 1.5}, "times must be a whole number from 1 up"),
         ({"edit": "insert", "target": [1], "at": "first"}, "at must be a whole number"),
-        ({"edit": "move", "target": [1], "to": 0, "fill": "resample"}, "fill is 'shrink' or 'repack'"),
-        ({"edit": "truncate", "steps": 0}, "steps must be 1 or more"),
-        ({"edit": "concatenate", "batches": 3}, "batches: a Curriculum"),
+        ({"edit": "move", "target": [1], "to": 0, "fill": "resample"}, "fill='shrink' or 'repack'"),
+        ({"edit": "truncate", "steps": 0}, "steps must be a whole number from 1 up"),
+        ({"edit": "concatenate", "batches": 3}, "batches must be a Curriculum"),
         ({"edit": "concatenate", "batches": [["a"]]}, "integer training indices"),
     ],
 )
@@ -279,7 +277,7 @@ def test_metadata_must_be_there_and_fit():
     for target in ("label == 0", ["a"]):
         with pytest.raises(InvalidInput, match="give the training examples"):
             sf.Remove(target).apply(curriculum)
-    with pytest.raises(InvalidInput, match="metadata of 10"):
+    with pytest.raises(InvalidInput, match="metadata has 10"):
         sf.Remove([0]).apply(curriculum, EXAMPLES)
     with pytest.raises(FilterError):
         sf.Remove("label.max()").apply(sf.Curriculum([[0]], n_train=10), EXAMPLES)

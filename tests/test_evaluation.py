@@ -77,7 +77,7 @@ def test_table(parts):
         "linear": sf.LinearSimulator(l2=10).fit(fit),
         "same": sf.LinearSimulator(l2=10).fit(fit),
     }
-    table = sf.evaluate(simulators, held, reference=fit)
+    table = sf.evaluate(simulators, held, baseline_runs=fit)
     assert list(table.index) == ["mean", "linear", "same"]
     assert table.loc["linear"].equals(table.loc["same"])
     assert (table["runs"] == 3).all()
@@ -125,7 +125,7 @@ def test_bad_requests(parts, runs):
     fitted = {"mean": sf.MeanTrajectorySimulator().fit(fit)}
     with pytest.raises(InvalidInput, match="unknown metric 'skil', did you mean 'skill'"):
         sf.evaluate(fitted, held, fit, metrics=["skil"])
-    with pytest.raises(InvalidInput, match="both held out and in the reference"):
+    with pytest.raises(InvalidInput, match="in both held and baseline_runs"):
         sf.evaluate(fitted, runs, fit)
     with pytest.raises(InvalidInput, match="no run to evaluate on"):
         sf.evaluate(fitted, held[:0], fit)

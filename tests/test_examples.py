@@ -43,12 +43,12 @@ def test_bad_target(examples, target, said):
 
 
 def test_a_filter_that_matches_nothing_shows_columns_and_values(examples):
-    with pytest.raises(FilterError, match=r"matches none of 3 examples\. Columns: id \(x, y, z\); label \(3, 1\)"):
+    with pytest.raises(FilterError, match=r"matches none of the 3 examples\. Columns: id \(x, y, z\); label \(3, 1\)"):
         examples.select("label == 7")
 
 
 def test_bad_tables():
-    with pytest.raises(InvalidInput, match="'a' stands twice"):
+    with pytest.raises(InvalidInput, match="'a' appears twice"):
         sf.Examples(["a", "a"])
     with pytest.raises(InvalidInput, match="2 ids, but 1 rows"):
         sf.Examples(["a", "b"], pd.DataFrame({"x": [1]}))

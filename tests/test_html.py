@@ -119,13 +119,13 @@ def test_forecasts(task, runs, evil, evil_runs):
 
 def test_evaluation_tables(runs):
     linear = sf.LinearSimulator(l2=1.0).fit(runs[:4])
-    table = sf.evaluate({"linear": linear, EVIL: linear}, runs[4:], reference=runs[:4])
+    table = sf.evaluate({"linear": linear, EVIL: linear}, runs[4:], baseline_runs=runs[:4])
     page, pictures = checked(table)
     assert f"{table.loc['linear', 'skill']:.3f} [" in page
     assert "task: small" in page
     assert len(pictures) == 1
     assert type(table.round(2)) is pd.DataFrame
-    assert checked(sf.evaluate({"linear": linear}, runs[4:], reference=runs[:4], metrics=["mse"]))[1]
+    assert checked(sf.evaluate({"linear": linear}, runs[4:], baseline_runs=runs[:4], metrics=["mse"]))[1]
 
 
 def test_cards_are_escaped_and_cut():

@@ -78,9 +78,9 @@ def test_progress_on_a_terminal(runs, capfd, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"sizes": [0, 2]}, "from 1 to the 22"),
-        ({"sizes": []}, "from 1 to the 22"),
-        ({"sizes": [23]}, "from 1 to the 22"),
+        ({"sizes": [0, 2]}, "from 1 to 22"),
+        ({"sizes": []}, "from 1 to 22"),
+        ({"sizes": [23]}, "from 1 to 22"),
         ({"repeats": 0}, "repeats=0"),
         ({"held_out": 30}, "leave at least one"),
     ],

@@ -157,7 +157,7 @@ def test_around_the_mean_equals_the_dense_solution(ragged, simulator, slope, int
     expected = dense_fit_around_the_mean(ragged, 0.5, slope, intercept)
     learned = [simulator.A_] if slope else []
     learned += [simulator.B_] if intercept else []
-    found = np.concatenate([*learned, simulator.lasting_])
+    found = np.concatenate([*learned, simulator.deviation_slopes_])
     assert np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
@@ -179,7 +179,7 @@ def test_around_the_mean_rolls_out_its_own_equation(runs):
             expected.append(expected[-1])
             continue
         w = np.bincount(batch, minlength=12) * 3 / len(batch) - simulator.centre_
-        deviation = (1 + simulator.lasting_[0]) * (expected[-1] - held[t])
+        deviation = (1 + simulator.deviation_slopes_[0]) * (expected[-1] - held[t])
         expected.append(held[t + 1] + deviation + (w @ simulator.A_) * expected[-1] + w @ simulator.B_)
     assert np.allclose(losses, expected, atol=1e-10)
 
@@ -236,10 +236,10 @@ def dense_fit_of_higher_order(runs, l2, order, varying, around):
 def test_higher_orders_and_varying_effects_equal_the_dense_solution(runs, order, varying, around):
     simulator = sf.LinearSimulator(l2=0.5, order=order, varying=varying, around=around).fit(runs)
     effects, free = dense_fit_of_higher_order(runs, 0.5, order, varying, around)
-    found = np.stack([simulator.A_, simulator.B_, *simulator.further_])
+    found = np.stack([simulator.A_, simulator.B_, *simulator.effects_[2:]])
     assert np.linalg.norm(found - effects) <= 1e-6 * np.linalg.norm(effects)
     if around:
-        assert np.linalg.norm(simulator.lasting_ - free) <= 1e-6 * np.linalg.norm(free)
+        assert np.linalg.norm(simulator.deviation_slopes_ - free) <= 1e-6 * np.linalg.norm(free)
 
 
 @pytest.mark.parametrize("around", [None, "mean"])
@@ -251,9 +251,9 @@ def test_higher_orders_roll_out_their_own_equation(runs, around):
         expected = alphas[0, :, t] * losses[:, t] + alphas[1, :, t] * losses[:, max(t - 1, 0)] + beta[:, t]
         assert np.allclose(losses[:, t + 1], expected, atol=1e-12)
     w = np.bincount(runs[5].curriculum[7], minlength=12) - (simulator.centre_ if around else 0)
-    older, late_slope, late_rest = (w @ effects for effects in simulator.further_)
+    older, late_slope, late_rest = (w @ effects for effects in simulator.effects_[2:])
     slopes = [w @ simulator.A_ + 0.7 * late_slope, older]
-    free = simulator.lasting_ if around else np.zeros((3, 5))
+    free = simulator.deviation_slopes_ if around else np.zeros((3, 5))
     if around:
         slopes = [1 + slopes[0] + free[0] + 0.7 * free[2], slopes[1] + free[1]]
     assert np.allclose(alphas[:, 5, 7], slopes, atol=1e-12)
@@ -303,7 +303,7 @@ def test_training_on_rollouts_lowers_their_error(runs):
             learned = getattr(five, name).copy()
             getattr(five, name)[4, 2] += sign * 1e-2
             assert objective(five) > best
-            setattr(five, name, learned)
+            getattr(five, name)[:] = learned
 
 
 def test_one_step_rollouts_are_the_one_step_fit(ragged):
@@ -311,7 +311,7 @@ def test_one_step_rollouts_are_the_one_step_fit(ragged):
     from simfluence.simulators.markov.dynamics import trained_on_rollouts
 
     simulator = sf.LinearSimulator(l2=0.5, around="mean").fit(ragged)
-    again = trained_on_rollouts(simulator._kept(), ragged, simulator.l2_, simulator._prior, 1)
+    again = trained_on_rollouts(simulator._dynamics(), ragged, simulator.l2_, simulator._prior, 1)
     assert np.allclose(again.effects.numpy(), np.stack([simulator.A_, simulator.B_]), atol=1e-5)
 
 

@@ -117,7 +117,7 @@ def test_a_measure_must_be_one_number_per_example(digits, some):
     odd = dataclasses.replace(digits, measures={"logits": lambda outputs, targets: outputs})
     with pytest.raises(InvalidInput, match="logits of task 'digits' has shape"):
         sf.record(odd, sf.Recipe(), some, observe=sf.Observe(measures=["logits"]))
-    with pytest.raises(InvalidInput, match="'loss' is recorded always"):
+    with pytest.raises(InvalidInput, match="'loss' is the name of the loss itself"):
         dataclasses.replace(digits, measures={"loss": lambda outputs, targets: targets})
 
 

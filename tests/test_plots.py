@@ -160,7 +160,7 @@ def test_scatter_of_too_many_points(ax):
 
 
 def test_evaluation_bars(runs, simulators, ax):
-    table = sf.evaluate(simulators, runs[4:], reference=runs[:4])
+    table = sf.evaluate(simulators, runs[4:], baseline_runs=runs[:4])
     table.plot_metric("skill", ax)
     assert [bar.get_width() for bar in ax.patches] == np.maximum(table["skill"], -1).tolist()
     segments = ax.collections[0].get_segments()
@@ -173,7 +173,7 @@ def test_evaluation_bars(runs, simulators, ax):
 
 
 def test_evaluation_without_intervals_or_of_one_run(runs, simulators, ax):
-    table = sf.evaluate(simulators, runs[5:], reference=runs[:5])
+    table = sf.evaluate(simulators, runs[5:], baseline_runs=runs[:5])
     for metric in METRICS:
         figure = Figure()
         plots.evaluation(table, figure.subplots(), metric=metric)
@@ -189,7 +189,7 @@ def test_skill_over_steps(runs, simulators, ax):
         rows = table[table["simulator"] == name]
         assert np.array_equal(drawn(line)[0], rows["step"])
         assert np.allclose(drawn(line)[1], rows["skill"])
-    last = sf.evaluate(simulators, runs[4:], reference=runs[:4], metrics=["final_skill"])
+    last = sf.evaluate(simulators, runs[4:], baseline_runs=runs[:4], metrics=["final_skill"])
     assert np.allclose(table[table["step"] == 10]["skill"], last["final_skill"])
     assert ax.get_ylim()[0] >= -1
     plots.skill_over_steps(table.drop(columns=["low", "high"]), Figure().subplots())

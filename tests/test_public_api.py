@@ -36,7 +36,7 @@ def described(name: str, thing: object) -> list[str]:
     lines = [name + signature(thing)]
     if inspect.isclass(thing):
         for local, value in vars(thing).items():
-            if local.startswith("_") or local == "set_fit_request" or local in of_library(thing):
+            if local.startswith("_") or local in ("set_fit_request", "set_score_request") or local in of_library(thing):
                 continue
             value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
             lines.append(f"{name}.{local}{signature(value) if inspect.isfunction(value) else ''}")

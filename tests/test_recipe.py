@@ -64,7 +64,7 @@ def test_canonical_text_is_stable():
         ({"optimizer": "adam", "momentum": 0.9}, "takes no 'momentum'"),
         ({"optimizer_args": {"beta": 1}}, "takes no 'beta'"),
         ({"optimizer_args": {"lr": 1}}, "takes no 'lr'"),
-        ({"schedule": "cosine"}, "needs horizon="),
+        ({"schedule": "cosine"}, "needs its number of steps"),
         ({"schedule": "cosin", "horizon": 3}, "schedule"),
         ({"warmup": 5, "horizon": 5}, "below horizon"),
         ({"clip_norm": 0}, "clip_norm"),

@@ -206,7 +206,7 @@ def test_a_replay_that_differs_is_refused(task, recipe, curricula, store, monkey
     recorded = Training.recorded
     monkeypatch.setattr(Training, "recorded", lambda self: [{"loss": run["loss"] + 0.1} for run in recorded(self)])
     before = store.load()
-    with pytest.raises(StoreError, match="differs from what is recorded"):
+    with pytest.raises(StoreError, match="differs from the recorded values"):
         sf.record(task, recipe, curricula[:1], store, observe=sf.Observe(checkpoints=[5]))
     assert np.array_equal(store.load().losses, before.losses)
 

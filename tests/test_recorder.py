@@ -17,6 +17,7 @@ from torch import nn
 import simfluence as sf
 from simfluence.errors import InvalidInput, StoreError
 from simfluence.storage import recorder as recorder_module
+from simfluence.storage import run_file
 
 TRAIN, TEST = [f"t{i}" for i in range(6)], ["x", "y", "z"]
 
@@ -71,11 +72,11 @@ def test_every_simulator_takes_them(recorded, task):
         "boosted": sf.BoostedSimulator(),
     }  # fmt: skip
     fitted = {name: simulator.fit(fit) for name, simulator in simulators.items()}
-    table = sf.evaluate(fitted, held, reference=fit)
+    table = sf.evaluate(fitted, held, baseline_runs=fit)
     assert np.isfinite(table["mse"]).all()
     forecast = sf.what_if(fitted["linear"], held[0], sf.Remove("label == 1"))
     assert np.isfinite(forecast.what_if).all()
-    with pytest.raises(InvalidInput, match="give task="):
+    with pytest.raises(InvalidInput, match="pass task="):
         forecast.verify()
 
 
@@ -236,7 +237,7 @@ def test_blocks_and_one_block_are_the_same_run(runs, store, monkeypatch):
     whole = store.read(run.id)
     about = recorder_module.RunHeader("b", store.info.fingerprint, 12, run.recipe, False)
     cut = [
-        RunRows(
+        run_file.RunRows(
             start,
             np.concatenate([run.curriculum[t - 1] for t in times if t]), np.array([3 if t else 0 for t in times]),
             np.array([0.3 if t else np.nan for t in times]), np.ones(len(times), bool), run.losses[times], {},
@@ -293,7 +294,7 @@ def test_bad_recorders(tmp_path, store, task):
         new.recorder(train=TRAIN, test=TEST, resume=3)
     with pytest.raises(InvalidInput, match="another name"):
         new.recorder("a", train=TRAIN, test=TEST, measures=["loss"])
-    with pytest.raises(InvalidInput, match="stands twice"):
+    with pytest.raises(InvalidInput, match="appears twice"):
         new.recorder("a", train=["t0", "t0"], test=TEST)
     assert not new.exists
     with pytest.raises(StoreError, match="other train examples"):

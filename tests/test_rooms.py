@@ -82,7 +82,7 @@ def test_the_design_page_runs(tmp_path):
     linear = sf.LinearSimulator(l2=10, prior="identity").fit(fit)
     losses = linear.simulate(held.curricula, held.initial_losses)
     assert losses.shape == held.losses.shape
-    table = sf.evaluate({"linear": linear}, held, reference=fit)
+    table = sf.evaluate({"linear": linear}, held, baseline_runs=fit)
     assert list(table.index) == ["linear"]
     forecast = sf.what_if(linear, held[0], [sf.Remove("label == 3")], task=task)
     assert list(forecast.frame.columns) == ["step", "test", "base", "what_if", "delta"]

@@ -72,7 +72,7 @@ def test_runs_of_different_examples_do_not_go_together(runs, known):
 
 def test_runs_of_different_tasks_do_not_go_together(runs):
     other = sf.record(sf.tasks.digits(n_train=12, n_test=5), sf.Recipe(lr=0.3), runs.curricula[:1])
-    with pytest.raises(InvalidInput, match="different tasks"):
+    with pytest.raises(InvalidInput, match="runs must be of one task"):
         sf.Runs([runs[0], other[0]])
 
 

@@ -221,7 +221,7 @@ def test_merging_other_losses_or_tasks_is_refused(task, recipe, curricula, runs,
     other.open_for(task)
     other.write(dataclasses.replace(runs[0], losses=runs[0].losses + 1))
     before = store.load()
-    with pytest.raises(StoreError, match="differs from what is recorded"):
+    with pytest.raises(StoreError, match="differs from the recorded values"):
         store.merge(other)
     assert np.array_equal(store.load().losses, before.losses)
     digits = sf.tasks.digits(n_train=12, n_test=5)
@@ -290,7 +290,7 @@ def test_a_full_disk_or_a_read_only_store(store, task, recipe, number, engine, m
     before = {path: path.read_bytes() for path in store.path.iterdir()}
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync" if number == errno.ENOSPC else "replace", failing(number))
-        with pytest.raises(StoreError, match=f"cannot write .*{os.strerror(number)}.*start again"):
+        with pytest.raises(StoreError, match=f"cannot write .*{os.strerror(number)}.*run the same command again"):
             sf.record(task, recipe, more, store, engine=engine)
     assert {path: path.read_bytes() for path in store.path.iterdir() if path.is_file()} == before
     sf.record(task, recipe, more, store, engine=engine)

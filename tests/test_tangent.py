@@ -14,6 +14,7 @@ from simfluence.errors import BeyondReferenceWarning, InvalidInput, NotFittedErr
 from simfluence.simulators.tangent import simulator as tangent
 from simfluence.simulators.tangent.head import Head
 from simfluence.simulators.tangent.reference_run import factors_of
+from simfluence.simulators.tangent.reference_weights import reference_weights
 from simfluence.simulators.tangent.simulator import _Correction
 from simfluence.tasks.losses import token_cross_entropy
 
@@ -53,17 +54,17 @@ def test_a_linear_model_is_simulated_exactly(name):
     recipe = sf.Recipe(lr=0.05, dtype="float64", **RECIPES[name])
     task = linear_task()
     runs = runs_of(task, recipe, steps=200)
-    fitted = sf.TangentKernelSimulator(task, checkpoints=3).fit(runs[:1])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=3).fit(runs[:1])
     simulated = fitted.simulate(runs.curricula, runs.initial_losses)
     assert np.abs(simulated - runs.losses).max() < 1e-6
-    backwards = sf.TangentKernelSimulator(task, checkpoints=3).fit(runs[1:2])  # with the empty batch
+    backwards = sf.TangentKernelSimulator(task, n_checkpoints=3).fit(runs[1:2])  # with the empty batch
     assert np.abs(backwards.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
 
 
 def test_squared_error_and_an_objective_with_l2():
     task = dataclasses.replace(linear_task("squared_error", outputs=2), l2=0.2)
     runs = runs_of(task, sf.Recipe(lr=0.05, dtype="float64"), steps=60)
-    fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(runs[:1])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=2).fit(runs[:1])
     assert np.abs(fitted.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
 
 
@@ -83,21 +84,21 @@ def test_the_loss_sees_outputs_of_the_models_shape(shape):
         X[:20], y[:20], squares, test=(X[20:], y[20:]), name="shaped",
     )  # fmt: skip
     runs = runs_of(task, sf.Recipe(lr=0.02, dtype="float64"), steps=30)
-    fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(runs[:1])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=2).fit(runs[:1])
     assert np.abs(fitted.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
 
 
 def test_beyond_the_reference_a_linear_model_is_exact_too():
     task, recipe = linear_task(), sf.Recipe(lr=0.05, momentum=0.5, dtype="float64")
     short, long = runs_of(task, recipe, steps=40), runs_of(task, recipe, steps=90)
-    fitted = sf.TangentKernelSimulator(task, checkpoints=2).fit(short[:1])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=2).fit(short[:1])
     with pytest.warns(BeyondReferenceWarning, match="90 steps, but no reference has more than 40: .* record a run"):
         found = fitted.simulate(long.curricula[2:], long.initial_losses[2:])
     assert np.abs(found - long.losses[2:]).max() < 1e-6
 
 
 def test_intervals_widen_where_the_members_differ(task, runs, tmp_path):
-    simulator = sf.TangentKernelSimulator(task, checkpoints=2, references=1, features=0)
+    simulator = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=1, n_features=0)
     fitted = sf.ConformalSimulator(simulator, members=2, folds=2).fit(runs)
     low, high = fitted.interval(runs.curricula, runs.initial_losses)
     forecast = fitted.fitted_[0].simulate(runs.curricula, runs.initial_losses)
@@ -116,7 +117,7 @@ def test_references_of_different_length():
     task, recipe = linear_task(), sf.Recipe(lr=0.05, momentum=0.5, dtype="float64")
     short, long = runs_of(task, recipe, steps=40), runs_of(task, recipe, steps=90)
     several = sf.record(task, recipe, [short[0].curriculum, long[1].curriculum, long[2].curriculum])
-    fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=2).fit(several[:2])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=2).fit(several[:2])
     assert np.abs(fitted.simulate(several.curricula, several.initial_losses)[2] - several[2].losses).max() < 1e-6
 
 
@@ -125,14 +126,14 @@ def test_the_references_own_curriculum_gives_its_own_losses(task, curricula, opt
     recipe = sf.Recipe(optimizer=optimizer, lr=0.3 if optimizer == "sgd" else 0.02)
     runs = sf.record(task, recipe, curricula)
     for references in (1, 2):
-        fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=references).fit(runs[:references])
+        fitted = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=references).fit(runs[:references])
         simulated = fitted.simulate([run.curriculum for run in runs[:references]], runs[:references].initial_losses)
         assert np.allclose(simulated, runs[:references].losses, atol=1e-4)
 
 
 def test_landmarks_are_exact_when_they_are_all_and_near_when_many(task, recipe, runs):
     def simulated(landmarks):
-        fitted = sf.TangentKernelSimulator(task, checkpoints=3, landmarks=landmarks).fit(runs[:1])
+        fitted = sf.TangentKernelSimulator(task, n_checkpoints=3, landmarks=landmarks).fit(runs[:1])
         return fitted.simulate(runs.curricula, runs.initial_losses)
 
     whole = simulated(None)
@@ -203,8 +204,8 @@ def test_a_model_without_a_head(model):
 
 
 def test_more_runs_never_hurt_on_those_that_correct(task, runs):
-    alone = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(runs[:1])
-    more = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(runs)
+    alone = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(runs[:1])
+    more = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(runs)
     rest = runs[1:]
     errors = [((each.simulate(rest.curricula, rest.initial_losses) - rest.losses) ** 2).sum() for each in (alone, more)]
     assert errors[1] <= errors[0]
@@ -226,19 +227,19 @@ def test_the_correction_is_the_least_squares_one():
 
 def test_runs_with_gaps_and_of_different_length_correct_too(task, recipe, runs):
     gaps = sf.record(task, recipe, runs.curricula, observe=sf.Observe(every=4))
-    fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(gaps)
-    whole = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(runs)
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(gaps)
+    whole = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(runs)
     read = gaps[0].times
     simulated = fitted.simulate(runs.curricula, runs.initial_losses)
     assert np.isfinite(simulated).all()
     assert np.abs(simulated - whole.simulate(runs.curricula, runs.initial_losses))[:, read].mean() < 0.02
     shorter = sf.record(task, recipe, [*runs.curricula[:5], sf.Truncate(6).apply(runs[5].curriculum)])
-    several = sf.TangentKernelSimulator(task, checkpoints=4, references=1).fit(shorter)
+    several = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(shorter)
     assert np.isfinite(several.simulate(runs.curricula, runs.initial_losses)).all()
 
 
 def test_the_contract(task, runs, tmp_path):
-    fitted = sf.TangentKernelSimulator(task, checkpoints=4, references=2).fit(runs)
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=2).fit(runs)
     expected = fitted.simulate(runs.curricula, runs.initial_losses)
     assert np.isfinite(expected).all()
     for number, run in enumerate(runs):
@@ -260,7 +261,7 @@ def test_the_contract(task, runs, tmp_path):
 
 
 def test_how_far_references_disagree(task, runs):
-    fitted = sf.TangentKernelSimulator(task, checkpoints=2, references=2).fit(runs[:2])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=2).fit(runs[:2])
     short = sf.Truncate(4).apply(runs[2].curriculum)
     curricula = [runs[2].curriculum, short, runs[0].curriculum]
     found = fitted.disagreement(curricula)
@@ -278,7 +279,7 @@ def test_how_far_references_disagree(task, runs):
     fitted.correction_, fitted.centre_ = np.ones((2, 1, 5))
     assert np.allclose(fitted.disagreement(curricula[:1])[0], found[0] / 2)
     with pytest.raises(InvalidInput, match="one reference cannot disagree"):
-        sf.TangentKernelSimulator(task, checkpoints=2, references=1).fit(runs).disagreement(curricula)
+        sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=1).fit(runs).disagreement(curricula)
     with pytest.raises(InvalidInput, match="no curriculum"):
         fitted.disagreement([])
     with pytest.raises(NotFittedError):
@@ -300,7 +301,7 @@ def test_nearer_references_count_more(runs):
 
 def test_fitting_shows_a_bar_unless_within_another(task, runs, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    simulator = sf.TangentKernelSimulator(task, checkpoints=2, references=1)
+    simulator = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=1)
     simulator.fit(runs[:1])
     assert "Kernels" in capfd.readouterr().err
     with bar("outer", 1, shown=True):
@@ -310,9 +311,9 @@ def test_fitting_shows_a_bar_unless_within_another(task, runs, capfd, monkeypatc
 
 
 def test_interrupted_while_fitting_it_is_what_it_was(task, runs, monkeypatch):
-    fitted = sf.TangentKernelSimulator(task, checkpoints=2, references=2).fit(runs[:2])
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=2).fit(runs[:2])
     expected = fitted.simulate(runs.curricula, runs.initial_losses)
-    fresh = sf.TangentKernelSimulator(task, checkpoints=2, references=2)
+    fresh = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=2)
     taken = iter([tangent.collect_reference])
 
     def interrupted(*given):
@@ -358,10 +359,10 @@ def test_bad_input(task, runs):
         (simulator(task, sf.Recipe(optimizer="adam", weight_decay=0.1)), "Adam's weight decay"),
         (simulator(task, sf.Recipe(optimizer="adamw", clip_norm=1.0)), "clipping together with"),
         (simulator(task, memory=1e-7), "GiB of a reference's"),
-        (simulator(task, checkpoints=0), "checkpoints must be a whole number"),
+        (simulator(task, n_checkpoints=0), "n_checkpoints must be a whole number"),
         (simulator(task, memory=0), "memory must be a number"),
-        (simulator(task, landmarks=0), "landmarks must be None or"),
-        (simulator(task, features=-1), "features must be a whole number"),
+        (simulator(task, landmarks=0), "landmarks must be a whole number"),
+        (simulator(task, n_features=-1), "n_features must be a whole number"),
     ):
         with pytest.raises(InvalidInput, match=said):
             bad.fit(runs)
@@ -388,7 +389,7 @@ def test_a_loss_of_ones_own(task, runs, tmp_path):
 
     own = dataclasses.replace(task, loss=smoothed)
     mine = sf.record(own, runs[0].recipe, runs.curricula[:2])
-    fitted = sf.TangentKernelSimulator(own, checkpoints=4).fit(mine[:1])
+    fitted = sf.TangentKernelSimulator(own, n_checkpoints=4).fit(mine[:1])
     assert np.allclose(fitted.simulate(mine.curricula[:1], mine.initial_losses[:1]), mine[:1].losses, atol=1e-5)
     fitted.save(tmp_path / "own.safetensors")
     loaded = sf.Simulator.load(tmp_path / "own.safetensors")

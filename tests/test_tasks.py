@@ -143,7 +143,7 @@ def test_bad_tasks(call, said):
 
 def test_a_reduced_loss_is_refused():
     task = tasks.from_arrays(linear, X, Y, nn.functional.cross_entropy)
-    with pytest.raises(InvalidInput, match="one loss per example"):
+    with pytest.raises(InvalidInput, match="one number per example"):
         sf.record(task, sf.Recipe(), [sf.Curriculum([[0]], n_train=6)])
 
 
@@ -216,12 +216,12 @@ def test_a_users_own_task(own_module):
 @pytest.mark.parametrize(
     ("reference", "said"),
     [
-        ("mine_for_test", "write package.module:function"),
-        ("mine_for_test:make()", "write package.module:function"),
-        ("os; import sys:f", "write package.module:function"),
+        ("mine_for_test", "write package.module:name"),
+        ("mine_for_test:make()", "write package.module:name"),
+        ("os; import sys:f", "write package.module:name"),
         ("nowhere_at_all:make", "No module named"),
         ("mine_for_test:maker", "did you mean 'make'"),
-        ("mine_for_test:number", "no function of that name"),
+        ("mine_for_test:number", "no callable 'number'"),
         ("mine_for_test:wrong", "returned int, not a simfluence.Task"),
     ],
 )

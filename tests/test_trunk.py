@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from comparing import relative
 from torch import nn
 
 import simfluence as sf
@@ -163,7 +164,7 @@ def test_losses_are_the_same(name):
     assert trunk is None or trunk.in_training == in_training
     kept, calls = counted(task, RECIPE, CURRICULA)
     each_time, calls_each_time = counted(task, RECIPE, CURRICULA, activation_cache_bytes=0)
-    assert np.abs(kept.losses - each_time.losses).max() < 1e-6
+    assert relative(kept.losses, each_time.losses) < 1e-6
     assert np.ptp(kept.losses, axis=1).min() > 1e-3  # something was learned
     trial = 15  # three examples: together, each alone, disturbed in training and in evaluation, and stood in for
     visits = 28  # of training examples in both runs
@@ -197,7 +198,7 @@ def test_memory_is_bounded():
         cached_model = setup.cached_model(task.build_model(0))
         assert cached_model.trunk.in_training == (room == N_TRAIN + N_TEST)
         runs, calls = counted(task, RECIPE, CURRICULA, activation_cache_bytes=row * room)
-        assert np.abs(runs.losses - each_time.losses).max() < 1e-6
+        assert relative(runs.losses, each_time.losses) < 1e-6
         counts.append(calls)
     assert counts[0] < counts[1] == counts[2] < counts[3] == calls_each_time + 15
 
@@ -362,7 +363,7 @@ def test_language_models(kind):
         assert "encoder" in names  # whole; a decoder's block also gives positions that all examples share
     kept = sf.record(task, RECIPE, CURRICULA, engine="loop")
     each_time = sf.record(whole, RECIPE, CURRICULA, engine="loop", activation_cache_bytes=0)
-    assert np.abs(kept.losses - each_time.losses).max() < 1e-6
+    assert relative(kept.losses, each_time.losses) < 1e-6
     assert np.ptp(kept.losses, axis=1).min() > 1e-3
 
 
@@ -406,7 +407,7 @@ def test_padding_trimmed_and_sorted(trained, room, monkeypatch):
     for numbers in (4096, 20, 1):  # one batch, several, one for each example
         monkeypatch.setattr("simfluence.recording.readings.BATCH_NUMBERS", numbers)
         runs = sf.record(texts(trimmed, trained), recipe, CURRICULA, engine="loop", activation_cache_bytes=room)
-        assert np.abs(runs.losses - expected.losses).max() < 1e-6
+        assert relative(runs.losses, expected.losses) < 1e-6
         assert runs.ids == expected.ids  # trimming is no other task
 
 

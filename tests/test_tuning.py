@@ -40,7 +40,7 @@ class Explosive(sf.Simulator):
         return np.broadcast_to(self.mean_, shape) * factor * (0.9 + self.rate) + (factor - factor)
 
 
-KINDS = ("persistence", "mean_trajectory", "additive", "multiplicative", "linear")
+KINDS = ("persistence", "mean_trajectory", "additive", "multiplicative", "linear", "tangent")
 
 
 @pytest.fixture
@@ -57,8 +57,7 @@ def kinds(only):
 
 @pytest.fixture
 def explosive(monkeypatch, kinds):
-    for known in (SIMULATORS, tuning.SIMULATORS):
-        monkeypatch.setitem(known, "explosive", Explosive)
+    monkeypatch.setitem(tuning.SIMULATORS, "explosive", Explosive)
 
 
 @pytest.fixture
@@ -152,18 +151,20 @@ def test_fixed_parameters_are_not_searched(runs):
 
 
 @pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning")
-def test_the_tangent_kernel_is_tuned_with_its_task(task, runs, tmp_path):
-    fixed = {"task": task, "checkpoints": 2, "references": 1}
+def test_the_tangent_kernel_is_tuned_with_its_task(task, runs, tmp_path, only):
+    fixed = {"task": task, "n_checkpoints": 2, "n_references": 1}
     found = search("tangent", runs, trials=2, folds=2, fixed=fixed, storage=tmp_path / "trials.sqlite")
     default, ordered = sf.TangentKernelSimulator(**fixed), sf.Runs(sorted(runs, key=lambda run: run.id))
     assert found.trials["skill"][0] == pytest.approx(cross_validated_skill(default, ordered, folds=2, seed=0))
     assert found.trials["task"].tolist() == [task.fingerprint] * 2
-    assert found.trials["features"][0] == default.features
+    assert found.trials["n_features"][0] == default.n_features
     assert (found.trials["problem"] == "").all()
     assert found.simulator.task is task
     assert task.fingerprint.encode() in (tmp_path / "trials.sqlite").read_bytes()
     assert same(search("tangent", runs, trials=2, folds=2, fixed=fixed, storage=tmp_path / "trials.sqlite"), found)
-    assert tuning._kinds("best", fixed) == ["tangent"]  # no other kind has a task
+    only("additive", "tangent")
+    assert tuning._kinds("best", {"task": task})[0] == [sf.AdditiveSimulator, sf.TangentKernelSimulator]
+    assert tuning._kinds("best", fixed)[0] == [sf.TangentKernelSimulator]  # no other kind has these parameters
 
 
 def test_nothing_to_tune(runs):
@@ -380,7 +381,7 @@ def test_interrupted_it_keeps_what_is_finished(known, tmp_path, monkeypatch, fit
         (
             "linear",
             {"fixed": {"l3": 1}},
-            "has no parameter 'l3', known are: around, guard, l2, order, prior, rollout, varying",
+            "has no parameter 'l3', choose from: around, guard, l2, order, prior, rollout, varying",
         ),
         ("linear", {"fixed": {"l2": -1}}, "l2 must be a number above 0"),
         ("tangent", {}, "'tangent' needs the task besides the runs: give fixed={'task': task}"),

@@ -120,7 +120,7 @@ def test_metrics():
 
 def test_bad_verifications(linear, runs, task):
     forecast = sf.what_if(linear, runs[5], sf.Remove([0]))
-    with pytest.raises(InvalidInput, match="give task="):
+    with pytest.raises(InvalidInput, match="pass task="):
         forecast.verify()
     with pytest.raises(InvalidInput, match="another task than 'digits'"):
         forecast.verify(task=sf.tasks.digits(n_train=12, n_test=5))
@@ -129,5 +129,5 @@ def test_bad_verifications(linear, runs, task):
     with pytest.raises(InvalidInput, match="seeds must be 1 or more"):
         forecast.verify(task=task, seeds=0)
     bare = sf.Runs.from_arrays(runs.curricula, runs.losses)[0]
-    with pytest.raises(InvalidInput, match="give recipe="):
+    with pytest.raises(InvalidInput, match="pass recipe="):
         sf.what_if(linear, bare, sf.Remove([0])).verify(task=task)

@@ -59,7 +59,7 @@ def test_bad_questions(linear, runs, task, known):
             sf.what_if(linear, runs[5], nothing)
     with pytest.raises(InvalidInput, match="query 'all' of base run"):
         sf.what_if(linear, runs[5], {"all": sf.Keep([i for i in range(12) if i not in runs[5].curriculum.indices])})
-    with pytest.raises(InvalidInput, match="the base must be a Run"):
+    with pytest.raises(InvalidInput, match="base must be a Run"):
         sf.what_if(linear, [], {"one": sf.Remove([0])})
 
 
@@ -125,7 +125,7 @@ def test_what_is_said_of_groups_and_ranking(linear, runs, task):
     assert many.by_group("kind").loc["two", "y"] == pytest.approx(groups.loc["y", "change"])
     with pytest.raises(InvalidInput, match="no column 'knd'"):
         forecast.by_group("knd")
-    with pytest.raises(InvalidInput, match="nothing is known of the test examples"):
+    with pytest.raises(InvalidInput, match="no metadata for its test examples"):
         sf.what_if(linear, dataclasses.replace(run, test=None), sf.Remove([0])).by_group("kind")
 
 

@@ -1,1 +1,1 @@
-"""What several rooms share and no user sees."""
+"""Helpers that several subpackages share; not part of the public API."""

@@ -1,4 +1,4 @@
-"""Files that exist only whole: written aside, synced, renamed."""
+"""Atomic file writes: write to a temporary file, sync, rename."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from simfluence.errors import StoreError
 
 
 def write_whole(path: Path, content: bytes, aside: Path | None = None) -> None:
-    """Write ``content`` to ``path`` so that a reader finds all of it or nothing, also after a crash.
+    """Write ``content`` to ``path`` atomically: a reader gets all of it or nothing, even after a crash.
 
     Args:
-        aside: folder, on the same file system, for the unfinished file; by default the one of ``path``.
+        aside: folder for the temporary file, on the same file system; by default the folder of ``path``.
 
     Raises:
-        StoreError: the disk is full, the folder read-only, …; nothing was changed.
+        StoreError: the file cannot be written (disk full, folder read-only, …); nothing was changed.
     """
     with whole_file(path, aside) as file:
         file.write(content)
@@ -26,9 +27,9 @@ def write_whole(path: Path, content: bytes, aside: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, aside: Path | None = None) -> Iterator[io.BufferedRandom]:
-    """A file to write and read; it becomes ``path`` when the block ends without an error, and is gone otherwise.
+    """Open a file that becomes ``path`` if the block ends without an error, and is deleted otherwise.
 
-    Arguments and errors as of ``write_whole``.
+    For arguments and errors see ``write_whole``.
     """
     aside = aside or path.parent
     unfinished = aside / f".{path.name}.{os.getpid()}.unfinished"
@@ -49,7 +50,7 @@ def whole_file(path: Path, aside: Path | None = None) -> Iterator[io.BufferedRan
 
 
 def size_of(count: int) -> str:
-    """Bytes for people.
+    """Format a number of bytes.
 
     >>> size_of(2_500_000)
     '2.5 MB'
@@ -63,15 +64,15 @@ def size_of(count: int) -> str:
 
 
 def cannot_write(path: Path, error: OSError) -> StoreError:
-    """What to say when the system refuses a write."""
+    """Build the error for a failed write."""
     return StoreError(
         f"cannot write {path}: {error.strerror or error}. What is recorded is safe; "
-        "mend that (free space, permissions) and start again"
+        "free some space or fix the permissions, then run the same command again"
     )
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the system lets a folder be opened."""
+    """Make a rename durable, if the system can open folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -80,3 +81,18 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_format(version: Any, newest: int, path: str | Path) -> None:
+    """Check that this version can read a file's format.
+
+    Raises:
+        StoreError: the format is newer or invalid.
+    """
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise StoreError(f"{path} is damaged: its format is {version!r}")
+    if version > newest:
+        raise StoreError(
+            f"{path} has format {version}, which a newer version of simfluence wrote; this one reads up to {newest}: "
+            "upgrade simfluence to read it"
+        )

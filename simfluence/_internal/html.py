@@ -1,4 +1,4 @@
-"""What notebooks and terminals show of an object: escaped text, tables with rounded numbers, a small picture."""
+"""HTML for notebooks and text for terminals: escaped text, tables with rounded numbers, small pictures."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 import pandas as pd
 
-_LONGEST = 200  # letters of a fact
+_LONGEST = 200  # characters of a fact
 
 
 class Html(str):
-    """A text that notebooks show as HTML. What came from outside was escaped when it was made."""
+    """A string that notebooks show as HTML; user text in it is already escaped."""
 
     def _repr_html_(self) -> str:
         return str(self)
 
 
 def card(title: str, facts: Mapping[str, object], *parts: str) -> Html:
-    """A heading, facts by name, and parts below that are HTML already.
+    """Build a card: a heading, facts by name, and ``parts``, which are already HTML.
 
     >>> card("runs", {"task": "<b>"})
     '<div><b>runs</b><br>task: &lt;b&gt;</div>'
@@ -32,8 +32,8 @@ def card(title: str, facts: Mapping[str, object], *parts: str) -> Html:
 
 
 def picture(drawing: Callable[[Any], object], width: float = 6.5, height: float = 2.8) -> str:
-    """What ``drawing`` puts on the axes that it is given, as an image within the HTML. Sizes are in inches."""
-    from matplotlib.figure import Figure  # takes half a second, and most programs never look
+    """Call ``drawing`` with axes and return the picture as an HTML image. Sizes are in inches."""
+    from matplotlib.figure import Figure  # imported late: it takes half a second and most programs need no picture
 
     from simfluence.plots.style import save
 
@@ -45,13 +45,13 @@ def picture(drawing: Callable[[Any], object], width: float = 6.5, height: float 
 
 
 def escaped(value: object) -> str:
-    """A value as text, with nothing in it that HTML would read; cut where it is long."""
+    """Return a value as text, escaped for HTML and cut if it is long."""
     text = str(value)
     return html.escape(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """An evaluation table with each metric and its spread in one column.
+    """Join each metric of an evaluation table and its spread in one column.
 
     >>> readable(pd.DataFrame({"skill": [0.5], "skill_low": [0.4], "skill_high": [0.6]})).loc[0].tolist()
     ['0.500 [0.400, 0.600]']
@@ -69,14 +69,14 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell(value: Any) -> str:
-    """A number with three decimals, or three figures where it is large; "–" where there is none."""
+    """Format a number with three decimals, or three significant figures if it is large; "–" for NaN."""
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
     return str(value)
 
 
 def as_html(table: pd.DataFrame) -> str:
-    """The table as HTML, everything in it escaped."""
+    """Return the table as HTML with all text escaped."""
     head = [str(table.index.name or ""), *(str(name).replace("_", " ") for name in table.columns)]
     rows = [[str(index), *map(cell, values)] for index, *values in table.itertuples()]
     lines = ["".join(f"<th>{escaped(name)}</th>" for name in head)]

@@ -1,4 +1,4 @@
-"""Progress bars, shown on a terminal and silent in a pipe."""
+"""Progress bars, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _shown = contextvars.ContextVar("shown", default=False)
 
 @contextlib.contextmanager
 def bar(what: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, moved on by calling what is yielded (with a number, by so many).
+    """Show a progress bar on a terminal and yield a function that advances it, by 1 or by a given number.
 
-    Within one that is shown, others are not.
+    Inside a visible bar, other bars stay hidden.
     """
     console = Console(stderr=True)
     shown = shown and console.is_terminal and not _shown.get()
@@ -34,11 +34,11 @@ def bar(what: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
 
 
 class RecordingProgress:
-    """A bar over all steps to be made, with finished runs, runs/s and the time left.
+    """A progress bar over all steps to train, with finished runs, runs per second and remaining time.
 
     Args:
-        groups: steps and runs of each group that is to be recorded.
-        runs: of all, those recorded before too.
+        groups: numbers of steps and runs of each group to record.
+        runs: number of all runs, including those recorded before.
     """
 
     def __init__(self, groups: Sequence[tuple[int, int]], runs: int) -> None:
@@ -63,7 +63,7 @@ class RecordingProgress:
         self.bar.stop()
 
     def step(self, count: int = 1) -> None:
-        """So many steps of the present group are made."""
+        """Advance by ``count`` steps of the present group."""
         self.steps_done += count
         now = time.monotonic()
         if now - self.shown > _REFRESH_SECONDS:
@@ -71,10 +71,11 @@ class RecordingProgress:
             self._show(now)
 
     def run_finished(self) -> None:
+        """Count a finished run."""
         self.finished += 1
 
     def skip(self, steps: int, runs: int) -> None:
-        """Another process has recorded a group."""
+        """Take out a group that another process has recorded."""
         self.total -= steps
         self.finished += runs
 

@@ -1,4 +1,4 @@
-"""Places of a curriculum: which of them hold a target, and batches made anew of them. What edits are made of."""
+"""Slots of a curriculum, the building blocks of edits: find the slots of a target, insert slots, re-batch them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from simfluence.examples import Examples
 
 
 def selected(target: Target, curriculum: Curriculum, examples: Examples | None) -> Indices:
-    """The training indices that ``target`` means."""
+    """Return the training indices that ``target`` selects."""
     if examples is not None:
         if len(examples) != curriculum.n_train:
             raise InvalidInput(
-                f"a curriculum of {curriculum.n_train} training examples, but metadata of {len(examples)}"
+                f"the curriculum has {curriculum.n_train} training examples, but the metadata has {len(examples)}"
             )
         return examples.select(target)
     if isinstance(target, str) or any(isinstance(name, str) for name in target):
-        raise InvalidInput(f"{target!r} speaks of metadata or ids: give the training examples (task=… or task.train)")
+        raise InvalidInput(f"{target!r} needs metadata or ids: give the training examples (task=… or task.train)")
     return checked_indices(target, curriculum.n_train)
 
 
 def marked_slots(target: Target, curriculum: Curriculum, examples: Examples | None) -> np.ndarray:
-    """Which places of the curriculum hold an example of ``target``."""
+    """Mark the slots of the curriculum that show an example of ``target``."""
     chosen = np.zeros(curriculum.n_train, bool)
     chosen[selected(target, curriculum, examples)] = True
     return chosen[curriculum.indices]
@@ -34,21 +34,21 @@ def marked_slots(target: Target, curriculum: Curriculum, examples: Examples | No
 def insert_slots(
     added: np.ndarray, at: int, fill: str, indices: np.ndarray, sizes: np.ndarray, original: Curriculum
 ) -> Curriculum:
-    """``added`` in front of the places of batch ``at``."""
+    """Insert ``added`` in front of the slots of batch ``at``."""
     start = int(sizes[:at].sum())
     grown = sizes + len(added) * (np.arange(len(sizes)) == at)
     return rebatched(fill, np.concatenate([indices[:start], added, indices[start:]]), grown, original)
 
 
 def rebatched(fill: str, indices: np.ndarray, sizes: np.ndarray, original: Curriculum) -> Curriculum:
-    """The places in batches of ``sizes``, or cut anew into such as the original has."""
+    """Cut the slots into batches of ``sizes`` ("shrink"), or of the original's sizes."""
     return Curriculum.from_flat(
         indices, sizes if fill == "shrink" else _recut(len(indices), original), original.n_train
     )
 
 
 def _recut(count: int, original: Curriculum) -> np.ndarray:
-    """Batch sizes for ``count`` places: the original's while they last, then its usual one."""
+    """Return batch sizes for ``count`` slots: the original's sizes, continued by its most frequent size."""
     ends = original.offsets[1:]
     if count == ends[-1]:
         return original.sizes
@@ -59,6 +59,7 @@ def _recut(count: int, original: Curriculum) -> np.ndarray:
     return np.diff(np.minimum(ends[:needed], count), prepend=0)
 
 
-def sizes_of(curriculum: Curriculum, kept: np.ndarray) -> np.ndarray:
-    """How many of the ``kept`` places each batch has."""
-    return np.diff(np.concatenate([[0], np.cumsum(kept)])[curriculum.offsets])
+def sizes_of(curriculum: Curriculum, remains: np.ndarray) -> np.ndarray:
+    """Count the slots that ``remains`` marks in each batch."""
+    sizes: np.ndarray = np.diff(np.concatenate([[0], np.cumsum(remains)])[curriculum.offsets])
+    return sizes

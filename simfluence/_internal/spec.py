@@ -1,4 +1,4 @@
-"""The base of frozen, validated specifications: every bad field is reported at once, by its path."""
+"""The base class of frozen, validated specifications, which report all bad fields at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from simfluence.errors import InvalidInput, did_you_mean
 
 
 class InvalidSpec(InvalidInput):
-    """A specification with bad fields: ``problems`` maps the path of each to what is wrong with it."""
+    """A specification with bad fields; ``problems`` maps the path of each bad field to its message."""
 
     def __init__(self, name: str, problems: dict[str, str]) -> None:
         self.problems = problems
-        said = [f"{path}: {message}" if path else message for path, message in problems.items()]
-        super().__init__(f"{name}: {'; '.join(said)}")
+        messages = [f"{path}: {message}" if path else message for path, message in problems.items()]
+        super().__init__(f"{name}: {'; '.join(messages)}")
 
 
 class Spec(pydantic.BaseModel):
@@ -30,21 +30,21 @@ class Spec(pydantic.BaseModel):
             raise InvalidSpec(type(self).__name__, _problems(type(self), error)) from None
 
     def replace(self, **changes: Any) -> Any:
-        """A copy with some fields changed, validated like a new one."""
+        """Return a validated copy with some fields changed."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
 def _problems(spec: type[Spec], error: pydantic.ValidationError) -> dict[str, str]:
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         path = ".".join(str(part) for part in detail["loc"])
         cause = detail.get("ctx", {}).get("error")
-        if isinstance(cause, InvalidSpec):  # a specification within this one: its own paths, continued
-            found |= {f"{path}.{inner}".rstrip("."): message for inner, message in cause.problems.items()}
+        if isinstance(cause, InvalidSpec):  # a nested specification: extend its paths
+            problems |= {f"{path}.{inner}".rstrip("."): message for inner, message in cause.problems.items()}
         elif detail["type"] == "extra_forbidden":
-            found[path] = f"unknown field, {did_you_mean(path, spec.model_fields)}"
+            problems[path] = f"unknown field, {did_you_mean(path, spec.model_fields)}"
         elif isinstance(detail["input"], dict):
-            found[path] = detail["msg"].removeprefix("Value error, ")
+            problems[path] = detail["msg"].removeprefix("Value error, ")
         else:
-            found[path] = f"{detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})"
-    return found
+            problems[path] = f"{detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})"
+    return problems

@@ -1,7 +1,7 @@
 """Array types of the public functions. Axes are named once, here.
 
 ``runs``   one entry per training run        ``times``  steps + 1: before any update, then after each step
-``steps``  one entry per batch               ``train``, ``test``  one entry per example of that side
+``steps``  one entry per batch               ``train``, ``test``  one entry per training or test example
 """
 
 from __future__ import annotations
@@ -17,5 +17,5 @@ RunLosses = Float[np.ndarray, "times test"]
 Losses = Float[np.ndarray, "runs times test"]
 InitialLosses = Float[np.ndarray, "runs test"]
 
-#: Which examples are meant: a filter over their metadata, their indices, or their ids.
+#: A selection of examples: a filter over their metadata, a list of indices, or a list of ids.
 Target = str | Sequence[Any] | np.ndarray

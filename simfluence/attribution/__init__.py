@@ -3,6 +3,7 @@
 model + training data + loss ──fit──▶ attributor ──scores(test data)──▶ Scores [test, train]
 """
 
+from simfluence._internal.deprecation import renamed_names
 from simfluence.attribution import exact
 from simfluence.attribution.base import Attributor
 from simfluence.attribution.curvature.kronecker import Relative
@@ -16,6 +17,15 @@ from simfluence.attribution.iterative import Arnoldi, ConjugateGradients, LiSSA
 from simfluence.attribution.scores import Scores, TopScores
 from simfluence.attribution.similarity import HiddenSimilarity, NGrams, TfIdf, candidates
 from simfluence.attribution.tracin import Adam, GradientCosine, GradientDot, TracInCP, TracInIdeal
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "of_run": "simfluence.attribution:attributor_from_run",
+        "per_example": "simfluence.attribution:per_example_gradients",
+        "reference": "simfluence.attribution.exact",
+    },
+)
 
 __all__ = [
     "EKFAC",

@@ -1,4 +1,4 @@
-"""What an attributor says of each pair of a test and a training example."""
+"""Scores of an attributor: one number per pair of a test and a training example."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from simfluence.errors import InvalidInput
 
-_FEWEST = 20  # scores that a tail's exponent is estimated from
+_FEWEST = 20  # least number of scores to estimate a tail's exponent from
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +25,8 @@ class Scores:
         values: the scores.
         unit: "loss" is the predicted rise of z's loss if every occurrence of i were taken out of training; the effect
             of removing several is the sum. "raw" is the method's own number.
-        method: the attributor that gave them.
-        layers: names along the first axis, where there is one.
+        method: name of the attributor that computed the scores.
+        layers: layer names along the first axis, if the scores are by layer.
         train, test: ids, by default 0, 1, 2, …
 
     >>> scores = Scores(np.array([[0.5, -1.0]]), "loss", "EKFAC", train=["cat", "dog"])
@@ -53,7 +53,7 @@ class Scores:
         return self.values.shape
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per score: (layer,) test, train, score."""
+        """Return a table with one row per score: (layer,) test, train, score."""
         count, n_train = self.values.shape[-2:]
         names: dict[str, Sequence[Any]] = {} if self.layers is None else {"layer": self.layers}
         names |= {
@@ -64,7 +64,7 @@ class Scores:
         return pd.DataFrame({"score": self.values.reshape(-1)}, index=index).reset_index()
 
     def by_layer(self) -> pd.DataFrame:
-        """Each layer's share of the influence: of the sum of its scores' sizes over training examples.
+        """Return each layer's share of the total absolute score, summed over training examples.
 
         Returns:
             A row per layer: ``share``, the mean over test examples, and ``low`` and ``high``, the 10th and 90th
@@ -89,7 +89,7 @@ class Scores:
         )
 
     def tail(self, top: float = 0.01) -> Tail:
-        """How unevenly positive influence is spread (Grosse et al. 2023, section 5.2).
+        """Measure how unevenly positive influence is spread (Grosse et al. 2023, section 5.2).
 
         Args:
             top: which share of the training examples (for ``share``) and of the scores (for ``exponent``) is the top.
@@ -126,11 +126,11 @@ class Tail:
     """How unevenly positive scores are spread.
 
     Args:
-        share: of a test example's positive influence that its top training examples carry; mean over test examples.
+        share: fraction of a test example's positive influence from its top training examples; mean over test examples.
         exponent: a of ``P(score > s) ∝ s^−a`` among the largest scores of all pairs, by Hill's estimator (Hill 1975);
-            NaN where they are too few.
-        start: the score above which it is estimated.
-        count: from how many scores.
+            NaN if there are too few.
+        start: the score above which the exponent is estimated.
+        count: number of scores used for the exponent.
     """
 
     share: float
@@ -146,7 +146,7 @@ class TopScores:
     Args:
         indices: of training examples.
         values: their scores.
-        unit, method: as of ``Scores``.
+        unit, method: see ``Scores``.
 
     >>> best = TopScores(np.array([[4, 0]]), np.array([[0.9, 0.2]]), "loss", "EKFAC")
     >>> best.indices[0, 0]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import pandas as pd
 import typer
 
-from simfluence import plots
-from simfluence.attribution import METHODS, attributor_from_run
-from simfluence.cli.options import AsJson, Out, OwnTask, Parameters, Plot, StorePath, built_task, parsed
-from simfluence.cli.output import draw, print_json, print_table, records
-from simfluence.evaluation.attribution import lds as score
-from simfluence.queries.effects import rank_suspects
-from simfluence.runs import Run, Runs
-from simfluence.storage.store import RunStore
+from simfluence.cli.options import (
+    METHOD_NAMES,
+    AsJson,
+    Out,
+    OwnTask,
+    Parameters,
+    Plot,
+    StorePath,
+    built_task,
+    parsed,
+)
+
+if TYPE_CHECKING:
+    from simfluence.runs import Run
+    from simfluence.storage.store import RunStore
+
 
 OfRun = Annotated[str | None, typer.Option("--run", help="Id of the run whose model it is; by default the first.")]
 Checkpoints = Annotated[int, typer.Option(help="For tracin: how many checkpoints.")]
@@ -23,7 +29,7 @@ Checkpoints = Annotated[int, typer.Option(help="For tracin: how many checkpoints
 
 def attribute(
     store: StorePath,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "ekfac",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHOD_NAMES)}.")] = "ekfac",
     parameters: Parameters = None,
     run: OfRun = None,
     test: Annotated[str | None, typer.Option(help="Test example (index), or a filter over them; all if none.")] = None,
@@ -35,6 +41,15 @@ def attribute(
     as_json: AsJson = False,
 ) -> None:
     """Which training examples lower, and which raise, the test losses of a run of STORE?"""
+    import numpy as np
+    import pandas as pd
+
+    from simfluence import plots
+    from simfluence.attribution import attributor_from_run
+    from simfluence.cli.output import draw, print_json, print_table, records
+    from simfluence.queries.effects import rank_suspects
+    from simfluence.storage.store import RunStore
+
     opened = RunStore(store)
     base = _run(opened, run)
     built = built_task(opened, task)
@@ -74,6 +89,14 @@ def lds(
     as_json: AsJson = False,
 ) -> None:
     """Linear datamodeling scores of attribution methods on the runs of STORE, but for the one that they are of."""
+    import pandas as pd
+
+    from simfluence.attribution import attributor_from_run
+    from simfluence.cli.output import print_json, print_table, records
+    from simfluence.evaluation.attribution import lds as score
+    from simfluence.runs import Runs
+    from simfluence.storage.store import RunStore
+
     opened = RunStore(store)
     base = _run(opened, run)
     built = built_task(opened, task)

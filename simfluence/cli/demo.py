@@ -94,7 +94,7 @@ def main_job(
         told: what the runs that were learned from are.
     """
     simulators = {name: sklearn.base.clone(simulator).fit(fit) for name, simulator in compared.items()}
-    table = evaluate(simulators, held, reference=fit)
+    table = evaluate(simulators, held, baseline_runs=fit)
     edit = Remove(f"label == {label!r}")
     verified = retrained(task, simulators, held[0], edit, store.path)
     draw(picture, task, label, simulators, held, verified)

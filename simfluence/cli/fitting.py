@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
 
-from simfluence import plots, simulators
-from simfluence._internal.html import cell, readable
-from simfluence.cli.demo import run_demo
-from simfluence.cli.demo_docstrings import run_docstrings_demo
 from simfluence.cli.options import (
+    SIMULATOR_NAMES,
     AsJson,
     HeldOut,
     Intervals,
@@ -26,20 +22,22 @@ from simfluence.cli.options import (
     built_task,
     fitted_all,
     fitted_by_name,
+    opened_and_split,
     parsed,
+    simulator_class,
     unfitted,
+    with_intervals,
 )
-from simfluence.cli.output import draw, print_json, print_table, records
 from simfluence.errors import InvalidInput, did_you_mean
-from simfluence.evaluation.held_out import METRICS
-from simfluence.evaluation.held_out import evaluate as evaluate_simulators
-from simfluence.evaluation.learning_curves import learning_curve as curve
-from simfluence.evaluation.tuning import Search, search
-from simfluence.simulators import OF_TASK, SIMULATORS, ConformalSimulator
-from simfluence.storage.store import RunStore
 
-#: What the demo can be of.
-DEMOS = {"digits": run_demo, "docstrings": run_docstrings_demo}
+if TYPE_CHECKING:
+    from simfluence.evaluation.tuning import Search
+
+#: The tasks that the demo can show, and where.
+DEMOS = {
+    "digits": "simfluence.cli.demo:run_demo",
+    "docstrings": "simfluence.cli.demo_docstrings:run_docstrings_demo",
+}
 
 
 def demo(
@@ -48,9 +46,13 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Record real runs, fit, score on unseen runs, ask a what-if, and retrain to confirm it."""
+    from simfluence._internal.html import readable
+    from simfluence._internal.imports import imported_object
+    from simfluence.cli.output import print_json, print_table, records
+
     if task not in DEMOS:
         raise InvalidInput(f"no demo of task {task!r}, {did_you_mean(task, DEMOS)}")
-    found = DEMOS[task](folder)
+    found = imported_object(DEMOS[task], "demo")(folder)
     if as_json:
         parts = {"store": str(found.store.path), "picture": str(found.picture), "edit": str(found.edit)}
         print_json(parts | {"evaluation": records(found.table), "what_if": records(found.answers)})
@@ -72,11 +74,12 @@ def fit(
     task: OwnTask = None,
 ) -> None:
     """Fit a simulator on the runs of STORE that are not held out, and save it."""
-    opened = RunStore(store)
-    simulators.build(simulator, **parsed(parameters))  # says at once which parameter it does not have
+    from simfluence.simulators import ConformalSimulator
+
+    simulator_class(simulator)().with_parameters(**parsed(parameters))  # says at once which parameter it does not have
+    opened, part, _ = opened_and_split(store, held_out, seed)
     chosen = unfitted(simulator, parameters, opened, task)
-    chosen = ConformalSimulator(chosen, seed=seed) if intervals else chosen
-    part, _ = opened.load().split(held_out, seed)
+    chosen = ConformalSimulator(chosen, seed=seed) if intervals and not chosen.gives_intervals else chosen
     chosen.fit(part).save(out)
     print(f"{chosen} fitted on {len(part)} runs: {out}")
 
@@ -99,6 +102,15 @@ def evaluate(
 
     Several stores make one table, a row per store and simulator.
     """
+    import pandas as pd
+
+    from simfluence import plots
+    from simfluence._internal.html import readable
+    from simfluence.cli.output import draw, print_json, print_table, records
+    from simfluence.evaluation.held_out import METRICS
+    from simfluence.evaluation.held_out import evaluate as evaluate_simulators
+    from simfluence.storage.store import RunStore
+
     splits = {str(store): RunStore(store).load().split(held_out, seed) for store in stores}
     tables = {}
     for store, (part, held) in splits.items():
@@ -107,7 +119,7 @@ def evaluate(
             store, part, parameters
         )
         if intervals:
-            chosen = {name: ConformalSimulator(each, seed=seed).fit(part) for name, each in chosen.items()}
+            chosen = {name: with_intervals(fitted, part, seed) for name, fitted in chosen.items()}
         tables[store] = evaluate_simulators(chosen, held, part, metrics=metric or METRICS)
     table = pd.concat(tables, names=["store"]) if len(tables) > 1 else tables[str(stores[0])]
     if plot:
@@ -124,7 +136,9 @@ def evaluate(
 def tune(
     store: StorePath,
     out: Annotated[Path, typer.Option(help="File for the fitted simulator (.safetensors).")],
-    simulator: Annotated[str, typer.Option(help=f"best, or one of {', '.join((*SIMULATORS, *OF_TASK))}.")] = "linear",
+    simulator: Annotated[
+        str, typer.Option(help=f"best, package.module:Class, or one of {', '.join(SIMULATOR_NAMES)}.")
+    ] = "linear",
     trials: Annotated[int, typer.Option(help="How many candidates to try.")] = 20,
     parameters: Parameters = None,
     folds: Annotated[int, typer.Option(help="Parts of the fitting runs that are held out in turn.")] = 4,
@@ -138,12 +152,17 @@ def tune(
 
     Parameters that are --set are not searched.
     """
-    opened = RunStore(store)
-    part, held = opened.load().split(held_out, seed)
-    given = {"task": built_task(opened, task)} if simulator in OF_TASK else {}
+    from simfluence._internal.html import readable
+    from simfluence.cli.output import print_json, print_table, records
+    from simfluence.evaluation.held_out import evaluate as evaluate_simulators
+    from simfluence.evaluation.tuning import search
+
+    kind = "best" if simulator == "best" else simulator_class(simulator)
+    opened, part, held = opened_and_split(store, held_out, seed)
+    given = {"task": built_task(opened, task)} if not isinstance(kind, str) and kind.needs_task else {}
     options: dict[str, Any] = {"fixed": parsed(parameters) | given, "storage": storage}
     try:
-        found = search(simulator, part, trials=trials, seed=seed, folds=folds, **options)
+        found = search(kind, part, trials=trials, seed=seed, folds=folds, **options)
     except KeyboardInterrupt:
         kept = f"What was tried is in {storage}; the same command goes on from there." if storage else ""
         print(f"\nStopped. {kept}", file=sys.stderr)
@@ -173,9 +192,15 @@ def learning_curve(
     as_json: AsJson = False,
 ) -> None:
     """Score a simulator fitted on 2, 4, 8, … runs of STORE: how many are needed?"""
-    opened = RunStore(store)
-    given = {"task": built_task(opened, task)} if simulator in OF_TASK else {}
-    chosen = simulators.build(simulator, **parsed(parameters), **given)
+    from simfluence import plots
+    from simfluence._internal.html import readable
+    from simfluence.cli.output import draw, print_json, print_table
+    from simfluence.evaluation.learning_curves import learning_curve as curve
+    from simfluence.storage.store import RunStore
+
+    opened, chosen = RunStore(store), simulator_class(simulator)()
+    given = {"task": built_task(opened, task)} if chosen.needs_task else {}
+    chosen = chosen.with_parameters(**parsed(parameters), **given)
     table = curve(chosen, opened.load(), held_out=held_out, repeats=repeats, seed=seed)
     if plot:
         draw(plot, lambda ax: plots.learning_curve(table, ax, f"{plots.heading(table)}, {chosen.name}"))
@@ -186,6 +211,9 @@ def learning_curve(
 
 
 def _print_search(found: Search) -> None:
+    from simfluence._internal.html import cell
+    from simfluence.cli.output import print_table
+
     chosen = ", ".join(f"{name}={cell(value)}" for name, value in found.parameters.items())
     print(f"Best of {len(found.trials)} candidates: {found.name} with {chosen or 'no parameters'}")
     print(f"Cross-validated skill {cell(found.skill)}")

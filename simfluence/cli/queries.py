@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import pandas as pd
 import typer
 
-from simfluence import plots
 from simfluence.cli.options import (
     AsJson,
     BaseRun,
@@ -26,20 +23,21 @@ from simfluence.cli.options import (
     base_runs,
     built_task,
     fitted_by_name,
+    opened_and_split,
+    with_intervals,
 )
-from simfluence.cli.output import draw, print_json, print_table, records
-from simfluence.edits import Edit, Keep, Remove, Reorder, Repeat
 from simfluence.errors import InvalidInput
-from simfluence.queries.effects import leave_group_out, rank_suspects
-from simfluence.queries.effects import leave_one_out as leave_each_out
-from simfluence.queries.forecast import Forecast
-from simfluence.queries.forecasts import Forecasts
-from simfluence.queries.questions import what_if as ask
-from simfluence.queries.removal import best_removal, forecast_removal, smallest_removal
-from simfluence.runs import Run
-from simfluence.simulators import ConformalSimulator, Simulator
-from simfluence.specs import WhatIfSpec
-from simfluence.storage.store import RunStore
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from simfluence.edits import Edit
+    from simfluence.queries.forecast import Forecast
+    from simfluence.queries.forecasts import Forecasts
+    from simfluence.runs import Run
+    from simfluence.simulators import Simulator
+
 
 Top = Annotated[int, typer.Option(help="How many rows to show.")]
 TestTarget = Annotated[str | None, typer.Option(help="Test example (index), or a filter over them; all if none.")]
@@ -71,16 +69,18 @@ def what_if(
     as_json: AsJson = False,
 ) -> None:
     """Forecast the test losses of runs of STORE had their curricula been edited."""
+    from simfluence.cli.output import print_json
+    from simfluence.queries.questions import what_if as ask
+    from simfluence.specs import WhatIfSpec
+
     edits = _edits(remove, keep, repeat, times, first, then, fill)
     if bool(edits) == bool(spec):
         raise InvalidInput("say what to change: --remove, --keep, --repeat, --first (with --then), or --spec")
-    opened = RunStore(store)
-    part, held = opened.load().split(held_out, seed)
+    opened, part, held = opened_and_split(store, held_out, seed)
     of = base_runs(opened, run, held, bases)
     built = built_task(opened, task) if verify else None
     fitted = fitted_by_name(simulator, part, parameters, opened, task)
-    if intervals and not fitted.gives_intervals:
-        fitted = ConformalSimulator(fitted, seed=seed).fit(part)
+    fitted = with_intervals(fitted, part, seed) if intervals else fitted
     queries: Any = WhatIfSpec.read(spec).queries if spec else edits
     forecast = ask(fitted, of[0] if len(of) == 1 else of, queries, task=built)
     verified = forecast.verify(store=store, seeds=seeds) if verify else None
@@ -114,8 +114,11 @@ def leave_one_out(
 
     The gain of an example is how far the mean final loss falls without it: those with the largest are suspects.
     """
-    opened = RunStore(store)
-    part, held = opened.load().split(held_out, seed)
+    from simfluence import plots
+    from simfluence.cli.output import draw, print_json, print_table, records
+    from simfluence.queries.effects import rank_suspects
+
+    opened, part, held = opened_and_split(store, held_out, seed)
     base = base_runs(opened, run, held)[0]
     fitted = fitted_by_name(simulator, part, parameters, opened, task)
     target = _test(test)
@@ -141,6 +144,11 @@ def leave_one_out(
 
 def _left_out(fitted: Simulator, base: Run, by: str | None, method: str) -> pd.DataFrame:
     """A row per test example, a column per training example or group."""
+    import pandas as pd
+
+    from simfluence.queries.effects import leave_group_out
+    from simfluence.queries.effects import leave_one_out as leave_each_out
+
     if by:
         return leave_group_out(fitted, base, by).rename_axis("test")
     columns = pd.RangeIndex(base.curriculum.n_train, name="train")
@@ -168,14 +176,18 @@ def removal(
     as_json: AsJson = False,
 ) -> None:
     """Forecast data removal: the losses without some examples, or which to remove to move a loss."""
+    import pandas as pd
+
+    from simfluence import plots
+    from simfluence.cli.output import draw, print_json, print_table, records
+    from simfluence.queries.removal import best_removal, forecast_removal, smallest_removal
+
     if sum(option is not None for option in (where, by, past, best)) != 1:
         raise InvalidInput("say what to find out: one of --where, --by, --past (with --test), --best (with --test)")
-    opened = RunStore(store)
-    part, held = opened.load().split(held_out, seed)
+    opened, part, held = opened_and_split(store, held_out, seed)
     base = base_runs(opened, run, held)[0]
     fitted = fitted_by_name(simulator, part, parameters, opened, task)
-    if intervals and not fitted.gives_intervals:
-        fitted = ConformalSimulator(fitted, seed=seed).fit(part)
+    fitted = with_intervals(fitted, part, seed) if intervals else fitted
     if past is None and best is None:
         targets = where if where is not None else _groups(base, str(by))
         show = _Answer(forecast_removal(fitted, base, targets, fill=fill), None, None)
@@ -214,6 +226,9 @@ class _Answer:
         self.groups = forecast.by_group(by) if by else None
 
     def content(self) -> dict[str, Any]:
+        from simfluence.cli.output import records
+        from simfluence.queries.forecast import Forecast
+
         answer = self._of_one(self.forecast) if isinstance(self.forecast, Forecast) else self._of_many(self.forecast)
         return answer | ({} if self.groups is None else {"by": records(self.groups)})
 
@@ -230,10 +245,15 @@ class _Answer:
         return answer
 
     def _of_many(self, forecasts: Forecasts) -> dict[str, Any]:
+        from simfluence.cli.output import records
+
         answer: dict[str, Any] = {"runs": [run.id for run in forecasts.runs], "queries": records(forecasts.ranking())}
         return answer | ({"verification": records(self.verified.table)} if self.verified else {})
 
     def print(self) -> None:
+        from simfluence.cli.output import print_table
+        from simfluence.queries.forecast import Forecast
+
         if isinstance(self.forecast, Forecast):
             print(self.forecast.summary())
             table = self.forecast.ranking().rename(columns={"change": "predicted"})
@@ -251,12 +271,16 @@ class _Answer:
 
     def draw(self, path: Path) -> None:
         """One query: the mean trajectory. Many: their mean changes, beside the retrained ones."""
+        from simfluence.cli.output import draw
+
         draw(path, (self.verified or self.forecast).plot)
 
 
 def _edits(
     remove: str | None, keep: str | None, repeat: str | None, times: int, first: str | None, then: str | None, fill: str
 ) -> list[Edit]:
+    from simfluence.edits import Keep, Remove, Reorder, Repeat
+
     if then and not first:
         raise InvalidInput("say what to change: --then goes with --first")
     edits: list[Edit] = []
@@ -278,6 +302,8 @@ def _test(text: str | None) -> Any:
 
 def _groups(base: Run, column: str) -> Mapping[str, np.ndarray]:
     """The training examples of each value of a column."""
+    import numpy as np
+
     if base.train is None:
         raise InvalidInput(f"nothing is known of the training examples of run {base.id}: --by has no column {column!r}")
     values = np.array(base.train.column(column), dtype=object)

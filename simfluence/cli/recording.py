@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
 
-from simfluence import tasks
 from simfluence.cli.options import AsJson, OwnTask, Plot, StorePath
-from simfluence.cli.output import draw, print_json, print_table
 from simfluence.errors import InvalidInput
-from simfluence.recording import estimate
-from simfluence.recording import record as record_runs
-from simfluence.runs import Run
-from simfluence.specs import RecordingSpec
-from simfluence.storage.store import RunStore
-from simfluence.task import Task
+
+if TYPE_CHECKING:
+    from simfluence.runs import Run
+    from simfluence.specs import RecordingSpec
+    from simfluence.task import Task
 
 
 def record(
@@ -35,6 +31,12 @@ def record(
     as_json: AsJson = False,
 ) -> None:
     """Train under each curriculum of SPEC and record every test loss; goes on where it stopped."""
+    from simfluence.cli.output import print_json
+    from simfluence.recording import estimate
+    from simfluence.recording import record as record_runs
+    from simfluence.specs import RecordingSpec
+    from simfluence.storage.store import RunStore
+
     wanted = RecordingSpec.read(spec)
     built = _task(task, wanted)
     curricula = wanted.curricula.build(built.train)
@@ -59,6 +61,11 @@ def record(
 
 def runs_ls(store: StorePath, plot: Plot = None, as_json: AsJson = False) -> None:
     """List the runs of STORE; draw their mean losses."""
+    import pandas as pd
+
+    from simfluence.cli.output import draw, print_json, print_table
+    from simfluence.storage.store import RunStore
+
     opened = RunStore(store)
     if plot:
         draw(plot, opened.load().plot)
@@ -75,6 +82,9 @@ def runs_show(
     store: StorePath, run: Annotated[str, typer.Argument(help="Id of the run.")], as_json: AsJson = False
 ) -> None:
     """Show one run of STORE."""
+    from simfluence.cli.output import print_json
+    from simfluence.storage.store import RunStore
+
     found = RunStore(store).read(run)
     recipe = found.recipe.model_dump() if found.recipe else None
     shown = _row(found) | {"recipe": recipe, "checkpoints": sorted(found.checkpoints)}
@@ -88,6 +98,8 @@ def runs_show(
 
 def _task(reference: str | None, spec: RecordingSpec) -> Task:
     """The user's own task if one is given, else the ready-made one of the specification."""
+    from simfluence import tasks
+
     if reference:
         return tasks.imported(reference)
     if spec.task is None:

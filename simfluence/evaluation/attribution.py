@@ -1,4 +1,4 @@
-"""Is an attribution right? Scores against runs on subsets, against removals that are retrained, against references."""
+"""Evaluation of attributions: against runs on subsets, retrained removals, or true influence scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from simfluence.errors import InvalidInput
 from simfluence.evaluation.metrics import correlation_over_runs
 from simfluence.recording import record
 from simfluence.runs import Run, Runs
-from simfluence.simulators.base import usable
 from simfluence.task import Task
+
+__all__ = ["LDS", "agreement", "brittleness", "checked", "lds"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LDS:
     Args:
         value: mean over test examples of Spearman's ρ over runs.
         low, high: bootstrap interval over runs.
-        runs, test_examples: how many went in.
+        runs, test_examples: numbers of runs and test examples.
 
     >>> print(LDS(0.71, 0.67, 0.74, runs=64, test_examples=100))
     0.710 [0.670, 0.740]
@@ -44,63 +45,66 @@ class LDS:
 
 
 def lds(scores: Any, runs: Runs, *, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0) -> LDS:
-    """Linear datamodeling score (Park et al. 2023, definition 2.3): do summed scores rank runs on subsets right?
+    """Compute the linear datamodeling score (Park et al. 2023, definition 2.3).
 
-    Per test example, Spearman's ρ over runs between what the scores predict of the final loss, which falls by the
-    score of each training example that the run shows, and the recorded one.
+    It is Spearman's ρ over runs between predicted and recorded final loss, averaged over test examples. The predicted
+    loss falls by the score of each training example that the run shows.
 
     Args:
         scores: ``[test, train]``, positive where training on the example lowers the loss; any unit.
-        runs: each on its own subset of the training examples.
+        runs: runs that each train on their own subset of the training examples.
         bootstrap, confidence, seed: number of resamples of the runs, coverage and seed of the interval.
 
     Raises:
-        InvalidInput: scores of other examples, fewer than 3 runs, or runs that all show the same examples.
+        InvalidInput: the scores have another shape, there are fewer than 3 runs, or all runs show the same examples.
 
     >>> runs = Runs.from_arrays([[[0]], [[1]], [[2]]], [[[3.0], [1.0]], [[3.0], [2.0]], [[3.0], [2.5]]])
     >>> lds(np.array([[0.9, 0.5, 0.1]]), runs).value
     1.0
     """
-    runs = usable(runs, "judge scores by")
+    runs = runs.usable("judge scores by")
     values = checked(scores, runs.n_test, runs.n_train)
     if len(runs) < 3:
-        raise InvalidInput(f"{len(runs)} runs cannot be ranked: give 16 or more, on subsets of their own")
+        raise InvalidInput(f"{len(runs)} runs are too few: give 16 or more, each on its own subset")
     shown = np.array([run.curriculum.counts.sum(axis=0) > 0 for run in runs])  # [runs, train]
     if (shown == shown[0]).all():
-        raise InvalidInput("all runs show the same training examples: there is no subset to tell apart")
+        raise InvalidInput("all runs show the same training examples: record runs on different subsets")
     actual = np.array([run.losses[run.times[-1]] for run in runs], np.float64)
-    found = correlation_over_runs(shown @ -values.T, actual, bootstrap=bootstrap, confidence=confidence, seed=seed)
-    return LDS(*found, runs=len(runs), test_examples=runs.n_test)
+    correlation = correlation_over_runs(
+        shown @ -values.T, actual, bootstrap=bootstrap, confidence=confidence, seed=seed
+    )
+    return LDS(*correlation, runs=len(runs), test_examples=runs.n_test)
 
 
 def brittleness(
     scores: Any,
     task: Task,
     run: Run,
-    k: Sequence[int] = (1, 5, 10),
+    k: int | Sequence[int] = (1, 5, 10),
     *,
     test: Sequence[int] | None = None,
     store: str | Path | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How far does a test loss rise when its k most helpful training examples are removed and the run is retrained?
+    """Retrain without the k most helpful examples of a test example and measure how much its loss rises.
 
-    Beside it the rise for k examples drawn at random of those that the run shows. Batches shrink.
+    The comparison is the rise without k random examples that the run shows. Batches shrink.
 
     Args:
         scores: ``[test, train]``, in any unit.
-        task, run: what is retrained: the run's curriculum without the examples, by its recipe.
+        task, run: task and run to retrain, with the run's recipe and its curriculum without the examples.
         k: numbers of examples to remove.
-        test: whose losses; each needs a training per k. By default 20 of them, evenly spread.
-        store: folder to keep the retrained runs in; asking again trains nothing.
-        seed: of the random removals.
+        test: indices of test examples, each of which needs two trainings per k; by default 20, evenly spread.
+        store: folder for the retrained runs; a second call with the same arguments trains nothing.
+        seed: seed of the random removals.
 
     Returns:
         A row per k: ``rise`` and ``random_rise``, means over the test examples, their standard errors ``rise_se`` and
         ``random_rise_se``, and the number of test_examples.
 
     Raises:
-        InvalidInput: scores of other examples, a k that leaves nothing, a run of another task or without a recipe.
+        InvalidInput: the scores have another shape, a k removes every example, or the run is of another task or has
+            no recipe.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -109,21 +113,22 @@ def brittleness(
     >>> brittleness(scores, task, run, k=[1, 3]).columns.tolist()
     ['rise', 'rise_se', 'random_rise', 'random_rise_se', 'test_examples']
     """
+    k = [k] if isinstance(k, int | np.integer) else list(k)
     values = checked(scores, len(task.test), len(task.train))
     if run.recipe is None or run.fingerprint not in (None, task.fingerprint):
-        raise InvalidInput(f"run {run.id} is of another task than {task.name!r}, or does not know its recipe")
+        raise InvalidInput(f"run {run.id} is of another task than {task.name!r}, or has no recipe")
     chosen = np.linspace(0, len(task.test) - 1, min(20, len(task.test))).astype(int) if test is None else np.array(test)
     shown = np.unique(run.curriculum.indices)
     if not all(1 <= number < len(shown) for number in k):
         raise InvalidInput(
-            f"k must be from 1 to {len(shown) - 1}, as the run shows {len(shown)} examples; got {list(k)}"
+            f"k must be from 1 to {len(shown) - 1}, because the run shows {len(shown)} examples; got {list(k)}"
         )
     rng = np.random.default_rng(seed)
     best = [shown[np.argsort(-values[z, shown], kind="stable")] for z in chosen]
     others = [rng.permutation(shown) for _ in chosen]
-    edits = [Remove(order[:number]) for number in k for side in (best, others) for order in side]
+    edits = [Remove(order[:number]) for number in k for orders in (best, others) for order in orders]
     retrained = record(task, run.recipe, [e.apply(run.curriculum) for e in edits], store, verification=True)
-    after = np.array([each.losses[-1] for each in retrained]).reshape(len(k), 2, len(chosen), -1)
+    after = np.array([retrained_run.losses[-1] for retrained_run in retrained]).reshape(len(k), 2, len(chosen), -1)
     rises = after[:, :, np.arange(len(chosen)), chosen] - run.losses[-1, chosen]  # [k, 2, chosen]
     mean, error = (
         rises.mean(axis=2),
@@ -134,24 +139,24 @@ def brittleness(
 
 
 def agreement(scores: Any, truth: Any) -> pd.Series:
-    """How scores agree with a reference (leave-one-out retraining, PBRF, exact influence) of the same pairs.
+    """Compare scores with true influence scores (leave-one-out retraining, PBRF, exact influence).
 
     Args:
         scores, truth: ``[test, train]``.
 
     Returns:
-        ``pearson`` and ``spearman``: means over test examples of the correlation over training examples; ``pooled``:
-        Pearson's r over all pairs; ``size``: slope of the truth by the scores, 1 where the size is right too.
+        ``pearson`` and ``spearman``: correlations over training examples, averaged over test examples; ``pooled``:
+        Pearson's r over all pairs; ``size``: slope of truth on scores, 1 if their sizes agree.
 
     Raises:
-        InvalidInput: they differ in shape, or there are fewer than 3 training examples.
+        InvalidInput: the shapes differ, or there are fewer than 3 training examples.
 
     >>> agreement(np.array([[1.0, 2.0, 3.0]]), np.array([[2.0, 4.0, 6.0]])).round(2).to_dict()
     {'pearson': 1.0, 'spearman': 1.0, 'pooled': 1.0, 'size': 2.0}
     """
     truth = np.asarray(truth, np.float64)
     if truth.ndim != 2 or truth.shape[1] < 3:
-        raise InvalidInput(f"the reference must be [test, train] with 3 training examples or more, got {truth.shape}")
+        raise InvalidInput(f"truth must be [test, train] with 3 training examples or more, got {truth.shape}")
     values = checked(scores, *truth.shape)
     rows = pd.DataFrame(values.T).corrwith(pd.DataFrame(truth.T))
     ranks = pd.DataFrame(values.T).corrwith(pd.DataFrame(truth.T), method="spearman")
@@ -161,10 +166,10 @@ def agreement(scores: Any, truth: Any) -> pd.Series:
 
 
 def checked(scores: Any, n_test: int, n_train: int) -> Float[np.ndarray, "test train"]:
-    """Scores as an array of the right shape.
+    """Return scores as an array, checked to have the right shape.
 
     Raises:
-        InvalidInput: they are of other examples, or not finite.
+        InvalidInput: the shape is wrong, or a score is not finite.
     """
     values = np.asarray(scores, np.float64)
     if values.shape != (n_test, n_train):

@@ -1,4 +1,4 @@
-"""Cross-validation over runs: disjoint folds, and a simulator's errors on runs that it was not fitted on."""
+"""Errors of a simulator on held-out runs, for cross-validation and learning curves."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from simfluence.evaluation.metrics import all_errors, final_errors
 from simfluence.runs import Runs
 from simfluence.simulators import Simulator
 
+__all__ = ["fitted_errors"]
+
 
 def fitted_errors(simulator: Simulator, part: Runs, held: Runs) -> Float[np.ndarray, "2 runs"]:
-    """Per held-out run, ``all_errors`` and ``final_errors`` of the simulator fitted on ``part``.
+    """Fit a simulator on ``part`` and compute ``all_errors`` and ``final_errors`` of each run of ``held``.
 
-    A rollout that runs away has infinite errors. It is silent: candidates may overflow, and small sets of runs miss
-    examples.
+    A diverging rollout has infinite errors. Warnings are silenced, because candidates may overflow and small sets of
+    runs may lack examples.
 
     Args:
-        simulator: with its parameters; it is not changed.
+        simulator: simulator with its parameters, which is not changed.
         part: runs to fit on.
         held: runs to forecast.
     """

@@ -1,4 +1,4 @@
-"""Simulators scored on runs that were held out, beside the mean trajectory: a table, and skill along training."""
+"""Evaluation of simulators on held-out runs against the mean trajectory: a table, and skill along training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from simfluence._internal.deprecation import renamed_arguments
 from simfluence._internal.html import as_html, card, picture, readable
 from simfluence._internal.types import Losses
 from simfluence.errors import InvalidInput, did_you_mean
@@ -28,24 +29,25 @@ from simfluence.evaluation.metrics import (
 )
 from simfluence.runs import Runs
 from simfluence.simulators import Simulator
-from simfluence.simulators.base import usable
 from simfluence.simulators.baselines import MeanTrajectorySimulator
 
-#: Columns of ``evaluate`` in order: what can be asked for by ``metrics=``.
+__all__ = ["METRICS", "EvaluationTable", "evaluate", "skill_over_steps"]
+
+#: Metrics that ``evaluate`` can compute, in the order of its columns.
 METRICS = ("mse", "final_spearman", "skill", "final_skill", "run_correlation")
 
 _COVERED = 0.9  # the confidence whose coverage ``evaluate`` reports
 
 
 class EvaluationTable(pd.DataFrame):
-    """What ``evaluate`` returns: a DataFrame that notebooks show with the first of its metrics as bars.
+    """The result of ``evaluate``: a DataFrame that notebooks show with a bar chart of its first metric.
 
-    Its ``attrs`` say which task it is of, and how many runs the reference has. Whatever is made of it (a part, a
-    rounded copy) is a plain DataFrame.
+    Its ``attrs`` have the task, the number of baseline runs and the number of held-out runs. Selections and copies of
+    it are plain DataFrames.
     """
 
     def plot_metric(self, metric: str = "skill", ax: Any = None, title: str = "") -> Any:
-        """A bar per simulator: ``plots.evaluation``."""
+        """Plot a bar per simulator; see ``plots.evaluation``."""
         from simfluence import plots
 
         return plots.evaluation(self, ax, title, metric=metric)
@@ -57,47 +59,48 @@ class EvaluationTable(pd.DataFrame):
         return card("Evaluation on runs that were held out", facts, as_html(readable(self)), *bars)
 
 
+@renamed_arguments(reference="baseline_runs")
 def evaluate(
     simulators: Mapping[str, Simulator],
     held: Runs,
-    reference: Runs,
+    baseline_runs: Runs,
     *,
     metrics: Sequence[str] = METRICS,
     bootstrap: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> EvaluationTable:
-    """Score fitted simulators on runs they have not seen: one row per simulator.
+    """Score fitted simulators on held-out runs, one row per simulator.
 
     Args:
-        simulators: fitted, by the name of their row.
-        held: the runs to be forecast, from their initial losses and curricula.
-        reference: the fitting runs, whose mean trajectory has skill 0.
+        simulators: fitted simulators by name.
+        held: runs to forecast from their initial losses and curricula.
+        baseline_runs: the fitting runs, whose mean trajectory has skill 0.
         metrics: some of ``METRICS``; each comes with its spread: ``_sd`` over runs (mse, final_spearman), or
             ``_low`` and ``_high``, the bootstrap interval over runs (skill, final_skill, run_correlation).
         bootstrap, confidence, seed: number of resamples, coverage and seed of those intervals.
 
     Returns:
-        A table indexed by simulator, with the columns above, ``runs`` and ``test_examples``: how many went in.
+        A table indexed by simulator, with the columns above and the numbers of ``runs`` and ``test_examples``.
         If a simulator gives intervals, ``coverage``: the share of final losses within its 90 % intervals.
-        A metric that is not defined (run correlation of a constant forecast) is NaN.
+        An undefined metric (such as the run correlation of a constant forecast) is NaN.
 
     Raises:
-        InvalidInput: an unknown metric, no run, or runs in both ``held`` and ``reference``.
+        InvalidInput: a metric is unknown, there is no run, or a run is in both ``held`` and ``baseline_runs``.
 
     >>> rng = np.random.default_rng(0)
     >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
     >>> fit, held = runs.split(held_out=3)
     >>> mean = MeanTrajectorySimulator().fit(fit)
-    >>> evaluate({"mean": mean}, held, reference=fit)[["skill", "final_skill", "runs"]].loc["mean"].tolist()
+    >>> evaluate({"mean": mean}, held, baseline_runs=fit)[["skill", "final_skill", "runs"]].loc["mean"].tolist()
     [0.0, 0.0, 3.0]
     """
     for metric in metrics:
         if metric not in METRICS:
             raise InvalidInput(f"unknown metric {metric!r}, {did_you_mean(metric, METRICS)}")
-    held, reference = _checked(simulators, held, reference, confidence)
+    held, baseline_runs = _checked(simulators, held, baseline_runs, confidence)
     true = held.losses.astype(np.float64)
-    mean = MeanTrajectorySimulator().fit(reference).simulate(held.curricula, held.initial_losses)
+    mean = MeanTrajectorySimulator().fit(baseline_runs).simulate(held.curricula, held.initial_losses)
     resamples = np.random.default_rng(seed).integers(len(held), size=(bootstrap, len(held)))
     rows = {}
     for name, simulator in simulators.items():
@@ -109,30 +112,31 @@ def evaluate(
             scores["coverage"] = coverage(*simulator.interval(held.curricula, held.initial_losses, _COVERED), true)
         rows[name] = scores | {"runs": len(held), "test_examples": held.n_test}
     table = EvaluationTable(pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulator"))
-    table.attrs |= {"task": held.task_name, "fit": len(reference), "held": len(held)}
+    table.attrs |= {"task": held.task_name, "fit": len(baseline_runs), "held": len(held)}
     return table
 
 
+@renamed_arguments(reference="baseline_runs")
 def skill_over_steps(
     simulators: Mapping[str, Simulator],
     held: Runs,
-    reference: Runs,
+    baseline_runs: Runs,
     *,
     bootstrap: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Where along training is a forecast good? The skill at each step, pooled over runs and test examples.
+    """Compute the skill at each step of training, pooled over runs and test examples.
 
     Args:
-        simulators, held, reference, bootstrap, confidence, seed: as of ``evaluate``.
+        simulators, held, baseline_runs, bootstrap, confidence, seed: same as in ``evaluate``.
 
     Returns:
-        A row per simulator and step that was read: simulator, step, skill and its bootstrap interval over runs,
-        ``low`` and ``high``. Where the mean trajectory is exact there is no skill, and no row.
+        A row per simulator and recorded step: simulator, step, skill and its bootstrap interval over runs, ``low`` and
+        ``high``. Steps at which the mean trajectory is exact are left out, because the skill is undefined there.
 
     Raises:
-        InvalidInput: as ``evaluate``.
+        InvalidInput: same as in ``evaluate``.
 
     >>> rng = np.random.default_rng(0)
     >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
@@ -140,45 +144,47 @@ def skill_over_steps(
     >>> table[["step", "skill"]].to_numpy().tolist()
     [[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0], [5.0, 0.0]]
     """
-    held, reference = _checked(simulators, held, reference, confidence)
+    held, baseline_runs = _checked(simulators, held, baseline_runs, confidence)
     true = held.losses.astype(np.float64)
-    mean = MeanTrajectorySimulator().fit(reference).simulate(held.curricula, held.initial_losses)
+    mean = MeanTrajectorySimulator().fit(baseline_runs).simulate(held.curricula, held.initial_losses)
     baseline_sse = np.nansum(squared_errors(mean, true), axis=2)  # [runs, times]
     steps = 1 + np.flatnonzero(baseline_sse[:, 1:].sum(axis=0) > 0)
     draws = np.random.default_rng(seed).multinomial(len(held), np.full(len(held), 1 / len(held)), size=bootstrap)
     tables = []
     for name, simulator in simulators.items():
         sse = np.nansum(squared_errors(simulator.simulate(held.curricula, held.initial_losses), true), axis=2)
-        with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no run that goes so far
+        with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no run with this many steps
             resampled = 1 - (draws @ sse[:, steps]) / (draws @ baseline_sse[:, steps])
         low, high = np.array([bootstrap_interval(column, confidence) for column in resampled.T]).reshape(-1, 2).T
         values = 1 - sse[:, steps].sum(axis=0) / baseline_sse[:, steps].sum(axis=0)
         tables.append(pd.DataFrame({"simulator": name, "step": steps, "skill": values, "low": low, "high": high}))
     table = pd.concat(tables, ignore_index=True)
-    table.attrs |= {"task": held.task_name, "fit": len(reference), "held": len(held)}
+    table.attrs |= {"task": held.task_name, "fit": len(baseline_runs), "held": len(held)}
     return table
 
 
-def _checked(simulators: Mapping[str, Simulator], held: Runs, reference: Runs, confidence: float) -> tuple[Runs, Runs]:
-    """The runs that can be used.
+def _checked(
+    simulators: Mapping[str, Simulator], held: Runs, baseline_runs: Runs, confidence: float
+) -> tuple[Runs, Runs]:
+    """Check the arguments and return the usable runs.
 
     Raises:
-        InvalidInput: no mapping of simulators, no run, runs in both parts, or a confidence out of range.
+        InvalidInput: simulators are no mapping, no run is usable, runs are in both parts, or confidence is invalid.
     """
     if not isinstance(simulators, Mapping) or not simulators:
         raise InvalidInput('simulators must be a mapping from row names to simulators, such as {"linear": linear}')
     if not 0 < confidence < 1:
         raise InvalidInput(f"confidence must be between 0 and 1, got {confidence}")
-    held, reference = usable(held, "evaluate on"), usable(reference, "compare with")
-    if shared := set(held.ids) & set(reference.ids):
-        raise InvalidInput(f"{len(shared)} runs are both held out and in the reference: split(…) gives disjoint parts")
-    return held, reference
+    held, baseline_runs = held.usable("evaluate on"), baseline_runs.usable("compare with")
+    if shared := set(held.ids) & set(baseline_runs.ids):
+        raise InvalidInput(f"{len(shared)} runs are in both held and baseline_runs: split(…) gives disjoint parts")
+    return held, baseline_runs
 
 
 def _scored(
     metric: str, simulated: Losses, true: Losses, mean: Losses, resamples: np.ndarray, confidence: float
 ) -> dict[str, float]:
-    """One metric and its spread, as columns."""
+    """Compute one metric and its spread, as columns."""
     if metric in ("mse", "final_spearman"):
         per_run = all_steps_mse(simulated, true) if metric == "mse" else final_spearman(simulated, true)
         return {metric: mean_or_nan(per_run), f"{metric}_sd": sd_or_nan(per_run)}

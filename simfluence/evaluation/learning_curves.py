@@ -1,4 +1,4 @@
-"""See how many recorded runs a simulator needs."""
+"""Learning curves: how many recorded runs a simulator needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from simfluence.evaluation.cross_validation import fitted_errors
 from simfluence.evaluation.metrics import bounded_skill
 from simfluence.runs import Runs
 from simfluence.simulators import MeanTrajectorySimulator, Simulator, build
-from simfluence.simulators.base import usable
+
+__all__ = ["learning_curve"]
 
 _BOOTSTRAP = 1000
 
@@ -28,31 +29,31 @@ def learning_curve(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """How many runs are needed? Skill on the same held-out runs against the number of fitting runs.
+    """Compute the skill on the same held-out runs for increasing numbers of fitting runs.
 
     Args:
-        simulator: name, or one with its parameters; it is not changed.
-        runs: to fit on and to hold out; diverged ones are left out with a warning.
+        simulator: name of a simulator, or a simulator with its parameters, which is not changed.
+        runs: runs to fit on and to hold out; diverged ones are left out with a warning.
         sizes: numbers of fitting runs; by default 2, 4, 8, … and all that are not held out.
-        held_out: how many (int) or which fraction (float) of the runs are scored on.
-        repeats: random sets of fitting runs of each size. In each repeat the smaller sets are part of the larger.
-        seed: of the split, the sets and the intervals.
-        progress: show a bar, if on a terminal.
+        held_out: number (int) or fraction (float) of the runs to hold out.
+        repeats: number of random sets of fitting runs per size. In each repeat the smaller sets are part of the larger.
+        seed: seed of the split, the sets and the intervals.
+        progress: show a progress bar on a terminal.
 
     Returns:
         A row per size: ``runs``, ``repeats``, and for ``skill`` and ``final_skill`` the median over the repeats with
-        ``_low`` and ``_high``: a 95 % interval for one set of so many runs, by resampling the sets and the held-out
-        runs. The mean trajectory with skill 0 is that of the same set. Below ``MIN_SKILL`` nothing is told apart.
+        ``_low`` and ``_high``, a 95 % interval for one set of this size, from resampled sets and held-out runs. The
+        mean trajectory of the same set has skill 0. Skills are never below ``MIN_SKILL``.
 
     Raises:
-        InvalidInput: sizes out of range, or what ``split`` and ``fit`` refuse.
+        InvalidInput: a size is out of range, or ``split`` or ``fit`` refuses the runs.
 
     >>> rng = np.random.default_rng(0)
     >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
     >>> learning_curve("additive", runs, held_out=3)[["runs", "repeats"]].to_numpy().tolist()
     [[2, 5], [4, 5], [5, 1]]
     """
-    part, held = usable(runs, "learn from").split(held_out, seed)
+    part, held = runs.usable("learn from").split(held_out, seed)
     chosen = build(simulator) if isinstance(simulator, str) else simulator
     counts = _sizes(sizes, len(part))
     if repeats < 1:
@@ -75,10 +76,10 @@ def learning_curve(
 def _sizes(sizes: Iterable[int] | None, most: int) -> list[int]:
     if sizes is None:
         return sorted({*(2**k for k in range(1, most.bit_length()) if 2**k < most), most})
-    found = sorted(set(sizes))
-    if not found or found[0] < 1 or found[-1] > most:
-        raise InvalidInput(f"sizes={found}: from 1 to the {most} runs that are not held out")
-    return found
+    ordered = sorted(set(sizes))
+    if not ordered or ordered[0] < 1 or ordered[-1] > most:
+        raise InvalidInput(f"sizes={ordered}: give sizes from 1 to {most}, the number of runs that are not held out")
+    return ordered
 
 
 def _subset(runs: Runs, size: int, seed: Sequence[int]) -> Runs:
@@ -87,7 +88,7 @@ def _subset(runs: Runs, size: int, seed: Sequence[int]) -> Runs:
 
 
 def _spread(name: str, sse: np.ndarray, baseline_sse: np.ndarray, seed: int) -> dict[str, float]:
-    """Median of the sets' skills, and the bootstrap interval of one set's; errors are ``[sets, held]``."""
+    """Compute the median skill of the sets and a bootstrap interval for one set; errors are ``[sets, held]``."""
     rng = np.random.default_rng(seed)
     sets = rng.integers(len(sse), size=(_BOOTSTRAP, 1))
     held = rng.integers(sse.shape[1], size=(_BOOTSTRAP, sse.shape[1]))

@@ -20,6 +20,7 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
+from simfluence._internal.deprecation import renamed_arguments
 from simfluence._internal.progress import bar
 from simfluence._version import __version__
 from simfluence.errors import InvalidInput, SimfluenceError, StoreError, did_you_mean
@@ -27,8 +28,7 @@ from simfluence.evaluation.cross_validation import fitted_errors
 from simfluence.evaluation.metrics import MIN_SKILL, bounded_skill
 from simfluence.recipe import Recipe
 from simfluence.runs import Runs
-from simfluence.simulators import OF_TASK, SIMULATORS, MeanTrajectorySimulator, Simulator, build
-from simfluence.simulators.base import usable
+from simfluence.simulators import SIMULATORS, MeanTrajectorySimulator, Simulator
 from simfluence.task import Task
 
 _STARTUP_TRIALS = 5  # drawn at random, and never stopped early
@@ -36,30 +36,36 @@ _STARTUP_TRIALS = 5  # drawn at random, and never stopped early
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """What was tried, and what did best.
+    """The candidates that a search tried, and the best of them.
 
     Attributes:
-        name: of the simulator.
-        parameters: its best ones; those that are not named here are at their defaults.
-        skill: cross-validated, with these parameters.
+        kind: the class of the best simulator.
+        parameters: its best parameters; those that are not named here are at their defaults.
+        skill: its cross-validated skill.
         trials: a row per candidate in the order tried, one kind after the other: ``simulator``, its parameters,
-            ``skill`` over the ``folds`` that were scored (fewer than all: stopped early), and the ``problem`` of one
-            that does not work.
+            ``skill`` over the ``folds`` that were scored (fewer than all where it was stopped early), and the
+            ``problem`` of a candidate that does not work.
     """
 
-    name: str
+    kind: type[Simulator]
     parameters: Mapping[str, Any]
     skill: float
     trials: pd.DataFrame
 
     @property
+    def name(self) -> str:
+        """The name of the best simulator."""
+        return kind_name(self.kind)
+
+    @property
     def simulator(self) -> Simulator:
-        """The best one, to be fitted."""
-        return build(self.name, **self.parameters)
+        """The best simulator, not fitted yet."""
+        return self.kind().with_parameters(**self.parameters)
 
 
+@renamed_arguments(name="simulator")
 def tune(
-    name: str,
+    simulator: str | Simulator | type[Simulator],
     runs: Runs,
     *,
     trials: int = 20,
@@ -69,7 +75,7 @@ def tune(
     storage: str | Path | None = None,
     progress: bool = True,
 ) -> Simulator:
-    """The simulator of best cross-validated skill, fitted on all ``runs``: ``search``, then ``fit``.
+    """Return the simulator of best cross-validated skill, fitted on all ``runs``: ``search``, then ``fit``.
 
     Arguments and errors are those of ``search``.
 
@@ -78,13 +84,14 @@ def tune(
     >>> tune("additive", runs, trials=3, fixed={"around": "mean"}).around
     'mean'
     """
-    runs = usable(runs, "tune on")
+    runs = runs.usable("tune on")
     options: dict[str, Any] = {"fixed": fixed, "storage": storage, "progress": progress}
-    return search(name, runs, trials=trials, seed=seed, folds=folds, **options).simulator.fit(runs)
+    return search(simulator, runs, trials=trials, seed=seed, folds=folds, **options).simulator.fit(runs)
 
 
+@renamed_arguments(name="simulator")
 def search(
-    name: str,
+    simulator: str | Simulator | type[Simulator],
     runs: Runs,
     *,
     trials: int = 20,
@@ -101,15 +108,16 @@ def search(
     ``Simulator.suggest``. One that is below the median of the others after a fold is stopped.
 
     Args:
-        name: of a simulator, or "best": every kind is tried with its defaults, then the kinds race. In each round
-            those still in share the round's trials and the better half goes on, so most trials are spent on the
-            best kinds and few on slow ones that do not pay.
+        simulator: a name; a class, also one of your own; or an instance, whose parameters that are not at their
+            defaults are given and not searched. With "best" every kind is tried with its defaults, then the kinds
+            race: in each round those still in the race share the round's trials and the better half goes on, so most
+            trials are spent on the best kinds and few on slow ones that do not pay.
         runs: whose order does not matter; diverged ones are left out with a warning.
         trials: how many candidates in all; for "best" at least one for each kind.
         seed: of the folds and of the draws.
         folds: number of disjoint parts that are held out in turn.
         fixed: parameters that are given, not searched. "best" chooses among the kinds that have them. The tangent
-            kernel needs ``fixed={"task": task}``.
+            kernel needs ``fixed={"task": task}``, and takes part in "best" where that is given.
         storage: SQLite file that remembers finished trials, for this search and any other.
         progress: show a bar, if on a terminal.
 
@@ -120,18 +128,18 @@ def search(
     """
     if trials < 1 or seed < 0 or folds < 2:
         raise InvalidInput(f"trials={trials}, seed={seed}, folds={folds}: at least 1, 0 and 2 are needed")
-    runs, fixed = usable(runs, "tune on"), dict(fixed or {})
-    kinds = _kinds(name, fixed)
+    runs, fixed = runs.usable("tune on"), dict(fixed or {})
+    kinds, fixed = _kinds(simulator, fixed)
     plan = _Plan(_folds(runs, folds, seed), fixed, seed, f"seed{seed}-folds{folds}-{_digest(runs, fixed)}")
     with _quiet(), _memory(storage) as memory, bar("tuning", trials, progress) as advance:
         entries = [_Entry(kind, plan, memory) for kind in kinds]
         _race(entries, trials, advance)
     winner = max(entries, key=lambda entry: entry.skill)
-    found = winner.best.user_attrs
+    best = winner.best.user_attrs
     if winner.skill <= MIN_SKILL:
-        raise InvalidInput(f"nothing that was tried for {name!r} works: {found['problem']}")
+        raise InvalidInput(f"nothing that was tried for {simulator!r} works: {best['problem']}")
     table = pd.DataFrame([row for entry in entries for row in entry.rows()]).rename_axis("candidate")
-    return Search(winner.kind, found["parameters"] | fixed, winner.skill, table)
+    return Search(winner.kind, best["parameters"] | _fixed_for(winner.kind, fixed), winner.skill, table)
 
 
 @dataclass(frozen=True)
@@ -156,10 +164,10 @@ class _Plan:
 class _Entry:
     """One kind of simulator in a search. Its first ``count`` trials count, however many the memory has."""
 
-    def __init__(self, kind: str, plan: _Plan, memory: optuna.storages.BaseStorage | None) -> None:
+    def __init__(self, kind: type[Simulator], plan: _Plan, memory: optuna.storages.BaseStorage | None) -> None:
         self.kind, self.plan, self.count = kind, plan, 0
         self.memory = optuna.create_study(
-            study_name=f"{kind}-{plan.about}", storage=memory, direction="maximize", load_if_exists=True
+            study_name=f"{kind_name(kind)}-{plan.about}", storage=memory, direction="maximize", load_if_exists=True
         )
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
         self.study = optuna.create_study(direction="maximize", pruner=pruner)
@@ -185,7 +193,7 @@ class _Entry:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for trial in self.trials:
-            known = {"simulator": self.kind} | trial.user_attrs["parameters"]
+            known = {"simulator": kind_name(self.kind)} | trial.user_attrs["parameters"]
             scores = {"skill": _value(trial), "folds": len(trial.intermediate_values)}
             yield known | scores | {"problem": trial.user_attrs.get("problem", "")}
 
@@ -197,7 +205,7 @@ class _Entry:
         self.count += 1
 
     def _try(self, index: int) -> None:
-        kind, fixed = {**SIMULATORS, **OF_TASK}[self.kind], dict(self.plan.fixed)
+        kind, fixed = self.kind, _fixed_for(self.kind, self.plan.fixed)
         self.study.sampler = _sampler(self.plan.seed, index)
         if index == 0:
             self.study.enqueue_trial(kind().get_params())
@@ -206,7 +214,7 @@ class _Entry:
         trial.set_user_attr("index", index)
         trial.set_user_attr("parameters", _plain(parameters))
         try:
-            skill = self._score(trial, build(self.kind, **parameters))
+            skill = self._score(trial, kind().with_parameters(**parameters))
         except SimfluenceError as error:  # parameters that exclude each other, a solver that gives up
             trial.set_user_attr("problem", str(error))
             skill = MIN_SKILL
@@ -268,22 +276,63 @@ def _race(entries: Sequence[_Entry], trials: int, advance: Callable[[], None]) -
         racing = sorted(racing, key=lambda entry: -entry.skill)[: math.ceil(len(racing) / 2)]
 
 
-def _kinds(name: str, fixed: Mapping[str, Any]) -> list[str]:
-    """The simulators that take part, checked to take the fixed parameters."""
-    known = *SIMULATORS, *OF_TASK
-    if name not in (*known, "best"):
-        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, (*known, 'best'))}")
-    if name in OF_TASK and fixed.get("task") is None:
-        raise InvalidInput(f"simulator {name!r} needs the task besides the runs: give fixed={{'task': task}}")
-    able = [
-        kind for kind in (known if fixed.get("task") else SIMULATORS) if fixed.keys() <= build(kind).get_params().keys()
+def _kinds(
+    simulator: str | Simulator | type[Simulator], fixed: dict[str, Any]
+) -> tuple[list[type[Simulator]], dict[str, Any]]:
+    """Return the kinds that take part, checked to take the fixed parameters, and all parameters that are fixed."""
+    fixed = _changed_parameters(simulator) | fixed
+    kinds = _able(fixed) if isinstance(simulator, str) and simulator == "best" else [_kind_of(simulator)]
+    for kind in kinds:
+        if kind.needs_task and fixed.get("task") is None:
+            raise InvalidInput(
+                f"simulator {kind_name(kind)!r} needs the task besides the runs: give fixed={{'task': task}}"
+            )
+        kind().with_parameters(**_fixed_for(kind, fixed))
+    return kinds, fixed
+
+
+def _kind_of(simulator: Any) -> type[Simulator]:
+    """Return the class that a name, an instance or a class itself means."""
+    if isinstance(simulator, Simulator):
+        return type(simulator)
+    if isinstance(simulator, type) and issubclass(simulator, Simulator):
+        return simulator
+    if simulator not in SIMULATORS:
+        raise InvalidInput(f"unknown simulator {simulator!r}, {did_you_mean(str(simulator), (*SIMULATORS, 'best'))}")
+    named: type[Simulator] = SIMULATORS[simulator]
+    return named
+
+
+def _changed_parameters(simulator: object) -> dict[str, Any]:
+    """Return the parameters of an instance that are not at their defaults; a name or a class has none."""
+    if not isinstance(simulator, Simulator):
+        return {}
+    defaults = type(simulator)().get_params(deep=False)
+    values = simulator.get_params(deep=False)
+    return {name: value for name, value in values.items() if value is not defaults[name] and value != defaults[name]}
+
+
+def _able(fixed: Mapping[str, Any]) -> list[type[Simulator]]:
+    """Return the kinds that have all fixed parameters; those that need a task take part where it is given."""
+    kinds = [
+        kind
+        for kind in SIMULATORS.values()
+        if _fixed_for(kind, fixed).keys() <= kind().get_params().keys()
+        and (not kind.needs_task or fixed.get("task") is not None)
     ]
-    kinds = able if name == "best" else [name]
     if not kinds:
         raise InvalidInput(f"no simulator has all of the parameters {', '.join(fixed)}")
-    for kind in kinds:
-        build(kind, **fixed)
     return kinds
+
+
+def _fixed_for(kind: type[Simulator], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fixed parameters of a kind: the task is only for kinds that need it."""
+    return {name: value for name, value in fixed.items() if name != "task" or "task" in kind().get_params()}
+
+
+def kind_name(kind: type[Simulator]) -> str:
+    """The name of a kind; its class's where it has none of its own."""
+    return kind.name or kind.__name__
 
 
 def _folds(runs: Runs, count: int, seed: int) -> list[_Fold]:

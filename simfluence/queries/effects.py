@@ -1,4 +1,4 @@
-"""What each training example does to each test loss, as a simulator says: it and its like left out, moved, shown again.
+"""Forecast effects of each training example on each test loss: when it is left out, moved, or shown again.
 
 Each function edits one base run in many ways and returns the change of the final losses, ``[test, train]``: positive
 where the edit raises the loss. Simulators of the Markov family are asked all at once.
@@ -58,10 +58,10 @@ def leave_one_out(simulator: Simulator, run: Run, method: str = "simulate") -> C
 
 
 def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, Target]) -> pd.DataFrame:
-    """The same for each group of training examples, all of it left out: a row per test example, a column per group.
+    """Forecast leaving out each group of training examples: a row per test example, a column per group.
 
     Args:
-        simulator, run: as of ``leave_one_out``.
+        simulator, run: same as in ``leave_one_out``.
         groups: a column of the training examples' metadata, whose values are the groups; or a mapping from names to
             targets (filters, indices or ids), which may overlap.
 
@@ -127,7 +127,7 @@ def rank_suspects(
     examples: Examples | None = None,
     method: str = "simulate",
 ) -> pd.DataFrame:
-    """The training examples, those first whose removal would lower the test losses most: mislabelled or harmful ones.
+    """Rank training examples by how much their removal lowers the test losses, mislabelled or harmful ones first.
 
     Args:
         source: a fitted simulator; or changes of test losses by the removal of each training example,
@@ -154,7 +154,7 @@ def rank_suspects(
     if isinstance(source, Simulator):
         if not runs:
             raise InvalidInput("a simulator forecasts removals from a run: give base=, a run or several")
-        gains = [-_of_tests(leave_one_out(source, run, method), run.test, test) for run in runs]
+        gains = [-_mean_over_tests(leave_one_out(source, run, method), run.test, test) for run in runs]
         shown = np.array([run.curriculum.counts.sum(axis=0) for run in runs])
         gain = np.sum(gains, axis=0) / np.maximum((shown > 0).sum(axis=0), 1)
         table = pd.DataFrame({"gain": gain, "shown": shown.sum(axis=0)})
@@ -162,7 +162,7 @@ def rank_suspects(
         changes = np.asarray(source, np.float64)
         if changes.ndim != 2 or (train is not None and changes.shape[1] != len(train)):
             raise InvalidInput(f"changes must be [test, train], got {list(changes.shape)}")
-        table = pd.DataFrame({"gain": -_of_tests(changes, runs[0].test if runs else None, test)})
+        table = pd.DataFrame({"gain": -_mean_over_tests(changes, runs[0].test if runs else None, test)})
     if by is None:
         return described(table.rename_axis("train"), train).sort_values("gain", ascending=False, kind="stable")
     groups = table["gain"].groupby(column_of(train, by, "training").to_numpy())
@@ -173,7 +173,7 @@ def rank_suspects(
 
 
 def chosen_tests(test: Target | None, examples: Examples | None, count: int) -> np.ndarray:
-    """Indices of the test examples that a target means; all of them where there is none.
+    """Return the indices of the test examples that a target selects; all of them without a target.
 
     Raises:
         InvalidInput: unknown ones, or a filter that matches none.
@@ -183,17 +183,17 @@ def chosen_tests(test: Target | None, examples: Examples | None, count: int) -> 
     return (examples or Examples.numbered(count)).select(test)
 
 
-def _of_tests(changes: np.ndarray, examples: Examples | None, test: Target | None) -> np.ndarray:
-    """Mean over the chosen test examples, ``[train]``."""
+def _mean_over_tests(changes: np.ndarray, examples: Examples | None, test: Target | None) -> np.ndarray:
+    """Average over the chosen test examples, ``[train]``."""
     return changes[chosen_tests(test, examples, len(changes))].mean(axis=0)
 
 
 def _group_gains(simulator: Simulator, run: Run, by: str, test: Target | None) -> np.ndarray:
-    return _of_tests(leave_group_out(simulator, run, by).to_numpy(), run.test, test)
+    return _mean_over_tests(leave_group_out(simulator, run, by).to_numpy(), run.test, test)
 
 
 def _members(groups: str | Mapping[Any, Target], run: Run) -> dict[Any, np.ndarray]:
-    """Who is in each group, ``[train]`` of truth values."""
+    """Return the members of each group as a mask, ``[train]``."""
     count = run.curriculum.n_train
     if isinstance(groups, str):
         values = column_of(run.train, groups, "training")

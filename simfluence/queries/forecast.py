@@ -1,4 +1,4 @@
-"""One question of one run: its forecast, and the forecast beside the truth."""
+"""The forecast of one query on one run, and its verification by retraining."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ SeedChanges = Float[np.ndarray, "seeds test"]
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What a simulator says of one edited curriculum, beside what it says of the base.
+    """A simulator's forecast for one edited curriculum and for its base run.
 
-    Both sides are simulated, so that the simulator's common error cancels in the difference.
+    Both are simulated, so that the simulator's common error cancels in the difference.
 
     Args:
         run: the base run.
@@ -87,7 +87,7 @@ class Forecast:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the edited curriculum is the base's: of examples that it never shows, say."""
+        """Whether the edited curriculum equals the base's, for example if the base never shows the target."""
         return self.curriculum == self.run.curriculum
 
     @cached_property
@@ -122,7 +122,7 @@ class Forecast:
         return self.final.loc[np.argsort(-np.abs(self.change), kind="stable")]
 
     def summary(self) -> str:
-        """The answer in words and numbers."""
+        """Summarise the forecast in text."""
         lines = [
             str(self),
             f"Base run {self.run.id}: {_extent(self.run.curriculum)}; edited: {_extent(self.curriculum)}.",
@@ -163,18 +163,18 @@ class Forecast:
         store: str | Path | None = None,
         seeds: int = 1,
     ) -> Verification:
-        """Really retrain under the edited curriculum and set the truth beside the forecast.
+        """Retrain under the edited curriculum and compare the result with the forecast.
 
         Args:
             recipe: how to train; by default as the base run was.
             task: what to train; by default the one given to ``what_if``.
             store: folder to keep the retrained runs in, marked as verifications so that ``load()`` leaves them out;
-                asking again trains nothing, and an interrupted verification is gone on with.
-            seeds: with more than 1, base and edited curriculum are also trained from so many − 1 other seeds of the
-                recipe: how much of the change is the seed's?
+                a second call trains nothing, and an interrupted verification is resumed.
+            seeds: number of seeds; with more than 1, base and edited curriculum are also trained from ``seeds − 1``
+                other seeds of the recipe, to measure how much of the change is due to the seed.
 
         Raises:
-            InvalidInput: the task is not known or not the base run's, or the recipe is not the base run's.
+            InvalidInput: the task or recipe is missing or differs from the base run's.
         """
         task = task or self.task
         after, noise = retrained([self.run], [[self.curriculum]], task, recipe, store, seeds)
@@ -188,7 +188,7 @@ class Forecast:
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """A forecast beside the truth.
+    """A forecast with the retrained losses.
 
     Args:
         forecast: what was predicted.
@@ -242,7 +242,7 @@ class Verification:
         return float("nan") if self.seed_changes is None else seed_share(self.seed_changes)
 
     def hit_rate(self, k: int = 10) -> float:
-        """Of the ``k`` test examples that really change most, the share among the ``k`` that were said to."""
+        """Return the share of the ``k`` most changed test examples that were predicted to be among these."""
         return hit_rate(self.forecast.change, self.actual_change, k)
 
     @cached_property
@@ -255,7 +255,7 @@ class Verification:
         return frame.assign(actual_delta=frame["actual"] - frame["actual_base"])
 
     def summary(self) -> str:
-        """How right the forecast was, in words and numbers."""
+        """Summarise in text how accurate the forecast was."""
         before, after = self.forecast.run.losses[-1].mean(), self.actual[-1].mean()
         lines = [f"Retrained: mean final loss {after:.3f} (was {before:.3f})"]
         if (self.actual_change == 0).all():
@@ -271,7 +271,7 @@ class Verification:
         return "\n".join(lines)
 
     def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
-        """The forecast's picture with the retrained losses in it; arguments as of ``Forecast.plot``."""
+        """The forecast's picture with the retrained losses in it; for arguments see ``Forecast.plot``."""
         return drawn_fan(self.forecast, self.actual, ax, title, test)
 
     def plot_changes(self, ax: Any = None, title: str = "") -> Any:
@@ -291,7 +291,7 @@ class Verification:
 
 
 def said(edits: Sequence[Edit]) -> str:
-    """Edits as one sentence."""
+    """Join edits into one sentence."""
     return " and ".join(str(edit) for edit in edits)
 
 

@@ -1,4 +1,4 @@
-"""Many questions, of one run or of many: their forecasts, and the forecasts beside the truth."""
+"""Forecasts of many queries on one or several runs, and their verification by retraining."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Forecasts(Sequence[Forecast]):
         return table.sort_values("change", ascending=False, kind="stable")
 
     def summary(self) -> str:
-        """The answers in words and numbers."""
+        """Summarise the forecasts in text."""
         of = f"{len(self.queries)} queries of {len(self.runs)} base runs, {self.change.shape[2]} test examples"
         lines = [f"{of}. Mean final loss {self.base.mean():.3f}; by query:"]
         for name, row in self.ranking().iterrows():
@@ -136,7 +136,7 @@ class Forecasts(Sequence[Forecast]):
         store: str | Path | None = None,
         seeds: int = 1,
     ) -> Verifications:
-        """Really retrain under every edited curriculum, many at a time; arguments as of ``Forecast.verify``."""
+        """Really retrain under every edited curriculum, many at a time; for arguments see ``Forecast.verify``."""
         after, noise = retrained(self.runs, self.curricula, task or self.task, recipe, store, seeds)
         final = np.array([[losses[-1] for losses in row] for row in after])
         return Verifications(self, after, final, noise)
@@ -168,7 +168,7 @@ class Forecasts(Sequence[Forecast]):
 
 @dataclass(frozen=True, eq=False)
 class Verifications(Sequence[Verification]):
-    """Forecasts beside the truth, query by query and, within one, run by run.
+    """Forecasts with the retrained losses, ordered by query and then by run.
 
     Args:
         forecasts: what was predicted.
@@ -229,7 +229,7 @@ class Verifications(Sequence[Verification]):
         return self.forecasts.frame.assign(**{name: values.ravel() for name, values in columns.items()})
 
     def summary(self) -> str:
-        """How right the forecasts were in all."""
+        """Summarise in text how accurate the forecasts were."""
         scores = self.table.loc["all"]
         changes = f"{scores['retrained']:+.3f} (forecast {scores['change']:+.3f})"
         return (
@@ -271,7 +271,7 @@ class Verifications(Sequence[Verification]):
 
 
 def about(forecasts: Forecasts) -> str:
-    """How many questions, of how many runs."""
+    """Describe the numbers of queries, runs and test examples."""
     queries, runs, tests = forecasts.change.shape
     name = forecasts.runs[0].task_name
     return f"{name + ': ' if name else ''}{queries} queries of {runs} base runs, {tests} test examples"

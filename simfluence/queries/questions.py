@@ -42,21 +42,21 @@ def what_if(
 def what_if(
     simulator: Simulator, base: Any, queries: Any, *, task: Task | None = None, confidence: float = 0.9
 ) -> Forecast | Forecasts:
-    """What would the losses be, had the curriculum of a run been edited?
+    """Forecast the losses of a run whose curriculum is edited.
 
     Args:
         simulator: fitted on runs of the same task.
-        base: a run, or several: its curriculum is edited, its initial losses are where both simulations start.
-        queries: one edit, or several to be applied one after the other; or many queries, as a mapping from names to
-            such, or as a list of lists of edits.
-        task: for filters over metadata when the run does not carry it, and for ``verify``.
-        confidence: of intervals, where the simulator gives them (see ``ConformalSimulator``).
+        base: a run or several, whose curricula are edited; simulations start from their initial losses.
+        queries: one edit, or several to apply in turn; or many such queries, as a mapping from names or as a list of
+            lists of edits.
+        task: task for filters if the run has no metadata, and for ``verify``.
+        confidence: confidence of intervals, if the simulator gives them (see ``ConformalSimulator``).
 
     Returns:
         A ``Forecast`` with whole trajectories for one run and one query; else ``Forecasts``.
 
     Raises:
-        InvalidInput: no edit, an edit that cannot be applied, or a run of other examples than the simulator's.
+        InvalidInput: there is no edit, an edit cannot be applied, or a run has other examples than the simulator.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -69,7 +69,7 @@ def what_if(
     """
     runs = (base,) if isinstance(base, Run) else tuple(base)
     if not runs or not all(isinstance(run, Run) for run in runs):
-        raise InvalidInput(f"the base must be a Run (runs[0], say) or several, got {base!r}")
+        raise InvalidInput(f"base must be a Run (such as runs[0]) or several, got {base!r}")
     for run in runs:
         check_base(simulator, run, task)
     if isinstance(base, Run) and _is_one(queries):
@@ -89,11 +89,11 @@ def _forecasts(
     edited = [[_applied(name, edits, run, task) for run in runs] for name, edits in queries.items()]
     base, change, ends = [], [], []
     for number, run in enumerate(runs):
-        mine = [row[number] for row in edited]
+        curricula = [row[number] for row in edited]
         base.append(simulator.simulate([run.curriculum], run.initial_losses)[0, -1])
-        change.append(simulator.changes(run.curriculum, mine, run.initial_losses))
+        change.append(simulator.changes(run.curriculum, curricula, run.initial_losses))
         if simulator.gives_intervals:
-            ends.append(_final_intervals(simulator, mine, run.initial_losses, confidence))
+            ends.append(_final_intervals(simulator, curricula, run.initial_losses, confidence))
     low, high = np.stack(ends, axis=2) if ends else (None, None)
     return Forecasts(simulator, runs, queries, edited, np.stack(base), np.stack(change, 1), low, high, confidence, task)
 
@@ -101,13 +101,13 @@ def _forecasts(
 def _final_intervals(
     simulator: Simulator, curricula: Sequence[Curriculum], initial: np.ndarray, confidence: float
 ) -> np.ndarray:
-    """Low and high ends of the final losses, ``[2, curricula, test]``."""
-    found = []
+    """Compute the low and high ends of the final losses, ``[2, curricula, test]``."""
+    intervals = []
     for start in range(0, len(curricula), _AT_ONCE):
-        some = curricula[start : start + _AT_ONCE]
-        ends = simulator.interval(some, initial, confidence)
-        found.append([[losses[len(c)] for losses, c in zip(each, some, strict=True)] for each in ends])
-    return np.concatenate(found, axis=1)
+        chunk = curricula[start : start + _AT_ONCE]
+        ends = simulator.interval(chunk, initial, confidence)
+        intervals.append([[losses[len(c)] for losses, c in zip(end, chunk, strict=True)] for end in ends])
+    return np.concatenate(intervals, axis=1)
 
 
 def _applied(name: str, edits: tuple[Edit, ...], run: Run, task: Task | None) -> Curriculum:
@@ -118,10 +118,10 @@ def _applied(name: str, edits: tuple[Edit, ...], run: Run, task: Task | None) ->
 
 
 def _is_one(queries: Any) -> bool:
-    """Whether this is one query: an edit, or a sequence of edits (an empty one, too, which is refused later)."""
+    """Decide whether this is one query: an edit or a sequence of edits (an empty one is refused later)."""
     if isinstance(queries, Mapping):
         return False
-    return isinstance(queries, Edit) or not any(isinstance(each, Sequence) for each in queries)
+    return isinstance(queries, Edit) or not any(isinstance(entry, Sequence) for entry in queries)
 
 
 def _edits(query: Any) -> tuple[Edit, ...]:
@@ -132,7 +132,7 @@ def _edits(query: Any) -> tuple[Edit, ...]:
 
 
 def _named(queries: Any) -> dict[str, tuple[Edit, ...]]:
-    """Every query by its name; those without are called by what they say."""
+    """Map names to queries; a query without a name is named by its description."""
     if isinstance(queries, Mapping):
         named = {str(name): _edits(query) for name, query in queries.items()}
     else:

@@ -1,4 +1,4 @@
-"""Data removal: what the losses would be without some examples, and which ones to remove to move a loss.
+"""Data removal: forecast the losses without some examples, or search for the examples to remove.
 
 forecast_removal(simulator, run, "source == 'web'")      the losses without them
 smallest_removal(simulator, run, test=17, past=1.0)      the fewest examples that carry test 17's loss past 1.0
@@ -29,22 +29,22 @@ from simfluence.runs import Run
 from simfluence.simulators import AdditiveSimulator, Simulator
 from simfluence.task import Task
 
-#: How long the exact search may take before it gives up the proof.
+#: Time limit of the exact search, in seconds.
 SECONDS = 60.0
 
-_SHORTLIST = 50  # candidates, best by what was last known of them, that each greedy step tries
+_SHORTLIST = 50  # candidates per greedy step, best by their last known gain
 
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """Which training examples to remove, and what is forecast of it.
+    """Training examples to remove, and the forecast of their removal.
 
     Args:
-        examples: their indices; found greedily, in the order of removal.
+        examples: indices of the examples; for the greedy search in the order of removal.
         losses: forecast mean final loss of the chosen test examples after 0, 1, 2, … of them, ``[removed + 1]``; or,
             where the exact search found better ones, before and after all of them, ``[2]``.
-        reached: whether the loss got where it was wanted.
-        exact: whether it is proved that no other removal is smaller (or better), by this simulator.
+        reached: whether the forecast loss reaches the goal.
+        exact: whether no other removal is smaller (or better) under this simulator, by proof.
 
     >>> print(Removal(np.array([4, 1]), np.array([0.5, 0.8, 1.2]), reached=True, exact=False))
     2 examples: loss 0.500 → 1.200 (not proved best)
@@ -72,10 +72,10 @@ class Removal:
         return float(self.losses[-1] - self.losses[0])
 
     def __str__(self) -> str:
-        found = f"{len(self.examples)} examples: loss {self.losses[0]:.3f} → {self.losses[-1]:.3f}"
-        notes = [] if self.reached else ["not as far as was asked"]
+        text = f"{len(self.examples)} examples: loss {self.losses[0]:.3f} → {self.losses[-1]:.3f}"
+        notes = [] if self.reached else ["goal not reached"]
         notes += ["proved best" if self.exact else "not proved best"]
-        return f"{found} ({', '.join(notes)})"
+        return f"{text} ({', '.join(notes)})"
 
 
 def forecast_removal(
@@ -88,18 +88,18 @@ def forecast_removal(
     task: Task | None = None,
     confidence: float = 0.9,
 ) -> Forecast | Forecasts:
-    """The losses without some training examples, with intervals where the simulator gives them.
+    """Forecast the losses without some training examples, with intervals if the simulator gives them.
 
     Args:
-        simulator, base, task, confidence: as of ``what_if``.
+        simulator, base, task, confidence: same as in ``what_if``.
         targets: a filter, indices or ids; or many of them by name.
-        fill, seed: what becomes of their places, as of ``Remove``.
+        fill, seed: how to fill the freed slots; same as in ``Remove``.
 
     Returns:
-        ``Forecast`` of one target and run, else ``Forecasts``; their ``by_group`` sums up over the test examples.
+        ``Forecast`` for one target and run, else ``Forecasts``; their ``by_group`` averages over test examples.
 
     Raises:
-        InvalidInput: as ``what_if``.
+        InvalidInput: same as in ``what_if``.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -116,7 +116,7 @@ def forecast_removal(
 def smallest_removal(
     simulator: Simulator, run: Run, test: int | Target, past: float, *, exact: bool = False, most: int | None = None
 ) -> Removal:
-    """The fewest training examples whose removal raises a test loss past a value. Batches shrink.
+    """Find the fewest training examples whose removal raises a test loss past a value. Batches shrink.
 
     The greedy search removes, again and again, the example that raises the loss most. For the additive simulator
     ``exact=True`` then solves the problem as a mixed-integer program: a proof for tens of removals from small runs, of
@@ -128,10 +128,10 @@ def smallest_removal(
         test: index of the test example; or a filter, indices or ids of several, whose mean counts.
         past: the final loss to reach.
         exact: prove that no smaller removal does it; gives up the proof after ``SECONDS``.
-        most: remove no more than so many; by default all but one.
+        most: largest number of examples to remove; by default all but one.
 
     Returns:
-        With ``reached`` False if no removal was found that gets there.
+        The removal; ``reached`` is False if none that reaches ``past`` was found.
 
     Raises:
         NotFittedError: before ``fit``.
@@ -149,9 +149,9 @@ def smallest_removal(
 
 
 def best_removal(simulator: Simulator, run: Run, test: int | Target, k: int, *, exact: bool = False) -> Removal:
-    """At most ``k`` training examples whose removal lowers a test loss most. Batches shrink.
+    """Find at most ``k`` training examples whose removal lowers a test loss most. Batches shrink.
 
-    Arguments, errors and the two ways as of ``smallest_removal``; ``reached`` is whether the loss falls at all.
+    For arguments, errors and the two searches see ``smallest_removal``; ``reached`` says whether the loss falls.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [2]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -194,7 +194,7 @@ class _Problem:
         return min(len(self.shown) - 1, most or len(self.shown))
 
     def greedy(self, limit: int, past: float | None) -> Removal:
-        """The best single removal, again and again: until the loss is past a value, or nothing helps."""
+        """Repeat the best single removal until the loss is past a value or nothing helps."""
         removed: list[int] = []
         losses = [self.start]
         gains = self._first_gains() if limit else {}
@@ -214,7 +214,7 @@ class _Problem:
         return past is not None and bool(loss >= past)
 
     def _first_gains(self) -> dict[int, float]:
-        """What each removal alone gains."""
+        """Compute the gain of each single removal."""
         groups = np.zeros((len(self.shown), self.run.curriculum.n_train), bool)
         groups[np.arange(len(self.shown)), self.shown] = True
         changes = self.simulator.changes_without(self.run.curriculum, groups, self.run.initial_losses)
@@ -257,7 +257,7 @@ class _Program:
         return cls(problem, greedy, enough, effects, counts)
 
     def smallest(self, past: float) -> Removal:
-        """The fewest that carry the loss past a value."""
+        """Find the smallest removal that carries the loss past a value."""
         to_go = past - self._before
         enough = scipy.optimize.LinearConstraint(self._row(r=np.ones(self.counts.shape[0])), to_go, np.inf)
         found, removed, proved = self._solved(self._row(y=-np.ones(len(self.effects))), [enough])
@@ -268,7 +268,7 @@ class _Program:
         return Removal(removed, np.array([self.problem.start, found]), True, proved)
 
     def best(self) -> Removal:
-        """At most so many that move the loss furthest."""
+        """Find the removal within the limit that moves the loss furthest."""
         sign = self.problem.sign
         found, removed, proved = self._solved(-sign * self._row(r=np.ones(self.counts.shape[0])), [])
         if found is None or sign * (self.greedy.losses[-1] - found) >= -1e-9:
@@ -285,7 +285,7 @@ class _Program:
         return np.concatenate([np.broadcast_to(part, size) for part, size in zip((y, r, z), sizes, strict=True)])
 
     def _solved(self, objective: np.ndarray, wanted: list[Any]) -> tuple[float | None, np.ndarray, bool]:
-        """The loss and the removal that the program finds (None if there is none), and whether that is proved."""
+        """Solve the program; return the loss (None without a solution), the removal, and whether it is proved best."""
         shown, steps = len(self.effects), self.counts.shape[0]
         few = scipy.optimize.LinearConstraint(self._row(y=np.ones(shown)), shown - self.limit, np.inf)
         low, high = self._bounds()
@@ -305,7 +305,7 @@ class _Program:
         return self._before + float(found.x[shown : shown + steps].sum()), removed, found.status == 0
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each r_t, the least and the largest that the allowed number of removals can make it, ``[steps]``."""
+        """Compute the smallest and largest value of each r_t within the allowed number of removals, ``[steps]``."""
         steps = self.counts.shape[0]
         low, high = np.zeros(steps), np.zeros(steps)
         counts = self.counts.tocsr()
@@ -324,7 +324,7 @@ class _Program:
         return low, high
 
     def _means(self, low: np.ndarray, high: np.ndarray) -> list[Any]:
-        """The constraints that make each r_t its batch's mean, and z_ti = y_i r_t."""
+        """Build the constraints that make each r_t its batch's mean, and z_ti = y_i r_t."""
         steps, shown = self.counts.shape
         pairs, row, col, count = self.counts.nnz, self.counts.row, self.counts.col, self.counts.data
         every, ones = np.arange(pairs), np.ones(pairs)

@@ -24,15 +24,15 @@ def retrained(
     store: str | Path | None,
     seeds: int,
 ) -> tuple[list[list[np.ndarray]], Float[np.ndarray, "queries runs seeds test"] | None]:
-    """Losses of training under each edited curriculum, ``[queries][runs]``, and the changes from several seeds.
+    """Train under each edited curriculum; return the losses ``[queries][runs]`` and the changes from several seeds.
 
     Raises:
-        InvalidInput: the task is not known or not the base runs', or the recipe is not theirs.
+        InvalidInput: the task or recipe is missing or differs from that of a base run.
     """
     recipe = recipe or runs[0].recipe
     if task is None or recipe is None:
         missing = "task" if task is None else "recipe"
-        raise InvalidInput(f"verifying means training again: give {missing}=")
+        raise InvalidInput(f"verifying trains again, which needs the {missing}: pass {missing}=")
     if seeds < 1:
         raise InvalidInput(f"seeds must be 1 or more, got {seeds}")
     for run in runs:
@@ -41,8 +41,8 @@ def retrained(
         if run.recipe not in (None, recipe):
             raise InvalidInput(f"base run {run.id} was trained by another recipe: {run.recipe}")
     every = [curriculum for row in curricula for curriculum in row]
-    found = [run.losses.astype(np.float64) for run in record(task, recipe, every, store, verification=True)]
-    after = [found[start : start + len(runs)] for start in range(0, len(found), len(runs))]
+    losses_of_runs = [run.losses.astype(np.float64) for run in record(task, recipe, every, store, verification=True)]
+    after = [losses_of_runs[start : start + len(runs)] for start in range(0, len(losses_of_runs), len(runs))]
     if seeds == 1:
         return after, None
     final = np.array([[losses[-1] for losses in row] for row in after])

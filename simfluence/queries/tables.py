@@ -16,10 +16,10 @@ from simfluence.task import Task
 
 
 def check_base(simulator: Simulator, run: Run, task: Task | None = None) -> None:
-    """Whether a run can be asked about.
+    """Check that a run is of the simulator's task.
 
     Raises:
-        InvalidInput: it is of another task than the simulator, or than ``task``.
+        InvalidInput: the run is of another task than the simulator, or than ``task``.
     """
     if task is not None and run.fingerprint not in (None, task.fingerprint):
         raise InvalidInput(f"base run {run.id} is of another task than {task.name!r}")
@@ -29,7 +29,7 @@ def check_base(simulator: Simulator, run: Run, task: Task | None = None) -> None
 
 
 def described(table: pd.DataFrame, examples: Examples | None) -> pd.DataFrame:
-    """A table with a row per example, with what is known of them beside it."""
+    """Add the examples' metadata to a table with a row per example."""
     if examples is None:
         return table
     taken = {name: f"{name}_of_example" for name in examples.table.columns if name in table.columns}
@@ -37,18 +37,18 @@ def described(table: pd.DataFrame, examples: Examples | None) -> pd.DataFrame:
 
 
 def column_of(examples: Examples | None, name: str, side: str) -> pd.Series:
-    """A metadata column of one side's examples.
+    """Return a metadata column of the training or test examples.
 
     Raises:
-        InvalidInput: nothing is known of them, or there is no such column.
+        InvalidInput: the run has no metadata for them, or the metadata has no such column.
     """
     if examples is None:
-        raise InvalidInput(f"nothing is known of the {side} examples, so not their {name!r} either: give task=")
+        raise InvalidInput(f"this run has no metadata for its {side} examples; pass task= to look up {name!r}")
     return pd.Series(examples.column(name), name=name)
 
 
 def tidy(columns: Mapping[str, RunLosses]) -> pd.DataFrame:
-    """Losses ``[steps + 1, test]`` as columns, a row per step and test example, with delta = what_if − base."""
+    """Return losses ``[steps + 1, test]`` as columns, a row per step and test example, with delta = what_if − base."""
     longest, tests = max(len(losses) for losses in columns.values()), next(iter(columns.values())).shape[1]
     index = {"step": np.repeat(np.arange(longest), tests), "test": np.tile(np.arange(tests), longest)}
     full = {name: np.full((longest, tests), np.nan) for name in columns}

@@ -14,8 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from simfluence._internal.files import write_whole
+from simfluence._internal.files import check_format, write_whole
 from simfluence.errors import StoreError
+
+#: Version of the files written here. Files without one are of version 0, and are read; newer ones are refused.
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Checkpoint:
             for name, value in entries.items():
                 (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{index}/{name}"] = value
         portable = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        about = json.dumps({"step": self.step, "numbers": numbers})
+        about = json.dumps({"format": FORMAT, "step": self.step, "numbers": numbers})
         write_whole(path, safetensors.torch.save(portable, {"simfluence": about}), aside)
 
     @classmethod
@@ -75,6 +78,7 @@ class Checkpoint:
         try:
             with safetensors.safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["simfluence"])
+                check_format(about.get("format", 0), FORMAT, path)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, KeyError, ValueError) as error:
             raise StoreError(f"{path} is damaged or no checkpoint: {error}") from None

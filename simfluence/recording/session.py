@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from simfluence._internal.deprecation import renamed_arguments
 from simfluence._internal.progress import RecordingProgress
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, StoreError
@@ -34,6 +35,7 @@ SECONDS_BETWEEN_SAVES = 30.0
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
+@renamed_arguments(trunk_bytes="activation_cache_bytes")
 def record(
     task: Task,
     recipe: Recipe,

@@ -16,16 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from simfluence._internal.deprecation import renamed_arguments
+from simfluence._internal.validation import one_of
 from simfluence.attribution import TracInCP
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
-from simfluence.simulators.baselines import mean_trajectory
 from simfluence.simulators.batches import batch_weights, usual_batch_size
+from simfluence.simulators.mean import mean_trajectory
 
 AROUND = (None, "mean")
-SCALES = ("given", "fitted")
 
 
 class AttributedSimulator(Simulator):
@@ -34,8 +35,8 @@ class AttributedSimulator(Simulator):
     Args:
         attributor: fitted on the task, with its test side as the test examples of the runs; or scores ``[test, train]``
             in losses: the predicted rise if every occurrence of an example were taken out.
-        scale: "given" takes the scores as they are (s = 1); "fitted" takes the s with the smallest squared error on
-            the fitting runs, for scores without a unit, or of the wrong size.
+        fit_scale: whether s is the one with the smallest squared error on the fitting runs, for scores without a unit
+            or of the wrong size; otherwise scores are taken as they are (s = 1).
         around: "mean" for effects around the mean trajectory of the fitting runs.
 
     Attributes:
@@ -52,25 +53,25 @@ class AttributedSimulator(Simulator):
     """
 
     name = "attributed"
+    is_wrapper = True
 
-    def __init__(self, attributor: Any = None, scale: str = "given", around: str | None = None) -> None:
+    @renamed_arguments(scale="fit_scale")
+    def __init__(self, attributor: Any = None, fit_scale: bool | str = False, around: str | None = None) -> None:
         self.attributor = attributor
-        self.scale = scale
+        self.fit_scale = {"given": False, "fitted": True}.get(str(fit_scale), fit_scale)  # the values of scale=
         self.around = around
 
     def __sklearn_clone__(self) -> AttributedSimulator:
         """A clone keeps the attributor fitted: it is what this one plays."""
-        return type(self)(self.attributor, self.scale, self.around)
+        return type(self)(self.attributor, self.fit_scale, self.around)
 
     def _check_parameters(self) -> None:
-        if self.scale not in SCALES:
-            raise InvalidInput(f"scale={self.scale!r}: it can be 'given' or 'fitted'")
-        if self.around not in AROUND:
-            raise InvalidInput(f"around={self.around!r}: it can be None or 'mean'")
+        one_of("fit_scale", self.fit_scale, (False, True))
+        one_of("around", self.around, AROUND)
 
     def _fit(self, runs: Runs) -> None:
         if self.attributor is None:
-            raise InvalidInput("what to play? Give a fitted attributor, or scores [test, train]")
+            raise InvalidInput("attributor is required: a fitted attributor or scores [test, train]")
         if isinstance(self.attributor, TracInCP):
             self._take_products(self.attributor, runs)
         else:
@@ -80,7 +81,7 @@ class AttributedSimulator(Simulator):
             weights, updates = batch_weights(runs.curricula, max(run.steps for run in runs), 1)
             self.centre_ = np.asarray(weights.sum(axis=0)).ravel() / updates.sum()
         self.scale_ = 1.0
-        if self.scale == "fitted":
+        if self.fit_scale:
             self.scale_ = self._best_scale(runs)
 
     def _take_products(self, attributor: TracInCP, runs: Runs) -> None:
@@ -92,8 +93,8 @@ class AttributedSimulator(Simulator):
 
     def _take_scores(self, attributor: Any, runs: Runs) -> None:
         scores = attributor.scores() if hasattr(attributor, "scores") else attributor
-        if getattr(scores, "unit", "loss") != "loss" and self.scale != "fitted":
-            raise InvalidInput(f"scores in the unit {scores.unit!r} have no size in losses: take scale='fitted'")
+        if getattr(scores, "unit", "loss") != "loss" and not self.fit_scale:
+            raise InvalidInput(f"scores in the unit {scores.unit!r} have no size in losses: take fit_scale=True")
         values = np.asarray(scores, np.float64)
         if values.ndim != 2 or not np.isfinite(values).all():
             raise InvalidInput(f"scores must be finite numbers [test, train], got {list(values.shape)}")
@@ -150,6 +151,14 @@ class AttributedSimulator(Simulator):
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         return self._start(curricula, initial) + self.scale_ * self._moved(curricula)
+
+    @classmethod
+    def _from_format_0(
+        cls, parameters: dict[str, Any], learned: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Rename scale="fitted" to fit_scale=True."""
+        parameters["fit_scale"] = parameters.pop("scale") == "fitted"
+        return parameters, learned
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The attributor, which holds a model, is not kept: what was learned of it is."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +16,21 @@ import safetensors.numpy
 import sklearn.base
 from jaxtyping import Bool, Float
 
-from simfluence._internal.files import write_whole
+from simfluence._internal.files import check_format, write_whole
 from simfluence._internal.progress import bar
 from simfluence._internal.types import Losses
 from simfluence._version import __version__
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Remove
-from simfluence.errors import DivergedWarning, InvalidInput, NotFittedError, StoreError, did_you_mean
-from simfluence.runs import Runs
+from simfluence.errors import InvalidInput, NotFittedError, StoreError, did_you_mean
+from simfluence.runs import Run, Runs
+from simfluence.simulators.mean import mean_trajectory
+from simfluence.simulators.registry import register, registered
 
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
+#: Version of the files written here. Files without one are of version 0, and are read; newer ones are refused.
+FORMAT = 1
+
 _AT_ONCE = 50  # edited curricula that are simulated together
 
 SimulatorT = TypeVar("SimulatorT", bound="Simulator")
@@ -36,10 +40,14 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
     """Predicts the test losses of a training run from its curriculum and the losses before it.
 
     Subclasses implement ``_fit(runs)``, which sets arrays whose names end in an underscore, and
-    ``_simulate(curricula, initial)``. Classes are abstract or final: to vary one, wrap it.
+    ``_simulate(curricula, initial)``. A class with a ``name`` of its own is registered under it when it is defined:
+    files, ``tune`` and the command line know it from then on. ``check_simulator`` tests a class.
     """
 
-    name: ClassVar[str]
+    #: What files and the command line call it.
+    name: ClassVar[str] = ""
+    #: Whether it wraps something that is given as a parameter, so that a name alone does not build it.
+    is_wrapper: ClassVar[bool] = False
     #: Whether it needs the task besides the runs, as a parameter ``task``.
     needs_task: ClassVar[bool] = False
     #: Whether ``interval`` gives the ends of intervals of the losses.
@@ -47,24 +55,57 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
     #: Whether ``derivatives_without`` gives derivatives of the final losses.
     gives_derivatives: ClassVar[bool] = False
 
-    def fit(self: SimulatorT, runs: Runs) -> SimulatorT:
-        """Learn from recorded runs; diverged ones are left out with a warning. Interrupted, it is what it was before.
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__dict__.get("name"):
+            register(cls)
+
+    def fit(self: SimulatorT, runs: Runs | Sequence[Run], y: None = None) -> SimulatorT:
+        """Learn from recorded runs; leave out diverged ones with a warning. An interrupted fit changes nothing.
+
+        Args:
+            runs: of one task and one recipe.
+            y: ignored; scikit-learn's pipelines and searches pass it.
 
         Raises:
             InvalidInput: there is no run left to learn from, or the runs are of several recipes.
         """
         self._check_parameters()
-        runs = usable(runs, "fit")
+        runs = (runs if isinstance(runs, Runs) else Runs(runs)).usable("fit")
         before = dict(vars(self))
         try:
             self.n_train_ = runs.n_train
             self.n_test_ = runs.n_test
             self.fingerprint_ = runs[0].fingerprint
+            self.baseline_ = mean_trajectory(runs)
             self._fit(runs)
         except BaseException:
             self.__dict__ = before
             raise
         return self
+
+    def score(self, runs: Runs | Sequence[Run], y: None = None) -> float:
+        """Return the skill on other runs: 1 − SSE(simulated) / SSE(mean trajectory of the fitting runs).
+
+        Sums go over the runs, the steps after time 0 and the test examples. ``evaluate`` gives intervals too.
+
+        Args:
+            runs: not among those that the simulator was fitted on.
+            y: ignored.
+
+        Raises:
+            NotFittedError, InvalidInput: see ``simulate``.
+        """
+        held_out = (runs if isinstance(runs, Runs) else Runs(runs)).usable("score")
+        simulated = self.simulate(held_out.curricula, held_out.initial_losses)
+        if not hasattr(self, "baseline_"):
+            raise InvalidInput(
+                "an older version fitted this simulator and did not keep the mean trajectory: fit it again"
+            )
+        times = np.minimum(np.arange(simulated.shape[1]), len(self.baseline_) - 1)
+        true = held_out.losses.astype(np.float64)
+        error, baseline = (np.nansum(((said - true) ** 2)[:, 1:]) for said in (simulated, self.baseline_[times]))
+        return float(1 - error / baseline) if baseline > 0 else float("nan")
 
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
@@ -181,24 +222,32 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         """
         self._check_fitted()
         about, arrays = self._state()
-        text = json.dumps(about | {"library": __version__})
+        text = json.dumps(about | {"format": FORMAT, "library": __version__})
         content = {"simfluence": text, "sha256": _checksum(text, arrays)}
         write_whole(Path(path), safetensors.numpy.save(arrays, content))
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What is saved: as JSON, and arrays by name. Simulators within this one come under its name for them."""
+        """Return what is saved, as JSON and as arrays by name. Simulators within this one have its name as a prefix.
+
+        Raises:
+            InvalidInput: the class has no name of its own, by which a file could be read again.
+        """
+        if registered(self.name) is not type(self):
+            raise InvalidInput(f"files name simulators by their class: give {type(self).__name__} a name of its own")
         parameters = self.get_params(deep=False)
         learned = {name: value for name, value in vars(self).items() if name.endswith("_")}
         arrays = {name: np.ascontiguousarray(v) for name, v in learned.items() if isinstance(v, np.ndarray)}
         about: dict[str, Any] = {"simulator": self.name, "parts": {}}
-        about["parameters"] = {n: v._state()[0] if isinstance(v, Simulator) else v for n, v in parameters.items()}
+        about["parameters"] = {
+            n: v._state()[0] if isinstance(v, Simulator) else _plain(v) for n, v in parameters.items()
+        }
         for name, value in learned.items():
             if isinstance(value, list) and value and isinstance(value[0], Simulator):
                 states = [part._state() for part in value]
                 about["parts"][name] = [part for part, _ in states]
                 arrays |= {f"{name}.{k}.{key}": v for k, (_, part) in enumerate(states) for key, v in part.items()}
         rest = learned.keys() - arrays.keys() - about["parts"].keys()
-        return about | {"learned": {name: learned[name] for name in sorted(rest)}}, arrays
+        return about | {"learned": {name: _plain(learned[name]) for name in sorted(rest)}}, arrays
 
     @classmethod
     def load(cls: type[SimulatorT], path: str | Path) -> SimulatorT:
@@ -214,7 +263,8 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
             if metadata["sha256"] != _checksum(metadata["simfluence"], arrays):
                 raise ValueError("its checksum does not hold")
             about = json.loads(metadata["simfluence"])
-            simulator = _restored(about, arrays)
+            check_format(about.get("format", 0), FORMAT, path)
+            simulator = _restored(about, arrays, about.get("format", 0))
         except FileNotFoundError:
             raise StoreError(f"no simulator at {path}") from None
         except (
@@ -224,6 +274,13 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         if not isinstance(simulator, cls):
             raise StoreError(f"{path} holds a simulator {simulator.name!r}, not one of {cls.__name__}")
         return simulator
+
+    @classmethod
+    def _from_format_0(
+        cls, parameters: dict[str, Any], learned: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters and learned arrays of a file of format 0, by the names that they have now."""
+        return parameters, learned
 
     @abstractmethod
     def _fit(self, runs: Runs) -> None: ...
@@ -285,25 +342,6 @@ def _check_some_left(base: Curriculum, groups: np.ndarray) -> None:
         raise InvalidInput("a group is all that the base shows: removing it would leave no example")
 
 
-def usable(runs: Runs, purpose: str) -> Runs:
-    """The runs that did not diverge, checked to be of one recipe; warns about those left out.
-
-    Raises:
-        InvalidInput: none is left, or they are of several recipes.
-    """
-    if len(runs) == 0:
-        raise InvalidInput(f"no run to {purpose}: record some first")
-    kept = Runs(run for run in runs if not run.diverged)
-    if len(kept) < len(runs):
-        lost = [run.id for run in runs if run.diverged]
-        warnings.warn(f"left out {len(lost)} diverged runs: {', '.join(lost)}", DivergedWarning, stacklevel=3)
-    if len(kept) == 0:
-        raise InvalidInput(f"no run to {purpose}: all {len(runs)} diverged (a loss became NaN or infinite)")
-    if len({run.recipe for run in kept}) > 1:
-        raise InvalidInput(f"cannot {purpose} runs of several recipes together: load(recipe=…) chooses one")
-    return kept
-
-
 def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
@@ -311,22 +349,26 @@ def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Simulator:
-    """What ``_state`` gave.
+def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], version: int) -> Simulator:
+    """Build the simulator of which ``_state`` was saved in a format of that version.
 
     Raises:
-        KeyError, ValueError, TypeError, AttributeError: it did not give this.
+        KeyError, ValueError, TypeError, AttributeError: ``_state`` gives nothing like this.
     """
-    kinds = {each.name: each for each in _final_classes(Simulator)}
-    if about["simulator"] not in kinds:
-        raise ValueError(f"unknown simulator {about['simulator']!r}")
+    kind = registered(str(about["simulator"]))
+    if kind is None:
+        raise ValueError(
+            f"unknown simulator {about['simulator']!r}; if it is your own, import the module that defines it first"
+        )
     own: dict[str, Any] = {name: value for name, value in arrays.items() if "." not in name}
-    parameters = {n: _restored(v, {}) if isinstance(v, dict) else v for n, v in about["parameters"].items()}
-    simulator = kinds[about["simulator"]]().with_parameters(**parameters)
+    parameters = {n: _restored(v, {}, version) if isinstance(v, dict) else v for n, v in about["parameters"].items()}
+    if version < FORMAT:
+        parameters, own = kind._from_format_0(parameters, own)
+    simulator: Simulator = kind().with_parameters(**parameters)
     for name, states in about["parts"].items():
         prefixes = [f"{name}.{index}." for index in range(len(states))]
         inner = [{key.removeprefix(p): v for key, v in arrays.items() if key.startswith(p)} for p in prefixes]
-        own[name] = [_restored(*pair) for pair in zip(states, inner, strict=True)]
+        own[name] = [_restored(*pair, version) for pair in zip(states, inner, strict=True)]
     for name, value in (about["learned"] | own).items():
         if not name.isidentifier() or name.startswith("_") or not name.endswith("_"):
             raise ValueError(f"it sets {name!r}")
@@ -334,6 +376,6 @@ def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Simulator
     return simulator
 
 
-def _final_classes(kind: Any) -> list[type[Simulator]]:
-    nested = [final for subclass in kind.__subclasses__() for final in _final_classes(subclass)]
-    return nested or [kind]
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as Python's own, which JSON can say."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -9,6 +9,7 @@ import numpy as np
 from simfluence.curriculum import Curriculum
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
+from simfluence.simulators.mean import mean_trajectory
 
 
 class PersistenceSimulator(Simulator):
@@ -49,22 +50,6 @@ class MeanTrajectorySimulator(Simulator):
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         times = np.minimum(np.arange(_times(curricula)), len(self.mean_) - 1)
         return np.repeat(self.mean_[times][None], len(curricula), axis=0)
-
-
-def mean_trajectory(runs: Runs) -> np.ndarray:
-    """Mean losses ``[steps + 1, test]`` in float64, at each time over the runs that have it.
-
-    Where no run was read, a straight line joins the times around.
-    """
-    longest = max(len(run.losses) for run in runs)
-    sums, counts = np.zeros((longest, runs.n_test)), np.zeros(longest)
-    for run in runs:  # one at a time: they may be more than memory holds
-        read = np.flatnonzero(~np.isnan(run.losses).any(axis=1))
-        sums[read] += run.losses[read]
-        counts[read] += 1
-    times = np.flatnonzero(counts)
-    means = sums[times] / counts[times, None]
-    return np.stack([np.interp(np.arange(len(sums)), times, column) for column in means.T], axis=1)
 
 
 def _times(curricula: Sequence[Curriculum]) -> int:

@@ -13,7 +13,7 @@ from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
-from simfluence.simulators.baselines import mean_trajectory
+from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.surrogates import KERNELS, Batches, Kernel, Sides, best_speed, surrogate_losses
 
 #: Speeds of the surrogates of one kernel, relative to the best alone.

@@ -11,6 +11,7 @@ import numpy as np
 import sklearn.base
 
 from simfluence._internal.types import Losses
+from simfluence._internal.validation import whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import BeyondReferenceWarning, InvalidInput, UnseenWarning
 from simfluence.runs import Runs
@@ -55,6 +56,7 @@ class ConformalSimulator(Simulator):
 
     name = "conformal"
     gives_intervals = True
+    is_wrapper = True
 
     def __init__(self, simulator: Simulator | None = None, members: int = 10, folds: int = 4, seed: int = 0) -> None:
         self.simulator = simulator
@@ -90,9 +92,7 @@ class ConformalSimulator(Simulator):
         if self.simulator is not None and not isinstance(self.simulator, Simulator):
             raise InvalidInput(f"simulator must be a Simulator, such as LinearSimulator(l2=10), got {self.simulator!r}")
         for name, least in (("members", 2), ("folds", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
+            whole(name, getattr(self, name), least)
 
     def _fit(self, runs: Runs) -> None:
         if len(runs) < self.folds:
@@ -101,7 +101,7 @@ class ConformalSimulator(Simulator):
             )
         rng = np.random.default_rng(self.seed)
         draws = [rng.integers(len(runs), size=len(runs)) for _ in range(self.members)]
-        parts = [runs, *(Runs(runs[int(index)] for index in draw) for draw in draws)]
+        parts = [runs, *(runs.take(draw) for draw in draws)]
         with _quiet():  # parts of the runs need not show what all of them do
             self.fitted_ = [self._base().fit(part) for part in parts]
             squares = self._residuals(runs, rng) ** 2  # [runs, times, test]
@@ -133,7 +133,7 @@ class ConformalSimulator(Simulator):
         for fold in range(self.folds):
             held = np.flatnonzero(fold_of == fold)
             fitted = self._base().fit(Runs(run for run, part in zip(runs, fold_of, strict=True) if part != fold))
-            left = Runs(runs[int(index)] for index in held)
+            left = runs.take(held)
             simulated = fitted.simulate(left.curricula, left.initial_losses)
             residuals[held, : simulated.shape[1]] = simulated - left.losses
         return residuals

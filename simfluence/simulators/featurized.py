@@ -17,10 +17,10 @@ from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
-from simfluence.simulators.baselines import mean_trajectory
 from simfluence.simulators.batches import usual_batch_size
 from simfluence.simulators.markov.dynamics import Dynamics, Term
 from simfluence.simulators.markov.transitions import Transitions, check_every_step
+from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.surrogates import Sides
 
 _ITERATIONS = 600

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
-import sys
 from collections.abc import Callable, Mapping
 
+from simfluence._internal.imports import imported_object
 from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.task import Task, TaskInfo
 from simfluence.tasks import recipes
@@ -92,20 +91,7 @@ def imported(reference: str) -> Task:
     >>> imported("simfluence.tasks:breast_cancer").name
     'breast_cancer'
     """
-    module_name, colon, function_name = reference.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise InvalidInput(f"task {reference!r}: write package.module:function")
-    try:
-        sys.path.insert(0, "")  # as python -m does: modules of the present folder
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise InvalidInput(f"task {reference!r}: {error}") from None
-    finally:
-        sys.path.remove("")
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [name for name, value in vars(module).items() if callable(value)]
-        raise InvalidInput(f"task {reference!r}: no function of that name, {did_you_mean(function_name, names)}")
+    function = imported_object(reference, "task")
     task = function()
     if not isinstance(task, Task):
         raise InvalidInput(f"task {reference!r}: the function returned {type(task).__name__}, not a simfluence.Task")

@@ -35,16 +35,17 @@ import sklearn.base
 import torch
 from jaxtyping import Float
 
+from simfluence._internal.validation import number, whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
-from simfluence.simulators.baselines import mean_trajectory
 from simfluence.simulators.batches import usual_batch_size
 from simfluence.simulators.markov.dynamics import Differences, Dynamics, Steps, Term, free_terms, trained_on_rollouts
 from simfluence.simulators.markov.least_squares import Columns, Lazy, Problem
 from simfluence.simulators.markov.ridge import free_coefficients, ridge, ridge_path
 from simfluence.simulators.markov.transitions import Transitions, check_every_step
+from simfluence.simulators.mean import mean_trajectory
 
 PRIORS = ("identity", "zero")
 AROUND = (None, "mean")
@@ -59,15 +60,14 @@ class MarkovSimulator(Simulator):
     squared parameters; simulates by rolling out from the losses before training.
 
     Attributes:
-        A_, B_: effects on slope and intercept, ``[train, test]``; a fixed one is absent.
-        further_: effects on the slopes of older losses, and what effects gain until the end of training:
-            ``[terms, train, test]`` in the order of ``terms`` after those of A_ and B_.
+        effects_: of the training examples, for each of ``terms``, ``[terms, train, test]``. ``A_`` and ``B_`` are
+            those on the slope of the last loss and on the intercept, ``[train, test]``.
         l2_: the penalty of each test example, ``[test]``.
         seen_: which training examples some fitting run has, ``[train]``; the others have the prior's effects.
         batch_size_: the fitting runs' (the most frequent, if they have several).
         horizon_: steps of the longest fitting run.
         mean_, centre_: around the mean only: m ``[steps + 1, test]``, c̄ ``[train]``.
-        lasting_: around the mean only: a of each earlier loss and, if ``varying``, what the first gains,
+        deviation_slopes_: around the mean only: a of each earlier loss and, if ``varying``, what the first gains,
             ``[free, test]``.
     """
 
@@ -83,34 +83,57 @@ class MarkovSimulator(Simulator):
 
     @property
     def terms(self) -> list[Term]:
-        """What is summed: A_ and B_ first, where they are learned."""
+        """The terms that a step sums: those of ``A_`` and ``B_`` first, where they are learned."""
         lags = [*range(1, self.order + 1)] if self.learns_slope else []
         first = lags[:1] + ([0] if self.learns_intercept else [])
         return [Term(lag) for lag in first + lags[1:]] + ([Term(lag, 1) for lag in first] if self.varying else [])
+
+    @property
+    def A_(self) -> Float[np.ndarray, "train test"]:  # noqa: N802 (the paper's name)
+        """Effects on the slope of the last loss.
+
+        Raises:
+            AttributeError: before ``fit``, or simulators of this kind learn no slope.
+        """
+        return self._effects_of(Term(1))
+
+    @property
+    def B_(self) -> Float[np.ndarray, "train test"]:  # noqa: N802 (the paper's name)
+        """Effects on the intercept.
+
+        Raises:
+            AttributeError: before ``fit``, or simulators of this kind learn no intercept.
+        """
+        return self._effects_of(Term(0))
+
+    def _effects_of(self, term: Term) -> np.ndarray:
+        if term not in self.terms:
+            raise AttributeError(
+                f"simulator {self.name!r} learns no effects on the {'slope' if term.lag else 'intercept'}"
+            )
+        effects: np.ndarray = self.effects_[self.terms.index(term)]
+        return effects
 
     def effects(self, curricula: Sequence[Curriculum]) -> tuple[Float[np.ndarray, "order runs steps test"], Any]:
         """α ``[order, runs, steps, test]`` and β ``[runs, steps, test]`` of every step; steps after a curriculum's end
         are α=1, β=0. ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``."""
         self._check_fitted()
-        alphas, beta = self._kept().affine(Steps.of(curricula, self.batch_size_))
+        alphas, beta = self._dynamics().affine(Steps.of(curricula, self.batch_size_))
         return alphas.numpy().swapaxes(1, 2), beta.numpy().swapaxes(0, 1)
 
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
-        found: dict[str, Any] = {"l2": trial.suggest_float("l2", 0.1, 1e5, log=True)}
-        found["around"] = trial.suggest_categorical("around", AROUND)
-        if cls.learns_slope and found["around"] is None:
-            found["prior"] = trial.suggest_categorical("prior", PRIORS)
-        return found
+        drawn: dict[str, Any] = {"l2": trial.suggest_float("l2", 0.1, 1e5, log=True)}
+        drawn["around"] = trial.suggest_categorical("around", AROUND)
+        if cls.learns_slope and drawn["around"] is None:
+            drawn["prior"] = trial.suggest_categorical("prior", PRIORS)
+        return drawn
 
     def _check_parameters(self) -> None:
-        numbers = not isinstance(self.l2, bool) and isinstance(self.l2, int | float)
-        if self.l2 != "auto" and not (numbers and self.l2 > 0):
-            raise InvalidInput(f"l2 must be a number above 0, or 'auto', got {self.l2!r}")
+        if not isinstance(self.l2, str) or self.l2 != "auto":
+            number("l2", self.l2, above=0)
         for name in ("order", "rollout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInput(f"{name} must be a whole number from 1 up, got {value!r}")
+            whole(name, getattr(self, name), 1)
         if self.prior not in PRIORS:
             raise InvalidInput(f"unknown prior {self.prior!r}, {did_you_mean(str(self.prior), PRIORS)}")
         if self.around not in AROUND:
@@ -126,14 +149,15 @@ class MarkovSimulator(Simulator):
         self.l2_ = np.broadcast_to(np.asarray(chosen, np.float64), (runs.n_test,)).copy()
         problem = self._problem(rows)
         solution = ridge(problem, self.l2_)
-        lasting = free_coefficients(problem, solution)
-        found = self._dynamics(solution + self._prior, lasting)
+        fitted = self._dynamics(solution + self._prior, free_coefficients(problem, solution))
         if self.rollout > 1:
-            found = trained_on_rollouts(found, runs, self.l2_, self._prior, self.rollout)
-        self._keep(found)
+            fitted = trained_on_rollouts(fitted, runs, self.l2_, self._prior, self.rollout)
+        self.effects_ = fitted.effects.numpy()
+        if fitted.lasting is not None:
+            self.deviation_slopes_ = fitted.lasting.numpy()
 
     def _prepare(self, runs: Runs) -> Transitions:
-        """What is known before the effects: sizes, and the mean trajectory if it is about that."""
+        """Set batch size, horizon and, for around="mean", the mean trajectory and the mean weights."""
         self.batch_size_ = usual_batch_size(runs.curricula)
         self.horizon_ = max(run.steps for run in runs)
         if self.learns_slope or self.around == "mean" or self.varying or self.rollout > 1:
@@ -182,36 +206,41 @@ class MarkovSimulator(Simulator):
         """τ of each row to the term's power, ``[rows, 1]``."""
         return (times[:, None] / self.horizon_) ** term.power
 
-    def _dynamics(self, effects: np.ndarray, lasting: np.ndarray, some: slice = slice(None)) -> Dynamics:
-        """Of ``some`` of the test examples; ``effects`` and ``lasting`` are theirs alone."""
+    def _dynamics(
+        self,
+        effects: np.ndarray | None = None,
+        deviation_slopes: np.ndarray | None = None,
+        some: slice = slice(None),
+    ) -> Dynamics:
+        """Return the process for ``some`` of the test examples, by default as fitted. Arrays are not copied."""
         around = self.around == "mean"
+        effects = self.effects_ if effects is None else effects
+        if around and deviation_slopes is None:
+            deviation_slopes = self.deviation_slopes_
         return Dynamics(
             terms=self.terms,
             effects=torch.as_tensor(effects),
             batch_size=self.batch_size_,
             horizon=self.horizon_,
-            order=self.order,
+            order=int(self.order),
             fixed_slope=1.0 if around or not self.learns_slope else 0.0,
             guard=self.guard,
             centre=torch.as_tensor(self.centre_) if around else None,
-            mean=torch.as_tensor(self.mean_[:, some].copy()) if around else None,
-            lasting=torch.as_tensor(lasting) if around else None,
+            mean=torch.as_tensor(np.ascontiguousarray(self.mean_[:, some])) if around else None,
+            lasting=torch.as_tensor(deviation_slopes) if around else None,
         )
 
-    def _keep(self, found: Dynamics) -> None:
-        effects = list(found.effects.numpy())
-        if self.learns_slope:
-            self.A_ = effects.pop(0)
-        if self.learns_intercept:
-            self.B_ = effects.pop(0)
-        self.further_ = np.array(effects).reshape(-1, self.n_train_, self.n_test_)
-        if found.lasting is not None:
-            self.lasting_ = found.lasting.numpy()
-
-    def _kept(self) -> Dynamics:
-        first = [getattr(self, name) for name in ("A_", "B_") if hasattr(self, name)]
-        lasting = self.lasting_ if self.around == "mean" else np.empty(0)
-        return self._dynamics(np.concatenate([np.stack(first), self.further_]), lasting)
+    @classmethod
+    def _from_format_0(
+        cls, parameters: dict[str, Any], learned: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Join the arrays A_, B_ and further_, which had files of their own names."""
+        first = [learned.pop(name)[None] for name in ("A_", "B_") if name in learned]
+        if first:  # a file of unfitted parameters has none
+            learned["effects_"] = np.concatenate([*first, learned.pop("further_")])
+        if "lasting_" in learned:
+            learned["deviation_slopes_"] = learned.pop("lasting_")
+        return parameters, learned
 
     def _best_l2(self, runs: Runs) -> np.ndarray:
         """For each test example, that of ``L2_PATH`` whose rollouts of held-out runs are best, ``[test]``."""
@@ -243,17 +272,17 @@ class MarkovSimulator(Simulator):
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         self._warn_of_unseen(curricula)
-        return self._kept().simulate(curricula, initial)
+        return self._dynamics().simulate(curricula, initial)
 
     def _changes(self, base: Curriculum, edited: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         if any(len(curriculum) != len(base) for curriculum in edited):
             return super()._changes(base, edited, initial)
         self._warn_of_unseen([base, *edited])
-        return self._kept().changes(base, Differences.between(base, edited), initial)
+        return self._dynamics().changes(base, Differences.between(base, edited), initial)
 
     def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
         self._warn_of_unseen([base])
-        return self._kept().changes(base, Differences.without(base, groups), initial)
+        return self._dynamics().changes(base, Differences.without(base, groups), initial)
 
     def _warn_of_unseen(self, curricula: Sequence[Curriculum]) -> None:
         shown = np.zeros(self.n_train_, bool)
@@ -294,7 +323,7 @@ class MultiplicativeSimulator(MarkovSimulator):
     """``L_{t+1} = α(c_t) · L_t`` (Guu et al. 2023, section 3).
 
     Args:
-        l2, around, rollout: as of ``AdditiveSimulator``.
+        l2, around, rollout: see ``AdditiveSimulator``.
         prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
 
     >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[4.0], [2.0], [3.0], [1.5]]])
@@ -319,7 +348,7 @@ class LinearSimulator(MarkovSimulator):
     """``L_{t+1} = α(c_t) · L_t + β(c_t)`` (Guu et al. 2023, equations 1–3), and of order n.
 
     Args:
-        l2, around, rollout: as of ``AdditiveSimulator``.
+        l2, around, rollout: see ``AdditiveSimulator``.
         prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
         order: how many earlier losses a step depends on, ``L_{t+1} = Σ_j α_j(c_t) L_{t+1−j} + β(c_t)``; before
             training the loss is taken to have stood still. 2 follows a momentum.
@@ -358,5 +387,5 @@ class LinearSimulator(MarkovSimulator):
 
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
-        found = super().suggest(trial) | {"order": trial.suggest_int("order", 1, 3)}
-        return found | {"varying": trial.suggest_categorical("varying", (False, True))}
+        drawn = super().suggest(trial) | {"order": trial.suggest_int("order", 1, 3)}
+        return drawn | {"varying": trial.suggest_categorical("varying", (False, True))}

@@ -29,8 +29,10 @@ import optuna
 import torch
 from torch import nn
 
+from simfluence._internal.deprecation import renamed_arguments
 from simfluence._internal.progress import bar
 from simfluence._internal.types import Losses
+from simfluence._internal.validation import number, whole
 from simfluence.attribution.gradients.hooks import evaluating
 from simfluence.attribution.gradients.tangent_kernel import one_tensor
 from simfluence.curriculum import Curriculum
@@ -58,12 +60,12 @@ class TangentKernelSimulator(Simulator):
 
     Args:
         task, recipe: what the runs trained, and how; by default the recipe that the runs know.
-        checkpoints: how many kernels per reference, evenly spread over its steps.
-        references: how many of the fitting runs the kernels are of; the others correct what the kernels get wrong.
-        features: how many directions of the features move, beside those that the outputs read at first.
-        landmarks: hold a kernel by its part with so many random training examples (Nyström's approximation: memory
-            and time grow with the number of examples, not with its square); None: whole.
-        memory: most GiB that the kernels may take.
+        n_checkpoints: number of kernels for each reference, evenly spread over its steps.
+        n_references: number of fitting runs that kernels are computed along; the others correct the kernels' errors.
+        n_features: number of feature directions that are tracked, beside those that the outputs read before training.
+        landmarks: number of random training examples that stand for all in a kernel (Nyström's approximation: memory
+            and time grow with the number of examples, not with its square); None for the whole kernel.
+        memory: the most GiB that the kernels may take.
 
     Attributes:
         kernels_: ``[references, checkpoints, train, moving, train + test, moving]``, or, with landmarks, factors
@@ -92,22 +94,25 @@ class TangentKernelSimulator(Simulator):
     """
 
     name = "tangent"
+    needs_task = True
+    gives_derivatives = True
 
+    @renamed_arguments(checkpoints="n_checkpoints", references="n_references", features="n_features")
     def __init__(
         self,
         task: Task | None = None,
         recipe: Recipe | None = None,
-        checkpoints: int = 6,
-        references: int = 4,
-        features: int = 10,
+        n_checkpoints: int = 6,
+        n_references: int = 4,
+        n_features: int = 10,
         landmarks: int | None = None,
         memory: float = 8.0,
     ) -> None:
         self.task = task
         self.recipe = recipe
-        self.checkpoints = checkpoints
-        self.references = references
-        self.features = features
+        self.n_checkpoints = n_checkpoints
+        self.n_references = n_references
+        self.n_features = n_features
         self.landmarks = landmarks
         self.memory = memory
 
@@ -118,21 +123,17 @@ class TangentKernelSimulator(Simulator):
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
         return {
-            "checkpoints": trial.suggest_int("checkpoints", 3, 12, log=True),
-            "references": trial.suggest_int("references", 1, 6),
-            "features": trial.suggest_int("features", 0, 20),
+            "n_checkpoints": trial.suggest_int("n_checkpoints", 3, 12, log=True),
+            "n_references": trial.suggest_int("n_references", 1, 6),
+            "n_features": trial.suggest_int("n_features", 0, 20),
         }
 
     def _check_parameters(self) -> None:
-        for name, least in (("checkpoints", 1), ("references", 1), ("features", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
-        whole = isinstance(self.landmarks, int) and not isinstance(self.landmarks, bool)
-        if self.landmarks is not None and not (whole and self.landmarks >= 1):
-            raise InvalidInput(f"landmarks must be None or a number of training examples, got {self.landmarks!r}")
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int | float) or not self.memory > 0:
-            raise InvalidInput(f"memory must be a number of GiB above 0, got {self.memory!r}")
+        for name, least in (("n_checkpoints", 1), ("n_references", 1), ("n_features", 0)):
+            whole(name, getattr(self, name), least)
+        if self.landmarks is not None:
+            whole("landmarks", self.landmarks, 1)
+        number("memory", self.memory, above=0)
 
     def disagreement(self, curricula: Sequence[Curriculum]) -> Losses:
         """Standard deviation of the references' own forecasts around the one given, ``[runs, steps + 1, test]``.
@@ -150,7 +151,7 @@ class TangentKernelSimulator(Simulator):
         curricula = list(curricula)
         self._check_initial(curricula, np.zeros(self.n_test_))
         if len(self.reference_steps_) == 1:
-            raise InvalidInput("one reference cannot disagree with others: fit with references=4, on as many runs")
+            raise InvalidInput("one reference cannot disagree with others: fit with n_references=4, on as many runs")
         found = []
         longest = max(len(curriculum) for curriculum in curricula)
         for start in range(0, len(curricula), _AT_ONCE):
@@ -175,7 +176,7 @@ class TangentKernelSimulator(Simulator):
         self.targets_ = torch.cat([setup.train_data[1], setup.test_data[1]]).numpy()
         self.loss_, self.l2_ = _loss_name(self.task), self.task.l2
         self.shape_ = _output_shape(self.task, recipe, setup)
-        chosen = list(runs[: self.references])
+        chosen = list(runs[: self.n_references])
         self._take_references(chosen, setup)
         rest = Runs(run for run in runs if run.id not in {each.id for each in chosen})
         self.correction_, self.centre_ = np.zeros((1, runs.n_test)), np.zeros((1, runs.n_test))
@@ -186,13 +187,13 @@ class TangentKernelSimulator(Simulator):
     def _take_references(self, runs: list[Run], setup: TrainingSetup) -> None:
         """Train each reference again, and take its outputs and kernels on the way."""
         steps = max(run.steps for run in runs)
-        self.times_ = np.unique(np.linspace(0, steps, self.checkpoints, endpoint=False).astype(int))
+        self.times_ = np.unique(np.linspace(0, steps, self.n_checkpoints, endpoint=False).astype(int))
         data = _both_sides(setup)
         most = self.memory * GIB / len(runs)
         landmarks = None if self.landmarks is None else min(self.landmarks, len(setup.task.train))
         with bar("Kernels", len(runs) * len(self.times_), shown=True) as advance:
             found = [
-                collect_reference(setup.task, run, data, self.times_, self.features, landmarks, most, advance)
+                collect_reference(setup.task, run, data, self.times_, self.n_features, landmarks, most, advance)
                 for run in runs
             ]
         self.learned_ = found[0].learned
@@ -241,8 +242,8 @@ class TangentKernelSimulator(Simulator):
         """How much each counts, ``[runs, steps + 1, 1]``, and its own forecasts, ``[runs, steps + 1, test]``."""
         references = self._reference_curricula()
         shares = reference_weights(curricula, references, longest)  # [runs, references, times]
-        for number, reference in enumerate(references):
-            yield shares[:, number, :, None], self._space(number, reference).roll(curricula, longest)
+        for index, reference in enumerate(references):
+            yield shares[:, index, :, None], self._space(index, reference).roll(curricula, longest)
 
     def _warn_beyond(self, curricula: Sequence[Curriculum]) -> None:
         longest, known = max(map(len, curricula)), int(self.reference_steps_.max())
@@ -260,9 +261,9 @@ class TangentKernelSimulator(Simulator):
         references = self._reference_curricula()
         shares, moved = reference_weights_without(base, references)
         changes = np.zeros((self.n_train_, self.n_test_))
-        for number, reference in enumerate(references):
-            final, derivatives = final_derivatives(self._space(number, reference), base)
-            changes += shares[number] * derivatives + moved[number][:, None] * final
+        for index, reference in enumerate(references):
+            final, derivatives = final_derivatives(self._space(index, reference), base)
+            changes += shares[index] * derivatives + moved[index][:, None] * final
         changes *= self.scale_[min(len(base), len(self.scale_) - 1)]
         return changes
 
@@ -299,6 +300,15 @@ class TangentKernelSimulator(Simulator):
                 "its task's loss is a function of its own, which no file holds: set simulator.task = task"
             )
         return BY_NAME[self.loss_]
+
+    @classmethod
+    def _from_format_0(
+        cls, parameters: dict[str, Any], learned: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Rename parameters that are counts."""
+        for name in ("checkpoints", "references", "features"):
+            parameters[f"n_{name}"] = parameters.pop(name)
+        return parameters, learned
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Task and recipe are not kept as parameters: what is needed of them is learned."""
