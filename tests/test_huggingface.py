@@ -217,7 +217,7 @@ def test_padding_has_no_part_in_curvature(models, folders):
         assert alike[0]["input_ids"].shape[-1] == alike[0]["decoder_input_ids"].shape[-1]
         for data in (task.train_data, longer(task.train_data, 3, 2), alike):
             for name, factors in found.factors(data).items():
-                kept, wanted = factors.unpadded()[0], torch.cat([each[name].kept()[0] for each in alone])
+                kept, wanted = factors.unpadded()[0], torch.cat([each[name].unpadded()[0] for each in alone])
                 assert len(kept) == len(wanted), name
                 torch.testing.assert_close(kept.T @ kept, wanted.T @ wanted, rtol=1e-8, atol=1e-10)
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from comparing import relative
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
