@@ -114,7 +114,7 @@ def test_bad_input(runs, task, tracin):
         (sf.AttributedSimulator(np.full((5, 12), np.nan)), "finite numbers"),
         (sf.AttributedSimulator(np.zeros((5, 12)), fit_scale=True), "no scale to fit"),
         (sf.AttributedSimulator(tracin, fit_scale="best"), "fit_scale='best' is unknown: choose from False, True"),
-        (sf.AttributedSimulator(tracin, around="median"), "None or 'mean'"),
+        (sf.AttributedSimulator(tracin, around="median"), "choose from None, 'mean'"),
     ):
         with pytest.raises(InvalidInput, match=said):
             bad.fit(runs)
