@@ -192,7 +192,7 @@ def test_tangent_kernel(run, folder, tmp_path):
     file = tmp_path / "tuned.safetensors"
     code, out, _ = run("tune", folder / "runs", "--out", file, *options, "--folds", 2, "--trials", 1, "--json")
     assert code == 0
-    assert json.loads(out)["parameters"] == {"checkpoints": 2, "references": 1, "features": 0}
+    assert json.loads(out)["parameters"] == {"n_checkpoints": 2, "n_references": 1, "n_features": 0}
     assert json.loads(out)["held_out"]["skill"] > 0.5
     code, out, _ = run("leave-one-out", folder / "runs", "--simulator", file, "--held-out", 3, "--derivative", "--json")
     assert code == 0

@@ -157,7 +157,7 @@ def tune(
     from simfluence.evaluation.held_out import evaluate as evaluate_simulators
     from simfluence.evaluation.tuning import search
 
-    kind = "best" if simulator == "best" else simulator_class(simulator)
+    kind = "best" if simulator == "best" else simulator_class(simulator, "best")
     opened, part, held = opened_and_split(store, held_out, seed)
     given = {"task": built_task(opened, task)} if not isinstance(kind, str) and kind.needs_task else {}
     options: dict[str, Any] = {"fixed": parsed(parameters) | given, "storage": storage}

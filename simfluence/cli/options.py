@@ -71,7 +71,7 @@ def unfitted(name: str, parameters: list[str] | None, store: RunStore, task: str
     return chosen
 
 
-def simulator_class(name: str) -> type[Simulator]:
+def simulator_class(name: str, *others: str) -> type[Simulator]:
     """The class of a simulator: by its name, or as ``package.module:Class``, which runs the user's code.
 
     Raises:
@@ -86,7 +86,7 @@ def simulator_class(name: str) -> type[Simulator]:
             raise InvalidInput(f"simulator {name!r} is not a class that derives from simfluence.Simulator")
         return kind
     if name not in SIMULATORS:
-        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, SIMULATORS)}")
+        raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, (*SIMULATORS, *others))}")
     found: type[Simulator] = SIMULATORS[name]
     return found
 
@@ -111,7 +111,8 @@ def fitted_all(store: str, part: Runs, parameters: list[str] | None) -> dict[str
     from simfluence.storage.store import RunStore
 
     fitted = {}
-    names = [name for name, kind in SIMULATORS.items() if not kind.needs_task]
+    every = [*SIMULATOR_NAMES, *(name for name in SIMULATORS if name not in SIMULATOR_NAMES)]
+    names = [name for name in every if not SIMULATORS[name].needs_task]
     for chosen in [unfitted(name, parameters, RunStore(store)) for name in names]:
         try:
             fitted[chosen.name] = chosen.fit(part)
