@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from simfluence._internal.deprecation import renamed_names
 from simfluence._internal.html import card, picture
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.examples import Examples
@@ -298,3 +299,6 @@ def tensors(data: Any) -> list[Tensor]:
 def cast(data: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Move ``data`` to ``device`` and its floating-point tensors to ``dtype``."""
     return convert(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), data)
+
+
+__getattr__ = renamed_names(__name__, {"Outline": "simfluence.task:ExternalTask"})

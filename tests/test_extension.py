@@ -12,10 +12,13 @@ import safetensors.numpy
 from sklearn.pipeline import Pipeline
 
 import simfluence as sf
+import simfluence.task
+from simfluence import attribution
 from simfluence.attribution import METHODS
 from simfluence.cli.options import METHOD_NAMES, SIMULATOR_NAMES
 from simfluence.errors import InvalidInput, StoreError
 from simfluence.evaluation import search
+from simfluence.recording import Estimate
 from simfluence.simulators import SIMULATORS
 from simfluence.simulators.base import FORMAT, _checksum
 
@@ -107,6 +110,12 @@ def test_numpys_numbers_are_saved(runs, tmp_path):
     assert sf.Simulator.load(tmp_path / "fitted.safetensors").order == 2
 
 
+def test_an_instances_parameters_may_be_arrays(runs):
+    scores = np.random.default_rng(0).normal(size=(5, 12))
+    tuned = search(sf.AttributedSimulator(scores), runs, trials=1, folds=2)
+    assert tuned.parameters["attributor"] is scores
+
+
 def test_a_pipeline_fits_a_simulator(runs):
     fitted = Pipeline([("linear", sf.LinearSimulator(l2=3.0, around="mean"))]).fit(runs[:4])
     assert fitted.score(runs[4:]) == fitted[-1].score(runs[4:])
@@ -153,5 +162,11 @@ def test_old_names_work_with_a_warning(runs):
         sf.evaluate({"mean": mean}, runs[4:], reference=runs[:4])
     with pytest.warns(DeprecationWarning, match="n_features="):
         assert sf.TangentKernelSimulator(features=3).n_features == 3
+    with pytest.warns(DeprecationWarning, match="already_recorded"):
+        assert Estimate(0, 3, {}, 0.0, 0, 0).there == 3
+    with pytest.warns(DeprecationWarning, match="attributor_from_run"):
+        assert attribution.of_run is attribution.attributor_from_run
+    with pytest.warns(DeprecationWarning, match="ExternalTask"):
+        assert sf.task.Outline is sf.task.ExternalTask
     with pytest.warns(DeprecationWarning, match="fit_scale="):
         assert sf.AttributedSimulator(scale="fitted").fit_scale is True

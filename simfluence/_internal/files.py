@@ -83,13 +83,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_format(version: Any, newest: int, path: str | Path) -> None:
+def check_format(version: Any, newest: int, path: str | Path, oldest: int = 0) -> None:
     """Check that this version can read a file's format.
 
     Raises:
         StoreError: the format is newer or invalid.
     """
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+    if isinstance(version, bool) or not isinstance(version, int) or version < oldest:
         raise StoreError(f"{path} is damaged: its format is {version!r}")
     if version > newest:
         raise StoreError(

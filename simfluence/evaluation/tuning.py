@@ -309,7 +309,7 @@ def _changed_parameters(simulator: object) -> dict[str, Any]:
         return {}
     defaults = type(simulator)().get_params(deep=False)
     values = simulator.get_params(deep=False)
-    return {name: value for name, value in values.items() if value is not defaults[name] and value != defaults[name]}
+    return {name: value for name, value in values.items() if not np.all(value == defaults[name])}  # of arrays too
 
 
 def _able(fixed: Mapping[str, Any]) -> list[type[Simulator]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from simfluence._internal.deprecation import warn_renamed
 from simfluence._internal.files import size_of
 from simfluence.curriculum import Curriculum
 from simfluence.recipe import Recipe
@@ -47,6 +48,12 @@ class Estimate:
     seconds: float
     disk: int
     memory: int
+
+    @property
+    def there(self) -> int:
+        """The old name of ``already_recorded``."""
+        warn_renamed("Estimate.there", "Estimate.already_recorded")
+        return self.already_recorded
 
     def __str__(self) -> str:
         engines = ", ".join(f"{count} by {name}" for name, count in self.engines.items()) or "none"

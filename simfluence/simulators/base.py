@@ -27,12 +27,12 @@ from simfluence.runs import Run, Runs
 from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.registry import register, registered
 
-# Not typing.Self: the tests' runtime type checker wraps functions, not classes.
 #: Version of the files written here. Files without one are of version 0, and are read; newer ones are refused.
 FORMAT = 1
 
 _AT_ONCE = 50  # edited curricula that are simulated together
 
+# Not typing.Self: the tests' runtime type checker wraps functions, not classes.
 SimulatorT = TypeVar("SimulatorT", bound="Simulator")
 
 
@@ -41,7 +41,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
 
     Subclasses implement ``_fit(runs)``, which sets arrays whose names end in an underscore, and
     ``_simulate(curricula, initial)``. A class with a ``name`` of its own is registered under it when it is defined:
-    files, ``tune`` and the command line know it from then on. ``check_simulator`` tests a class.
+    files, ``tune`` and the command line know it from then on.
     """
 
     #: What files and the command line call it.
@@ -52,8 +52,6 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
     needs_task: ClassVar[bool] = False
     #: Whether ``interval`` gives the ends of intervals of the losses.
     gives_intervals: ClassVar[bool] = False
-    #: Whether ``derivatives_without`` gives derivatives of the final losses.
-    gives_derivatives: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -104,7 +102,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
             )
         times = np.minimum(np.arange(simulated.shape[1]), len(self.baseline_) - 1)
         true = held_out.losses.astype(np.float64)
-        error, baseline = (np.nansum(((said - true) ** 2)[:, 1:]) for said in (simulated, self.baseline_[times]))
+        error, baseline = (np.nansum(((losses - true) ** 2)[:, 1:]) for losses in (simulated, self.baseline_[times]))
         return float(1 - error / baseline) if baseline > 0 else float("nan")
 
     @classmethod

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from simfluence._internal.files import check_format
 from simfluence._version import __version__
 from simfluence.curriculum import Curriculum
 from simfluence.errors import StoreError
@@ -208,21 +209,9 @@ def _readings(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     return readings, recorded
 
 
-def check_format(found: Any, file: Path) -> None:
-    """Whether this version reads that format.
-
-    Raises:
-        StoreError: it is newer, or no format at all.
-    """
-    if not isinstance(found, int) or found < 1:
-        raise StoreError(f"{file} is damaged: format {found!r}")
-    if found > FORMAT:
-        raise StoreError(f"{file} has format {found}, which a newer version wrote; this one reads up to {FORMAT}")
-
-
 def _migrated(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """What a run file says, in the words of the present format."""
-    check_format(about.get("format"), file)
+    check_format(about.get("format"), FORMAT, file, oldest=1)
     migrated = dict(about)
     for version in range(about["format"], FORMAT):
         migrated |= _MIGRATIONS[version](migrated)

@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from simfluence._internal.files import cannot_write, whole_file, write_whole
+from simfluence._internal.files import cannot_write, check_format, whole_file, write_whole
 from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
@@ -26,7 +26,6 @@ from simfluence.storage.run_file import (
     FORMAT,
     RunHeader,
     RunRows,
-    check_format,
     read_run,
     read_table,
     to_bytes,
@@ -68,7 +67,7 @@ class RunStore:
             StoreError: there is no store here, or it is of a format this version cannot read.
         """
         content = self._read_json()
-        check_format(content.get("format"), self.path / "store.json")
+        check_format(content.get("format"), FORMAT, self.path / "store.json", oldest=1)
         try:
             return TaskInfo(n_train=content["n_train"], n_test=content["n_test"], **content["task"])
         except (KeyError, TypeError) as error:

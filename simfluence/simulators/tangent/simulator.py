@@ -95,7 +95,6 @@ class TangentKernelSimulator(Simulator):
 
     name = "tangent"
     needs_task = True
-    gives_derivatives = True
 
     @renamed_arguments(checkpoints="n_checkpoints", references="n_references", features="n_features")
     def __init__(
