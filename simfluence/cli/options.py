@@ -106,13 +106,12 @@ def with_intervals(simulator: Simulator, part: Runs, seed: int) -> Simulator:
 
 
 def fitted_all(store: str, part: Runs, parameters: list[str] | None) -> dict[str, Simulator]:
-    """Fit every simulator that can be fitted on these runs alone; say of the others why not."""
+    """Fit each of the library's simulators that can be fitted on these runs alone; say of the others why not."""
     from simfluence.simulators import SIMULATORS
     from simfluence.storage.store import RunStore
 
     fitted = {}
-    every = [*SIMULATOR_NAMES, *(name for name in SIMULATORS if name not in SIMULATOR_NAMES)]
-    names = [name for name in every if not SIMULATORS[name].needs_task]
+    names = [name for name in SIMULATOR_NAMES if not SIMULATORS[name].needs_task]
     for chosen in [unfitted(name, parameters, RunStore(store)) for name in names]:
         try:
             fitted[chosen.name] = chosen.fit(part)
