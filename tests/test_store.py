@@ -195,7 +195,7 @@ def test_an_older_format_is_read(tmp_path):
 def test_a_newer_format_is_refused(store):
     described = json.loads((store.path / "store.json").read_text())
     (store.path / "store.json").write_text(json.dumps(described | {"format": 3}))
-    with pytest.raises(StoreError, match="a newer version wrote"):
+    with pytest.raises(StoreError, match="a newer version of simfluence wrote"):
         store.load()
 
 
