@@ -22,6 +22,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Weights that a test draws are the same whatever ran before it in this worker."""
+    torch.manual_seed(0)
+
+
 def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
 

@@ -262,7 +262,7 @@ def test_bad_input(attributor):
     case = mlp()
     X, y = case.train
     found = fitted(attributor, case)
-    with pytest.raises(InvalidInput, match="batch_size must be an integer from 1 up"):
+    with pytest.raises(InvalidInput, match="batch_size must be a whole number from 1 up"):
         fitted(attributor, case, batch_size=0)
     with pytest.raises(InvalidInput, match="a loss is needed"):
         sklearn.base.clone(found).fit(case.model, (X, y))

@@ -207,7 +207,7 @@ def test_bad_models():
         HiddenSimilarity().fit(nn.Sequential(nn.Conv1d(1, 1, 1)), case.train)
     with pytest.raises(InvalidInput, match="layer 'words' is whole numbers, no representation"):
         HiddenSimilarity(layer="words").fit(words.model, words.train)
-    with pytest.raises(InvalidInput, match="batch_size must be an integer from 1 up"):
+    with pytest.raises(InvalidInput, match="batch_size must be a whole number from 1 up"):
         HiddenSimilarity(batch_size=0).fit(case.model, case.train)
     with pytest.raises(InvalidInput, match="equally many"):
         HiddenSimilarity().fit(case.model, (case.train[0], case.train[1][:3]))
@@ -260,5 +260,5 @@ def test_bad_texts(similarity, task):
     with pytest.raises(InvalidInput, match="there are no test texts"):
         found.scores([])
     for n in (0, (2, 1), (0, 1)):
-        with pytest.raises(InvalidInput, match="n must be an integer from 1 up"):
+        with pytest.raises(InvalidInput, match="n must be a whole number from 1 up"):
             type(similarity)(n=n).fit(TRAIN)

@@ -104,6 +104,21 @@ def test_numpys_numbers_are_numbers(runs):
             sf.LinearSimulator().set_params(order=wrong).fit(runs)
 
 
+@pytest.mark.parametrize(
+    ("made", "parameters"),
+    [
+        (sf.BoostedSimulator(), {"rounds": np.int64(3), "seed": np.int32(1), "learning_rate": np.float32(0.1)}),
+        (sf.FeaturizedSimulator(), {"components": np.int64(2), "l2": np.int64(3)}),
+        (sf.TangentKernelSimulator(), {"n_features": np.int64(3), "memory": np.int64(2)}),
+        (attribution.EKFAC(), {"batch_size": np.int64(3), "rank": np.int64(2), "damping": np.int64(1)}),
+        (attribution.GradientDot(), {"batch_size": np.int64(3)}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_numpys_numbers_pass_every_check(made, parameters):
+    made.set_params(**parameters)._check_parameters()
+
+
 def test_numpys_numbers_are_saved(runs, tmp_path):
     fitted = sf.LinearSimulator().set_params(l2=np.float64(3), order=np.int64(2)).fit(runs)
     fitted.save(tmp_path / "fitted.safetensors")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simfluence._internal.progress import bar
 from simfluence._internal.types import Indices
-from simfluence._internal.validation import checked_indices
+from simfluence._internal.validation import checked_indices, whole
 from simfluence.attribution.gradients.hooks import Gradients, Loss, Mask, attention_mask, rows_of
 from simfluence.attribution.gradients.inner_products import (
     Query,
@@ -219,8 +219,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
 
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise InvalidInput(f"batch_size must be an integer from 1 up, got {self.batch_size!r}")
+        whole("batch_size", self.batch_size, 1)
 
     def _blocks(self, test: Data, chosen: Indices | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
         """Test rows, training rows (of those chosen), and their products ``[layer, test, train]``."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from simfluence._internal.validation import whole
 from simfluence.attribution.base import Attributor, LayerFactors, Queries, Solve
 from simfluence.attribution.curvature.cache import CurvatureCache, fingerprint
 from simfluence.attribution.curvature.kronecker import (
@@ -59,8 +60,8 @@ class _Blocks(Attributor):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_damping(self.damping)
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise InvalidInput(f"rank must be an integer from 1 up, or None for no approximation, got {self.rank!r}")
+        if self.rank is not None:
+            whole("rank", self.rank, 1)
 
     def _fit(self) -> None:
         relabel = relabelling(self.labels, self.gradients_.loss, self.seed)

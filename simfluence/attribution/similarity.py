@@ -19,7 +19,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from simfluence._internal.types import Indices
-from simfluence._internal.validation import checked_indices
+from simfluence._internal.validation import checked_indices, whole
 from simfluence.attribution.base import checked_data, versions
 from simfluence.attribution.gradients.hooks import (
     Calls,
@@ -117,8 +117,7 @@ class HiddenSimilarity(_Similarity):
             InvalidInput: no such module, or one that is never called or not with one row per example; a model that
                 fails, or representations that are not finite.
         """
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise InvalidInput(f"batch_size must be an integer from 1 up, got {self.batch_size!r}")
+        whole("batch_size", self.batch_size, 1)
         task = data if isinstance(data, Task) else None
         self.layer_ = _named(model, self.layer)
         self.model_, self.mask_, self.versions_ = model, mask, versions(model)
@@ -271,9 +270,9 @@ class TfIdf(_TextSimilarity):
 
 def _lengths(n: Any) -> tuple[int, int]:
     low, high = n if isinstance(n, tuple) and len(n) == 2 else (n, n)
-    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high):
-        raise InvalidInput(f"n must be an integer from 1 up, or a pair of them (shortest, longest); got {n!r}")
-    return low, high
+    if not (isinstance(low, int | np.integer) and isinstance(high, int | np.integer) and 1 <= low <= high):
+        raise InvalidInput(f"n must be a whole number from 1 up, or a pair of them (shortest, longest); got {n!r}")
+    return int(low), int(high)
 
 
 def candidates(scores: Any, k: int) -> Int[np.ndarray, " candidates"]:

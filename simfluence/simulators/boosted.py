@@ -9,6 +9,7 @@ import lightgbm
 import numpy as np
 import optuna
 
+from simfluence._internal.validation import number, whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.runs import Runs
@@ -88,13 +89,10 @@ class BoostedSimulator(Simulator):
 
     def _check_parameters(self) -> None:
         for name, least in (("rounds", 0), ("leaves", 2), ("min_rows", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidInput(f"{name} must be a whole number from {least} up, got {value!r}")
+            whole(name, getattr(self, name), least)
         if self.leaves > _MOST_LEAVES:
             raise InvalidInput(f"leaves can be {_MOST_LEAVES} at most, got {self.leaves}")
-        number = isinstance(self.learning_rate, int | float) and not isinstance(self.learning_rate, bool)
-        if not number or not 0 < self.learning_rate <= 1:
+        if number("learning_rate", self.learning_rate, above=0) > 1:
             raise InvalidInput(f"learning_rate must be above 0 and at most 1, got {self.learning_rate!r}")
 
     def _fit(self, runs: Runs) -> None:

@@ -12,6 +12,7 @@ import torch
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from simfluence._internal.validation import number, whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
@@ -92,10 +93,8 @@ class FeaturizedSimulator(Simulator):
         return other
 
     def _check_parameters(self) -> None:
-        if isinstance(self.l2, bool) or not isinstance(self.l2, int | float) or not self.l2 > 0:
-            raise InvalidInput(f"l2 must be a number above 0, got {self.l2!r}")
-        if isinstance(self.components, bool) or not isinstance(self.components, int) or self.components < 0:
-            raise InvalidInput(f"components must be a whole number from 0 up, got {self.components!r}")
+        number("l2", self.l2, above=0)
+        whole("components", self.components, 0)
 
     def _fit(self, runs: Runs) -> None:
         Sides.of(runs.train, runs.test, "the featurized simulator")  # says what is missing

@@ -9,7 +9,6 @@ no rotation. A vector (a bias alone, a normalisation's weight) has ``a = 1``, so
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from simfluence._internal.validation import number
 from simfluence.attribution.curvature.cache import CurvatureCache
 from simfluence.attribution.gradients.hooks import Gradients
 from simfluence.attribution.gradients.labels import Relabel
@@ -55,9 +55,10 @@ def check_damping(damping: Any) -> None:
     Raises:
         InvalidInput: it is neither a number from 0 up nor ``Relative`` of one.
     """
-    number = damping.share if isinstance(damping, Relative) else damping
-    if isinstance(number, bool) or not isinstance(number, int | float) or not (math.isfinite(number) and number >= 0):
-        raise InvalidInput(f"damping must be a number from 0 up, or Relative(number), got {damping!r}")
+    try:
+        number("damping", damping.share if isinstance(damping, Relative) else damping, least=0)
+    except InvalidInput:
+        raise InvalidInput(f"damping must be a number from 0 up, or Relative(number), got {damping!r}") from None
 
 
 def damped(eigenvalues: Tensor, damping: Damping, l2: float, name: str) -> Tensor:
