@@ -21,6 +21,7 @@ from simfluence.curriculum import Curriculum
 from simfluence.errors import DivergedWarning, InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
+from simfluence.task import Task
 
 __all__ = ["Run", "Runs", "combined"]
 
@@ -88,6 +89,18 @@ class Run:
     def times(self) -> Int[np.ndarray, " k"]:
         """The times 0…T at which the test examples were evaluated."""
         return np.arange(len(self.losses)) if self.recorded is None else np.flatnonzero(self.recorded)
+
+    def check_task(self, task: Task) -> None:
+        """Check that the run is of this task, as far as the run knows its task.
+
+        Raises:
+            InvalidInput: the run is of another task.
+        """
+        if self.fingerprint not in (None, task.fingerprint):
+            raise InvalidInput(
+                f"run {self.id} is of another task than {task.name!r}: the model, the data or their order differ "
+                "from those that it was recorded with"
+            )
 
     def times_of(self, name: str) -> Int[np.ndarray, " k"]:
         """Return the times at which the loss or a measure was recorded.

@@ -54,7 +54,9 @@ def test_the_smallest_removal_is_proved(additive, runs, test, run):
         assert len(found.examples) == size
         truth = loss_without(additive, base, found.examples, tests)
         assert truth >= past - 1e-6
-        assert found.losses[[0, -1]] == pytest.approx([losses[0][()], truth], abs=1e-6)
+        path = [loss_without(additive, base, found.examples[:count], tests) for count in range(size + 1)]
+        assert found.losses == pytest.approx(path, rel=1e-6)
+        assert found.losses[[0, -1]] == pytest.approx([losses[0][()], truth], rel=1e-6)
         greedy = sf.smallest_removal(additive, base, test, past)
         assert not greedy.exact
         assert len(greedy.examples) >= size
@@ -65,8 +67,8 @@ def test_the_best_removal_is_proved(additive, runs, k):
     every = {some: loss for size in range(k + 1) for some, loss in by_brute_force(additive, runs[0], [1], size).items()}
     best = min(every.values())
     found = sf.best_removal(additive, runs[0], 1, k, exact=True)
-    assert found.losses[-1] == pytest.approx(best, abs=1e-6)
-    assert loss_without(additive, runs[0], found.examples, [1]) == pytest.approx(best, abs=1e-6)
+    assert found.losses[-1] == pytest.approx(best, rel=1e-6)
+    assert loss_without(additive, runs[0], found.examples, [1]) == pytest.approx(best, rel=1e-6)
     assert found.reached == (best < every[()])
     greedy = sf.best_removal(additive, runs[0], 1, k)
     assert greedy.losses[-1] >= best - 1e-9
@@ -109,5 +111,9 @@ def test_bad_questions(additive, linear, runs):
         sf.best_removal(sf.AdditiveSimulator(around="mean").fit(runs), runs[0], 0, 1, exact=True)
     with pytest.raises(InvalidInput, match="no example 9"):
         sf.best_removal(additive, runs[0], 9, 1)
-    with pytest.raises(InvalidInput, match="at least 1 example must go"):
-        sf.best_removal(additive, runs[0], 0, 0)
+    for k in (0, 1.5, np.nan, True, "2"):
+        with pytest.raises(InvalidInput, match="k must be a whole number from 1 up, got"):
+            sf.best_removal(additive, runs[0], 0, k)
+    for past in (np.nan, np.inf, "much"):
+        with pytest.raises(InvalidInput, match="past must be a number, got"):
+            sf.smallest_removal(additive, runs[0], 0, past)

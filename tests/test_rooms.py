@@ -85,7 +85,7 @@ def test_the_design_page_runs(tmp_path):
     table = sf.evaluate({"linear": linear}, held, baseline_runs=fit)
     assert list(table.index) == ["linear"]
     forecast = sf.what_if(linear, held[0], [sf.Remove("label == 3")], task=task)
-    assert list(forecast.frame.columns) == ["step", "test", "base", "what_if", "delta"]
+    assert list(forecast.frame.columns) == ["step", "test", "base", "what_if", "change"]
     assert "actual" in forecast.verify(recipe).frame
     assert sf.RunStore(str(tmp_path / "digits")).load().ids == sorted(runs.ids)
     assert len(sf.Remove("label == 3").apply(held[0].curriculum, task.train)) == 20

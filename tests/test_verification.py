@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import simfluence as sf
@@ -21,11 +22,37 @@ def test_verify_retrains(linear, runs, task, recipe):
     assert np.allclose(verified.actual_change, truth[-1] - runs[5].losses[-1])
     assert verified.delta_correlation == pytest.approx(np.corrcoef(forecast.change, verified.actual_change)[0, 1])
     assert verified.final_mse == pytest.approx(np.mean((forecast.what_if[-1] - truth[-1]) ** 2))
-    assert list(verified.frame.columns)[5:] == ["actual_base", "actual", "actual_delta"]
+    assert list(verified.frame.columns)[5:] == ["actual_base", "actual", "actual_change"]
     row = verified.frame.iloc[-1]
-    assert row["actual_delta"] == pytest.approx(row["actual"] - row["actual_base"])
+    assert row["actual_change"] == pytest.approx(row["actual"] - row["actual_base"])
     assert row["actual"] == truth[-1, -1]
     assert np.array_equal(forecast.verify().actual, truth)  # the base run knows its recipe
+
+
+def test_several_simulators_are_judged_by_one_retraining(linear, runs, task):
+    other = sf.AdditiveSimulator().fit(runs[:4])
+    edit = sf.Remove("label == 1")
+    verified = sf.what_if(linear, runs[5], edit, task=task).verify()
+    forecast = sf.what_if(other, runs[5], edit, task=task)
+    assert forecast.against(verified).actual is verified.actual
+    assert forecast.against(verified).final_mse == forecast.verify().final_mse
+    for run, question in ((runs[4], edit), (runs[5], sf.Remove([0]))):
+        with pytest.raises(InvalidInput, match="verify this one"):
+            sf.what_if(other, run, question, task=task).against(verified)
+    many = sf.what_if(linear, runs[4:], QUERIES, task=task).verify()
+    forecasts = sf.what_if(other, runs[4:], QUERIES, task=task)
+    assert forecasts.against(many).table.equals(forecasts.verify().table)
+    with pytest.raises(InvalidInput, match="verify these"):
+        sf.what_if(other, runs[4:], {"one": edit}, task=task).against(many)
+
+
+def test_old_columns_warn(linear, runs, task):
+    verified = sf.what_if(linear, runs[5], sf.Remove([0]), task=task).verify()
+    with pytest.warns(DeprecationWarning, match="'delta' was renamed to 'change'"):
+        assert verified.forecast.frame["delta"].equals(verified.forecast.frame["change"])
+    with pytest.warns(DeprecationWarning, match="'actual_delta' was renamed"):
+        assert verified.frame["actual_delta"].equals(verified.frame["actual_change"])
+    assert type(verified.frame[["step", "change"]]) is type(verified.frame.head()) is pd.DataFrame
 
 
 def test_an_edit_that_changes_nothing_is_confirmed(linear, runs, task):
@@ -126,7 +153,7 @@ def test_bad_verifications(linear, runs, task):
         forecast.verify(task=sf.tasks.digits(n_train=12, n_test=5))
     with pytest.raises(InvalidInput, match="trained by another recipe"):
         forecast.verify(sf.Recipe(lr=9.0), task=task)
-    with pytest.raises(InvalidInput, match="seeds must be 1 or more"):
+    with pytest.raises(InvalidInput, match="seeds must be a whole number from 1 up"):
         forecast.verify(task=task, seeds=0)
     bare = sf.Runs.from_arrays(runs.curricula, runs.losses)[0]
     with pytest.raises(InvalidInput, match="pass recipe="):

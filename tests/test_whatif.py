@@ -30,12 +30,12 @@ def test_both_sides_are_simulated(linear, runs, task):
 def test_frame_is_tidy(linear, runs, task):
     forecast = sf.what_if(linear, runs[5], sf.Remove([0, 1]), task=task)
     frame = forecast.frame
-    assert list(frame.columns) == ["step", "test", "base", "what_if", "delta"]
+    assert list(frame.columns) == ["step", "test", "base", "what_if", "change"]
     assert len(frame) == 11 * 5
     row = frame[(frame["step"] == 7) & (frame["test"] == 3)].iloc[0]
     assert row["base"] == forecast.base[7, 3]
     assert row["what_if"] == forecast.what_if[7, 3]
-    assert row["delta"] == forecast.what_if[7, 3] - forecast.base[7, 3]
+    assert row["change"] == forecast.what_if[7, 3] - forecast.base[7, 3]
 
 
 def test_a_run_carries_its_metadata(linear, store):
@@ -165,7 +165,7 @@ def test_an_edit_that_changes_the_number_of_steps(linear, runs, task):
 def test_parquet(linear, runs, tmp_path):
     forecast = sf.what_if(linear, runs[5], sf.Remove([0]))
     forecast.to_parquet(tmp_path / "one.parquet")
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "one.parquet"), forecast.frame)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "one.parquet"), forecast.frame, check_frame_type=False)
     many = sf.what_if(linear, runs, {"one": sf.Remove([0])})
     many.to_parquet(tmp_path / "many.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "many.parquet"), many.frame)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+import pandas as pd
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +52,33 @@ def renamed_names(module: str, new_names: dict[str, str]) -> Callable[[str], Any
         return getattr(target_module, attribute) if attribute else target_module
 
     return getattribute
+
+
+class _RenamedColumns(pd.DataFrame):
+    """A table that also answers to the old names of its columns, with a warning."""
+
+    _metadata: ClassVar[list[str]] = ["new_names"]
+    new_names: Mapping[str, str] = MappingProxyType({})
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str) and key in self.new_names:
+            warn_renamed(f"the column {key!r}", f"{self.new_names[key]!r}", stacklevel=2)
+            key = self.new_names[key]
+        return super().__getitem__(key)
+
+
+def with_old_columns(table: pd.DataFrame, new_names: Mapping[str, str]) -> pd.DataFrame:
+    """Let ``table[old]`` return the renamed column: ``{"old": "new"}``. Tables made from it are plain ones.
+
+    >>> table = with_old_columns(pd.DataFrame({"new": [1]}), {"old": "new"})
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", DeprecationWarning)
+    ...     table["old"].tolist()
+    [1]
+    """
+    renamed = _RenamedColumns(table)
+    object.__setattr__(renamed, "new_names", dict(new_names))
+    return renamed
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:

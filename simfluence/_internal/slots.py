@@ -28,7 +28,8 @@ def marked_slots(target: Target, curriculum: Curriculum, examples: Examples | No
     """Mark the slots of the curriculum that show an example of ``target``."""
     chosen = np.zeros(curriculum.n_train, bool)
     chosen[selected(target, curriculum, examples)] = True
-    return chosen[curriculum.indices]
+    marked: np.ndarray = chosen[curriculum.indices]
+    return marked
 
 
 def insert_slots(

@@ -115,8 +115,9 @@ def brittleness(
     """
     k = [k] if isinstance(k, int | np.integer) else list(k)
     values = checked(scores, len(task.test), len(task.train))
-    if run.recipe is None or run.fingerprint not in (None, task.fingerprint):
-        raise InvalidInput(f"run {run.id} is of another task than {task.name!r}, or has no recipe")
+    run.check_task(task)
+    if run.recipe is None:
+        raise InvalidInput(f"run {run.id} has no recipe, so it cannot be retrained: record it with sf.record")
     chosen = np.linspace(0, len(task.test) - 1, min(20, len(task.test))).astype(int) if test is None else np.array(test)
     shown = np.unique(run.curriculum.indices)
     if not all(1 <= number < len(shown) for number in k):

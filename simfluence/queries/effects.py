@@ -26,23 +26,23 @@ METHODS = ("simulate", "derivative")
 
 
 def leave_one_out(simulator: Simulator, run: Run, method: str = "simulate") -> Changes:
-    """The change of every test example's final loss had one training example never been shown, for each of them.
+    """Forecast how each test example's final loss changes if one training example is never shown, for each of them.
 
-    Batches shrink, as with ``Remove``. Examples that the run never saw get 0.
+    Batches shrink, as with ``Remove``. Examples that the run never shows get 0.
 
     Args:
         simulator: fitted on runs of the same task.
         run: the base: its curriculum, and the losses it starts from.
-        method: "simulate" each removal; or take the "derivative" of the final losses by how much of the example is
-            left out, for all training examples in one pass backwards, and multiply it by all of it. Only
-            ``TangentKernelSimulator`` has derivatives. On digits they correlate with what is simulated at 0.99, in
-            half the time, and are a fifth too small (relative error 0.23 to 0.24); with AdamW 0.96 and 0.40. So
-            they rank examples, and size effects roughly.
+        method: "simulate" each removal, or extrapolate from the "derivative" of the final losses with respect to the
+            weight of each training example, which one backward pass gives for all of them. Only
+            ``TangentKernelSimulator`` has derivatives. On digits they correlate with the simulated changes at 0.99, in
+            half the time, and are a fifth too small (relative error 0.23 to 0.24); with AdamW 0.96 and 0.40. So they
+            rank examples well and size their effects roughly.
 
     Raises:
         NotFittedError: before ``fit``.
-        InvalidInput: a run of other examples than the simulator's, or one of a single example; derivatives of a
-            simulator that has none.
+        InvalidInput: the run has other examples than the simulator or shows a single one, or the simulator has no
+            derivatives.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -66,8 +66,8 @@ def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, T
             targets (filters, indices or ids), which may overlap.
 
     Raises:
-        NotFittedError, InvalidInput: as ``leave_one_out``; an unknown column or target; a group that is all the base
-            shows.
+        NotFittedError, InvalidInput: same as in ``leave_one_out``; or a column or target is unknown, or a group has
+            all examples that the base run shows.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [2]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -82,11 +82,11 @@ def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, T
 
 
 def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
-    """The change of every final loss had one training example been shown, as often, in batch ``to`` (0: the first,
-    −1: the last) instead of where it is, for each of them: ``Move``. Examples that the run never saw get 0.
+    """Forecast how each final loss changes if all showings of one training example move to batch ``to`` (0: the first,
+    −1: the last), for each of them; see ``Move``. Examples that the run never shows get 0.
 
     Raises:
-        NotFittedError, InvalidInput: as ``leave_one_out``; a step beyond the end.
+        NotFittedError, InvalidInput: same as in ``leave_one_out``; or ``to`` is beyond the end.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -102,11 +102,11 @@ def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
 
 
 def show_again(simulator: Simulator, run: Run, at: int = -1) -> Changes:
-    """The change of every final loss had one training example been shown once more, in batch ``at`` (−1: the last),
-    for each of them: ``Insert``.
+    """Forecast how each final loss changes if one training example is shown once more in batch ``at`` (−1: the last),
+    for each of them; see ``Insert``.
 
     Raises:
-        NotFittedError, InvalidInput: as ``leave_one_out``; a step beyond the end.
+        NotFittedError, InvalidInput: same as in ``leave_one_out``; or ``at`` is beyond the end.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], []]], [[[3.0], [2.0], [2.5], [2.5]]])
@@ -185,7 +185,8 @@ def chosen_tests(test: Target | None, examples: Examples | None, count: int) -> 
 
 def _mean_over_tests(changes: np.ndarray, examples: Examples | None, test: Target | None) -> np.ndarray:
     """Average over the chosen test examples, ``[train]``."""
-    return changes[chosen_tests(test, examples, len(changes))].mean(axis=0)
+    means: np.ndarray = changes[chosen_tests(test, examples, len(changes))].mean(axis=0)
+    return means
 
 
 def _group_gains(simulator: Simulator, run: Run, by: str, test: Target | None) -> np.ndarray:

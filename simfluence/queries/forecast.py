@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,11 +13,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from simfluence._internal.deprecation import with_old_columns
 from simfluence._internal.files import write_whole
 from simfluence._internal.html import card, picture
 from simfluence._internal.types import RunLosses, Target
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit
+from simfluence.errors import InvalidInput
 from simfluence.evaluation.metrics import delta_correlation, hit_rate, relative_error, seed_share
 from simfluence.examples import Examples
 from simfluence.queries.retraining import retrained
@@ -38,12 +41,12 @@ class Forecast:
 
     Args:
         run: the base run.
-        edits: what was changed.
+        edits: edits of its curriculum, in order.
         curriculum: the edited curriculum.
         base: simulated losses under the base curriculum, ``[steps + 1, test]``.
-        what_if: the same under the edited one, with as many rows as it has steps, and one.
-        low, high: ends of the interval of each loss in ``what_if``, where the simulator gives them.
-        task: for ``verify``, if known.
+        what_if: simulated losses under the edited curriculum, ``[its steps + 1, test]``.
+        low, high: ends of the interval of each loss in ``what_if``, if the simulator gives intervals.
+        task: task to train in ``verify``, if known.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -83,7 +86,8 @@ class Forecast:
     @property
     def change(self) -> PerTest:
         """Predicted change of each test example's final loss."""
-        return self.what_if[-1] - self.base[-1]
+        change: PerTest = self.what_if[-1] - self.base[-1]
+        return change
 
     @property
     def changes_nothing(self) -> bool:
@@ -92,8 +96,8 @@ class Forecast:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """Tidy: a row per step and test example; columns step, test, base, what_if, delta and, where the simulator
-        gives intervals, low and high. Missing after the end of the shorter curriculum."""
+        """Tidy: a row per step and test example; columns step, test, base, what_if, change and, if the simulator
+        gives intervals, low and high. Losses after the end of the shorter curriculum are missing."""
         columns = {"base": self.base, "what_if": self.what_if}
         if self.low is not None and self.high is not None:
             columns |= {"low": self.low, "high": self.high}
@@ -101,7 +105,7 @@ class Forecast:
 
     @cached_property
     def final(self) -> pd.DataFrame:
-        """The final losses, a row per test example: base, what_if, change (low, high) and what is known of it."""
+        """The final losses, a row per test example: base, what_if, change (low, high) and the example's metadata."""
         table = pd.DataFrame({"base": self.base[-1], "what_if": self.what_if[-1], "change": self.change})
         if self.low is not None and self.high is not None:
             table["low"], table["high"] = self.low[-1], self.high[-1]
@@ -138,14 +142,14 @@ class Forecast:
         return "\n".join(lines)
 
     def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
-        """The mean loss along training: base and edited, as forecast (with its interval), and the base as recorded.
+        """Plot the mean loss along training: base and edited as forecast (with the interval), and the base as recorded.
 
         Args:
-            ax: matplotlib's axes to draw on; by default those of a new figure. They are returned.
+            ax: matplotlib axes to draw on, which are returned; by default those of a new figure.
             title: by default the question.
-            test: whose losses: a filter over the test examples, indices or ids; all of them by default.
+            test: the test examples to average over: a filter, indices or ids; by default all.
         """
-        return drawn_fan(self, None, ax, title, test)
+        return _plot_fan(self, None, ax, title, test)
 
     def _repr_html_(self) -> str:
         question, _, answer = str(self).partition("? ")
@@ -180,10 +184,26 @@ class Forecast:
         after, noise = retrained([self.run], [[self.curriculum]], task, recipe, store, seeds)
         return Verification(self, after[0][0], None if noise is None else noise[0, 0])
 
+    def against(self, verification: Verification) -> Verification:
+        """Compare this forecast with the losses that another forecast of the same question was verified by.
+
+        So that several simulators are judged by one retraining.
+
+        Raises:
+            InvalidInput: the verification is of another base run or another edited curriculum.
+        """
+        other = verification.forecast
+        if (other.run.id, other.curriculum) != (self.run.id, self.curriculum):
+            raise InvalidInput(
+                f"the verification answers '{other}' on base run {other.run.id}, "
+                f"but this forecast answers '{self}' on {self.run.id}: verify this one"
+            )
+        return dataclasses.replace(verification, forecast=self)
+
     def __str__(self) -> str:
         nothing = " (nothing changes: the base run never shows them so)" if self.changes_nothing else ""
         before, after = self.base[-1].mean(), self.what_if[-1].mean()
-        return f"What if we {said(self.edits)}? Mean final loss {before:.3f} → {after:.3f}{nothing}"
+        return f"What if we {described_edits(self.edits)}? Mean final loss {before:.3f} → {after:.3f}{nothing}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +231,8 @@ class Verification:
     @property
     def actual_change(self) -> PerTest:
         """Retrained change of each test example's final loss, against the recorded base run."""
-        return self.actual[-1] - self.forecast.run.losses[-1]
+        change: PerTest = self.actual[-1] - self.forecast.run.losses[-1]
+        return change
 
     @property
     def delta_correlation(self) -> float:
@@ -220,7 +241,7 @@ class Verification:
 
     @property
     def relative_error(self) -> float:
-        """Mean squared error of the predicted change, as a share of that of "nothing changes": below 1 is of use."""
+        """Mean squared error of the predicted change divided by that of "nothing changes"; useful below 1."""
         return relative_error(self.forecast.change, self.actual_change)
 
     @property
@@ -230,14 +251,14 @@ class Verification:
 
     @property
     def coverage(self) -> float:
-        """The share of retrained final losses that lie within their intervals; NaN where there are none."""
+        """The share of retrained final losses that lie within their intervals; NaN without intervals."""
         return share_within(self.forecast.low, self.forecast.high, self.actual, slice(-1, None))
 
     @property
     def seed_share(self) -> float:
-        """How much of the retrained change is the seed's, from 0 to about 1; NaN unless other seeds were trained.
+        """The share of the retrained change that is due to the seed, from 0 to about 1; NaN for a single seed.
 
-        Variance of the change over seeds, as a share of its mean square.
+        It is the variance of the change over seeds divided by its mean square.
         """
         return float("nan") if self.seed_changes is None else seed_share(self.seed_changes)
 
@@ -247,12 +268,13 @@ class Verification:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """The forecast's frame with the columns actual_base, actual and actual_delta."""
+        """The forecast's frame with the columns actual_base, actual and actual_change."""
         frame = self.forecast.frame.copy()
         for name, losses in (("actual_base", self.forecast.run.losses), ("actual", self.actual)):
             frame[name] = np.nan
             frame.loc[: losses.size - 1, name] = losses.astype(np.float64).ravel()
-        return frame.assign(actual_delta=frame["actual"] - frame["actual_base"])
+        frame["actual_change"] = frame["actual"] - frame["actual_base"]
+        return with_old_columns(frame, {"delta": "change", "actual_delta": "actual_change"})
 
     def summary(self) -> str:
         """Summarise in text how accurate the forecast was."""
@@ -271,15 +293,15 @@ class Verification:
         return "\n".join(lines)
 
     def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
-        """The forecast's picture with the retrained losses in it; for arguments see ``Forecast.plot``."""
-        return drawn_fan(self.forecast, self.actual, ax, title, test)
+        """Plot the forecast and the retrained losses; for arguments see ``Forecast.plot``."""
+        return _plot_fan(self.forecast, self.actual, ax, title, test)
 
     def plot_changes(self, ax: Any = None, title: str = "") -> Any:
-        """Forecast against retrained change of the final loss, a point per test example."""
+        """Plot forecast against retrained change of the final loss, a point per test example."""
         from simfluence import plots
 
         metrics = {"delta correlation": self.delta_correlation, "relative error": self.relative_error}
-        title = title or f"{asked(self.forecast)} {len(self.actual_change)} test examples"
+        title = title or f"{_question(self.forecast)} {len(self.actual_change)} test examples"
         return plots.scatter(self.forecast.change, self.actual_change, ax, title, metrics=metrics)
 
     def _repr_html_(self) -> str:
@@ -290,33 +312,33 @@ class Verification:
         return f"{self.forecast}\n{self.summary()}"
 
 
-def said(edits: Sequence[Edit]) -> str:
+def described_edits(edits: Sequence[Edit]) -> str:
     """Join edits into one sentence."""
     return " and ".join(str(edit) for edit in edits)
 
 
-def asked(forecast: Forecast) -> str:
-    """The question, with the task's name where it is known."""
+def _question(forecast: Forecast) -> str:
+    """Return the question, with the task's name where it is known."""
     name = forecast.run.task_name
     return f"{name + ': w' if name else 'W'}{str(forecast).partition('?')[0][1:]}?"
 
 
-def drawn_fan(forecast: Forecast, actual: np.ndarray | None, ax: Any, title: str, test: Target | None) -> Any:
-    """The mean losses of the chosen test examples, with the interval where there is one."""
+def _plot_fan(forecast: Forecast, actual: np.ndarray | None, ax: Any, title: str, test: Target | None) -> Any:
+    """Plot the mean losses of the chosen test examples, with the interval where there is one."""
     from simfluence import plots
 
     run = forecast.run
-    everyone = run.test or Examples.numbered(run.losses.shape[1])
-    chosen = np.arange(len(everyone)) if test is None else everyone.select(test)
+    examples = run.test or Examples.numbered(run.losses.shape[1])
+    chosen = np.arange(len(examples)) if test is None else examples.select(test)
     losses = {"base, forecast": forecast.base, "edited, forecast": forecast.what_if, "base, recorded": run.losses}
     losses |= {} if actual is None else {"edited, retrained": actual}
     interval = None
     if forecast.low is not None and forecast.high is not None:
         interval = forecast.low[:, chosen].mean(1), forecast.high[:, chosen].mean(1)
-    of = "test example" if len(chosen) == 1 else "test examples"
+    noun = "test example" if len(chosen) == 1 else "test examples"
     return plots.fan(
-        {name: each[:, chosen].astype(np.float64).mean(1) for name, each in losses.items()}, ax,
-        title or f"{asked(forecast)} {'Mean of ' if len(chosen) > 1 else ''}{len(chosen)} {of}",
+        {name: part[:, chosen].astype(np.float64).mean(1) for name, part in losses.items()}, ax,
+        title or f"{_question(forecast)} {'Mean of ' if len(chosen) > 1 else ''}{len(chosen)} {noun}",
         interval=interval,
         ylabel="test loss" if len(chosen) == 1 else "mean test loss",
         interval_name="interval of the forecast" if len(chosen) == 1 else "intervals, averaged",
@@ -325,11 +347,11 @@ def drawn_fan(forecast: Forecast, actual: np.ndarray | None, ax: Any, title: str
 
 def _extent(curriculum: Curriculum) -> str:
     examples = len(np.unique(curriculum.indices))
-    return f"{len(curriculum)} steps, {len(curriculum.indices)} places of {examples} examples"
+    return f"{len(curriculum)} steps, {len(curriculum.indices)} slots filled by {examples} examples"
 
 
-def share_within(low: Any, high: Any, actual: np.ndarray, some: slice) -> float:
-    """The share of some of the actual losses that lie within their intervals; NaN where there are no intervals."""
+def share_within(low: Any, high: Any, actual: np.ndarray, rows: slice) -> float:
+    """Return the share of ``actual[rows]`` that lies within its intervals; NaN without intervals."""
     if low is None or high is None:
         return float("nan")
-    return float(np.mean((low[some] <= actual[some]) & (actual[some] <= high[some])))
+    return float(np.mean((low[rows] <= actual[rows]) & (actual[rows] <= high[rows])))

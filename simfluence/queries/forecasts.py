@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,8 +17,9 @@ from simfluence._internal.files import write_whole
 from simfluence._internal.html import card, picture
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit
+from simfluence.errors import InvalidInput
 from simfluence.evaluation.metrics import delta_correlation, hit_rate, relative_error, seed_share
-from simfluence.queries.forecast import Forecast, Verification, said, share_within
+from simfluence.queries.forecast import Forecast, Verification, described_edits, share_within
 from simfluence.queries.retraining import retrained
 from simfluence.queries.tables import column_of
 from simfluence.recipe import Recipe
@@ -30,20 +32,20 @@ PerQuery = Float[np.ndarray, "queries runs test"]
 
 @dataclass(frozen=True, eq=False)
 class Forecasts(Sequence[Forecast]):
-    """What a simulator says of many queries of one or many base runs: the change of every final loss.
+    """A simulator's answers to many queries of one or many base runs: the change of every final loss.
 
-    A sequence of ``Forecast`` by number, query by query and, within one, run by run; each is simulated when asked for.
+    A sequence of ``Forecast``, ordered by query and then by run; each is simulated when it is indexed.
 
     Args:
-        simulator: that was asked.
+        simulator: the simulator that answers.
         runs: the base runs.
         queries: edits of each query, by name.
         curricula: the edited curriculum of each query and run.
         base: simulated final losses of the base runs, ``[runs, test]``.
-        change: of the final losses, ``[queries, runs, test]``.
-        low, high: ends of the intervals of the final losses, where the simulator gives them.
-        confidence: of the intervals.
-        task: for ``verify``, if known.
+        change: predicted change of the final losses, ``[queries, runs, test]``.
+        low, high: ends of the intervals of the final losses, if the simulator gives intervals.
+        confidence: confidence of the intervals.
+        task: task to train in ``verify``, if known.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -67,11 +69,12 @@ class Forecasts(Sequence[Forecast]):
     @property
     def what_if(self) -> PerQuery:
         """Predicted final losses."""
-        return self.base + self.change
+        final: PerQuery = self.base + self.change
+        return final
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """Tidy: a row per query, base run and test example; columns query, run, test, base, what_if, change and, where
+        """Tidy: a row per query, base run and test example; columns query, run, test, base, what_if, change and, if
         the simulator gives intervals, low and high."""
         queries, runs, tests = self.change.shape
         index = {
@@ -99,30 +102,30 @@ class Forecasts(Sequence[Forecast]):
         return table.T.groupby(values.to_numpy()).mean().T.rename_axis(columns=column)
 
     def ranking(self) -> pd.DataFrame:
-        """The queries, those that raise the mean final loss most first: columns change, base, what_if, edits, and how
-        many base runs they leave as they are."""
+        """The queries, from the one that raises the mean final loss most: columns change, base, what_if, edits and
+        unchanged_runs (the number of base runs that the query does not change)."""
         same = [sum(c == run.curriculum for c, run in zip(row, self.runs, strict=True)) for row in self.curricula]
         means = {"change": self.change.mean((1, 2)), "base": self.base.mean(), "what_if": self.what_if.mean((1, 2))}
-        edits = [said(edits) for edits in self.queries.values()]
+        edits = [described_edits(edits) for edits in self.queries.values()]
         table = pd.DataFrame(means | {"edits": edits, "unchanged_runs": same}, pd.Index(self.queries, name="query"))
         return table.sort_values("change", ascending=False, kind="stable")
 
     def summary(self) -> str:
         """Summarise the forecasts in text."""
-        of = f"{len(self.queries)} queries of {len(self.runs)} base runs, {self.change.shape[2]} test examples"
-        lines = [f"{of}. Mean final loss {self.base.mean():.3f}; by query:"]
+        counts = f"{len(self.queries)} queries of {len(self.runs)} base runs, {self.change.shape[2]} test examples"
+        lines = [f"{counts}. Mean final loss {self.base.mean():.3f}; by query:"]
         for name, row in self.ranking().iterrows():
             nothing = " (nothing changes)" if row["unchanged_runs"] == len(self.runs) else ""
             lines.append(f"  {name}: {row['change']:+.3f}{nothing}")
         return "\n".join(lines)
 
     def plot(self, ax: Any = None, title: str = "") -> Any:
-        """The forecast change of the mean final loss, a row per query."""
-        return drawn_changes(self, None, ax, title)
+        """Plot the forecast change of the mean final loss, a row per query."""
+        return _plot_changes(self, None, ax, title)
 
     def _repr_html_(self) -> str:
         rows = 1.8 + 0.25 * min(len(self.queries), 40)
-        return card(about(self), {"Mean final loss": f"{self.base.mean():.3f}"}, picture(self.plot, 7, rows))
+        return card(_about(self), {"Mean final loss": f"{self.base.mean():.3f}"}, picture(self.plot, 7, rows))
 
     def to_parquet(self, path: str | Path) -> None:
         """Write ``frame`` to a Parquet file."""
@@ -136,10 +139,22 @@ class Forecasts(Sequence[Forecast]):
         store: str | Path | None = None,
         seeds: int = 1,
     ) -> Verifications:
-        """Really retrain under every edited curriculum, many at a time; for arguments see ``Forecast.verify``."""
+        """Retrain under every edited curriculum, many at a time; for arguments see ``Forecast.verify``."""
         after, noise = retrained(self.runs, self.curricula, task or self.task, recipe, store, seeds)
         final = np.array([[losses[-1] for losses in row] for row in after])
         return Verifications(self, after, final, noise)
+
+    def against(self, verifications: Verifications) -> Verifications:
+        """Compare these forecasts with the losses that other forecasts of the same queries were verified by.
+
+        Raises:
+            InvalidInput: the verifications are of other base runs or other edited curricula.
+        """
+        other = verifications.forecasts
+        same_runs = [run.id for run in other.runs] == [run.id for run in self.runs]
+        if not same_runs or [list(row) for row in other.curricula] != [list(row) for row in self.curricula]:
+            raise InvalidInput("the verifications are of other base runs or queries than these forecasts: verify these")
+        return dataclasses.replace(verifications, forecasts=self)
 
     def __len__(self) -> int:
         return len(self.queries) * len(self.runs)
@@ -172,9 +187,10 @@ class Verifications(Sequence[Verification]):
 
     Args:
         forecasts: what was predicted.
-        losses: of the retrained runs, ``[queries][runs]`` of ``[steps + 1, test]``.
-        final: the last of them, ``[queries, runs, test]``.
-        seed_changes: change of the final losses from several seeds, ``[queries, runs, seeds, test]``, if asked for.
+        losses: losses of the retrained runs, ``[queries][runs]``, each ``[steps + 1, test]``.
+        final: final losses of the retrained runs, ``[queries, runs, test]``.
+        seed_changes: change of the final losses for each seed, ``[queries, runs, seeds, test]``, if several were
+            trained.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -198,17 +214,17 @@ class Verifications(Sequence[Verification]):
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """How right the forecasts were: a row per query, and one for all.
+        """How accurate the forecasts were: a row per query, and one for all.
 
         Columns: ``change`` and ``retrained`` (means over base runs and test examples); ``relative_error``, pooled over
         both, below 1 if better than "nothing changes"; ``delta_correlation`` and ``hit_rate`` of the 10 most changed
-        test examples, means over base runs; ``coverage`` of the intervals, ``seed_share`` of the retrained change.
+        test examples (means over base runs); ``coverage`` of the intervals; ``seed_share`` of the retrained change.
         """
         rows = {name: self._scores(slice(number, number + 1)) for number, name in enumerate(self.forecasts.queries)}
         return pd.DataFrame.from_dict(rows | {"all": self._scores(slice(None))}, orient="index").rename_axis("query")
 
-    def _scores(self, some: slice) -> dict[str, float]:
-        change, actual = self.forecasts.change[some], self.actual_change[some]
+    def _scores(self, rows: slice) -> dict[str, float]:
+        change, actual = self.forecasts.change[rows], self.actual_change[rows]
         pairs = list(zip(change.reshape(-1, change.shape[-1]), actual.reshape(-1, change.shape[-1]), strict=True))
         return {
             "change": float(change.mean()),
@@ -216,8 +232,8 @@ class Verifications(Sequence[Verification]):
             "relative_error": relative_error(change, actual),
             "delta_correlation": _mean_of_known([delta_correlation(*pair) for pair in pairs]),
             "hit_rate": _mean_of_known([hit_rate(*pair) for pair in pairs]),
-            "coverage": share_within(self.forecasts.low, self.forecasts.high, self.final, some),
-            "seed_share": float("nan") if self.seed_changes is None else seed_share(self.seed_changes[some]),
+            "coverage": share_within(self.forecasts.low, self.forecasts.high, self.final, rows),
+            "seed_share": float("nan") if self.seed_changes is None else seed_share(self.seed_changes[rows]),
         }
 
     @cached_property
@@ -239,29 +255,33 @@ class Verifications(Sequence[Verification]):
         )
 
     def plot(self, ax: Any = None, title: str = "") -> Any:
-        """Forecast and retrained change of the mean final loss, a row per query."""
-        return drawn_changes(self.forecasts, self.actual_change, ax, title)
+        """Plot forecast and retrained change of the mean final loss, a row per query."""
+        return _plot_changes(self.forecasts, self.actual_change, ax, title)
 
     def plot_changes(self, ax: Any = None, title: str = "") -> Any:
-        """Forecast against retrained change of the final loss: a point per base run and test example, the queries in
-        colours of their own."""
+        """Plot forecast against retrained change of the final loss: a point per base run and test example, a colour per
+        query."""
         from simfluence import plots
 
         scores = self._scores(slice(None))
         metrics = {name.replace("_", " "): scores[name] for name in ("delta_correlation", "relative_error")}
-        predicted, actual = (side.reshape(len(side), -1) for side in (self.forecasts.change, self.actual_change))
-        title, names = title or about(self.forecasts), list(self.forecasts.queries)
+        predicted, actual = (part.reshape(len(part), -1) for part in (self.forecasts.change, self.actual_change))
+        title, names = title or _about(self.forecasts), list(self.forecasts.queries)
         return plots.scatter(predicted, actual, ax, title, metrics=metrics, groups=names)
 
     def _repr_html_(self) -> str:
         size = 1.8 + 0.25 * min(len(self.forecasts.queries), 40)
         pictures = picture(self.plot, 7, size), picture(self.plot_changes, 6.5, 4)
-        return card("Forecasts beside the truth", {about(self.forecasts): self.summary()}, *pictures)
+        return card("Forecasts beside the truth", {_about(self.forecasts): self.summary()}, *pictures)
 
     def __len__(self) -> int:
         return len(self.forecasts)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Verification: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Verification]: ...
+    def __getitem__(self, index: int | slice) -> Verification | list[Verification]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         forecast = self.forecasts[index]
@@ -270,19 +290,19 @@ class Verifications(Sequence[Verification]):
         return Verification(forecast, self.losses[query][run], changes)
 
 
-def about(forecasts: Forecasts) -> str:
+def _about(forecasts: Forecasts) -> str:
     """Describe the numbers of queries, runs and test examples."""
     queries, runs, tests = forecasts.change.shape
     name = forecasts.runs[0].task_name
     return f"{name + ': ' if name else ''}{queries} queries of {runs} base runs, {tests} test examples"
 
 
-def drawn_changes(forecasts: Forecasts, actual: np.ndarray | None, ax: Any, title: str) -> Any:
-    """The mean change by query."""
+def _plot_changes(forecasts: Forecasts, actual: np.ndarray | None, ax: Any, title: str) -> Any:
+    """Plot the mean change by query."""
     from simfluence import plots
 
     predicted, retrained = forecasts.change.mean((1, 2)), None if actual is None else actual.mean((1, 2))
-    return plots.changes(list(forecasts.queries), predicted, retrained, ax, title or about(forecasts))
+    return plots.changes(list(forecasts.queries), predicted, retrained, ax, title or _about(forecasts))
 
 
 def _mean_of_known(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit, apply_all
 from simfluence.errors import InvalidInput
-from simfluence.queries.forecast import Forecast, said
+from simfluence.queries.forecast import Forecast, described_edits
 from simfluence.queries.forecasts import Forecasts
 from simfluence.queries.tables import check_base
 from simfluence.runs import Run
@@ -33,12 +33,21 @@ def what_if(
 @overload
 def what_if(
     simulator: Simulator,
-    base: Run | Sequence[Run],
+    base: Run,
+    queries: Mapping[str, Query] | Sequence[Sequence[Edit]],
+    *,
+    task: Task | None = None,
+    confidence: float = 0.9,
+) -> Forecasts: ...
+@overload
+def what_if(
+    simulator: Simulator,
+    base: Sequence[Run],
     queries: Mapping[str, Query] | Sequence[Sequence[Edit]] | Query,
     *,
     task: Task | None = None,
     confidence: float = 0.9,
-) -> Any: ...
+) -> Forecasts: ...
 def what_if(
     simulator: Simulator, base: Any, queries: Any, *, task: Task | None = None, confidence: float = 0.9
 ) -> Forecast | Forecasts:
@@ -137,7 +146,7 @@ def _named(queries: Any) -> dict[str, tuple[Edit, ...]]:
         named = {str(name): _edits(query) for name, query in queries.items()}
     else:
         listed = [_edits(query) for query in ([queries] if _is_one(queries) else queries)]
-        named = {said(edits): edits for edits in listed}
+        named = {described_edits(edits): edits for edits in listed}
     if not named:
         raise InvalidInput("no query: give one edit or more")
     return named

@@ -18,6 +18,7 @@ import scipy.sparse
 from jaxtyping import Float
 
 from simfluence._internal.types import Indices, Target
+from simfluence._internal.validation import number, whole
 from simfluence.edits import Remove
 from simfluence.errors import InvalidInput
 from simfluence.queries.effects import chosen_tests
@@ -41,8 +42,8 @@ class Removal:
 
     Args:
         examples: indices of the examples; for the greedy search in the order of removal.
-        losses: forecast mean final loss of the chosen test examples after 0, 1, 2, … of them, ``[removed + 1]``; or,
-            where the exact search found better ones, before and after all of them, ``[2]``.
+        losses: forecast mean final loss of the chosen test examples after 0, 1, 2, … removals in the order of
+            ``examples``, ``[removed + 1]``.
         reached: whether the forecast loss reaches the goal.
         exact: whether no other removal is smaller (or better) under this simulator, by proof.
 
@@ -144,7 +145,7 @@ def smallest_removal(
     [0, 2]
     """
     problem = _Problem.of(simulator, run, test, sign=1.0)
-    limit = problem.limit(most)
+    past, limit = number("past", past), problem.limit("most", most)
     return _Program.of(simulator, problem, limit, past).smallest(past) if exact else problem.greedy(limit, past)
 
 
@@ -159,19 +160,19 @@ def best_removal(simulator: Simulator, run: Run, test: int | Target, k: int, *, 
     1 examples: loss 1.500 → 1.000 (proved best)
     """
     problem = _Problem.of(simulator, run, test, sign=-1.0)
-    limit = problem.limit(k)
+    limit = problem.limit("k", k)
     return _Program.of(simulator, problem, limit, None).best() if exact else problem.greedy(limit, None)
 
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """Removals from one run, judged by the mean final loss of some test examples.
+    """The search for removals from one run that move the mean final loss of some test examples.
 
     Args:
-        tests: their indices.
-        sign: 1 to raise it, −1 to lower it.
-        start: its forecast without a removal.
-        shown: the examples that the run shows.
+        tests: indices of these test examples.
+        sign: 1 to raise the loss, −1 to lower it.
+        start: forecast loss without a removal.
+        shown: training examples that the run shows.
     """
 
     simulator: Simulator
@@ -188,10 +189,10 @@ class _Problem:
         start = simulator.simulate([run.curriculum], run.initial_losses)[0, -1, tests].mean()
         return cls(simulator, run, tests, sign, float(start), np.unique(run.curriculum.indices))
 
-    def limit(self, most: int | None) -> int:
-        if most is not None and most < 1:
-            raise InvalidInput(f"at least 1 example must go, got {most}")
-        return min(len(self.shown) - 1, most or len(self.shown))
+    def limit(self, name: str, most: int | None) -> int:
+        """Return the largest number of removals: as given, but never every example of the run."""
+        asked = len(self.shown) if most is None else whole(name, most, least=1)
+        return min(len(self.shown) - 1, asked)
 
     def greedy(self, limit: int, past: float | None) -> Removal:
         """Repeat the best single removal until the loss is past a value or nothing helps."""
@@ -226,18 +227,30 @@ class _Problem:
         groups = np.zeros((len(candidates), self.run.curriculum.n_train), bool)
         groups[:, removed] = True
         groups[np.arange(len(candidates)), candidates] = True
+        return self._without(groups)
+
+    def path(self, removed: np.ndarray) -> np.ndarray:
+        """Simulate the loss after 0, 1, 2, … of the removals, ``[removed + 1]``."""
+        groups = np.zeros((len(removed), self.run.curriculum.n_train), bool)
+        for count in range(len(removed)):
+            groups[count:, removed[count]] = True
+        return self.start + np.concatenate([[0.0], self._without(groups) if len(removed) else []])
+
+    def _without(self, groups: np.ndarray) -> np.ndarray:
+        """Change of the loss without each group, a row of ``groups`` [groups, train]."""
         changes = self.simulator.changes_without(self.run.curriculum, groups, self.run.initial_losses)
-        return changes[:, self.tests].mean(axis=1)
+        means: np.ndarray = changes[:, self.tests].mean(axis=1)
+        return means
 
 
 @dataclass(frozen=True, eq=False)
 class _Program:
     """The additive simulator's removals as a mixed-integer linear program.
 
-    A batch t adds ``r_t = B Σ_i m_ti y_i b_i / Σ_i m_ti y_i`` to the loss, y_i being 1 while i is kept and m_ti how
-    often t shows it; 0 once nothing is left. With ``z_ti = y_i r_t`` (McCormick's four inequalities, exact for
-    y_i ∈ {0, 1}) this is linear: ``Σ_i m_ti z_ti = B Σ_i m_ti y_i b_i``. Variables stand as y, r, z. The greedy removal
-    bounds how many need go, and with that each r_t.
+    Batch t adds ``r_t = B Σ_i m_ti y_i b_i / Σ_i m_ti y_i`` to the loss, where m_ti counts example i in batch t and y_i
+    is 1 unless i is removed; it adds 0 once nothing is left. With ``z_ti = y_i r_t`` (McCormick's four inequalities,
+    exact for y_i ∈ {0, 1}) this is linear: ``Σ_i m_ti z_ti = B Σ_i m_ti y_i b_i``. The variables are stacked as
+    y, r, z. The greedy removal bounds the number of removals, and so each r_t.
     """
 
     problem: _Problem
@@ -260,20 +273,18 @@ class _Program:
         """Find the smallest removal that carries the loss past a value."""
         to_go = past - self._before
         enough = scipy.optimize.LinearConstraint(self._row(r=np.ones(self.counts.shape[0])), to_go, np.inf)
-        found, removed, proved = self._solved(self._row(y=-np.ones(len(self.effects))), [enough])
-        if self.greedy.reached and (found is None or len(removed) >= len(self.greedy.examples)):
+        loss, removed, proved = self._solved(self._row(y=-np.ones(len(self.effects))), [enough])
+        if loss is None or (self.greedy.reached and len(removed) >= len(self.greedy.examples)):
             return dataclasses.replace(self.greedy, exact=proved)
-        if found is None:
-            return dataclasses.replace(self.greedy, exact=proved)
-        return Removal(removed, np.array([self.problem.start, found]), True, proved)
+        return Removal(removed, self.problem.path(removed), True, proved)
 
     def best(self) -> Removal:
         """Find the removal within the limit that moves the loss furthest."""
         sign = self.problem.sign
-        found, removed, proved = self._solved(-sign * self._row(r=np.ones(self.counts.shape[0])), [])
-        if found is None or sign * (self.greedy.losses[-1] - found) >= -1e-9:
+        loss, removed, proved = self._solved(-sign * self._row(r=np.ones(self.counts.shape[0])), [])
+        if loss is None or sign * (self.greedy.losses[-1] - loss) >= -1e-9:
             return dataclasses.replace(self.greedy, exact=proved)
-        return Removal(removed, np.array([self.problem.start, found]), len(removed) > 0, proved)
+        return Removal(removed, self.problem.path(removed), len(removed) > 0, proved)
 
     @property
     def _before(self) -> float:
@@ -284,25 +295,25 @@ class _Program:
         sizes = (len(self.effects), self.counts.shape[0], self.counts.nnz)
         return np.concatenate([np.broadcast_to(part, size) for part, size in zip((y, r, z), sizes, strict=True)])
 
-    def _solved(self, objective: np.ndarray, wanted: list[Any]) -> tuple[float | None, np.ndarray, bool]:
+    def _solved(self, objective: np.ndarray, further: list[Any]) -> tuple[float | None, np.ndarray, bool]:
         """Solve the program; return the loss (None without a solution), the removal, and whether it is proved best."""
         shown, steps = len(self.effects), self.counts.shape[0]
         few = scipy.optimize.LinearConstraint(self._row(y=np.ones(shown)), shown - self.limit, np.inf)
         low, high = self._bounds()
-        found = scipy.optimize.milp(
+        solution = scipy.optimize.milp(
             objective,
             integrality=self._row(y=1),
             bounds=scipy.optimize.Bounds(
                 self._row(r=low, z=np.minimum(low, 0)[self.counts.row]),
                 self._row(y=1.0, r=high, z=np.maximum(high, 0)[self.counts.row]),
             ),
-            constraints=[*self._means(low, high), few, *wanted],
+            constraints=[*self._means(low, high), few, *further],
             options={"time_limit": SECONDS},
         )
-        if found.x is None:
-            return None, np.empty(0, np.int64), found.status == 2  # there is provably none
-        removed = self.problem.shown[found.x[:shown] < 0.5]
-        return self._before + float(found.x[shown : shown + steps].sum()), removed, found.status == 0
+        if solution.x is None:
+            return None, np.empty(0, np.int64), solution.status == 2  # provably no such removal exists
+        removed = self.problem.shown[solution.x[:shown] < 0.5]
+        return self._before + float(solution.x[shown : shown + steps].sum()), removed, solution.status == 0
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Compute the smallest and largest value of each r_t within the allowed number of removals, ``[steps]``."""
@@ -316,9 +327,9 @@ class _Program:
             times = counts.data[part]
             values = np.sort(np.repeat(self.effects[counts.indices[part]], times))
             gone = min(self.limit * int(times.max()), len(values) - 1)
-            kept = np.arange(len(values), len(values) - gone - 1, -1)  # how many places are left after each removal
-            low[step] = (np.cumsum(values)[kept - 1] / kept).min()
-            high[step] = (np.cumsum(values[::-1])[kept - 1] / kept).max()
+            left = np.arange(len(values), len(values) - gone - 1, -1)  # slots left after each removal
+            low[step] = (np.cumsum(values)[left - 1] / left).min()
+            high[step] = (np.cumsum(values[::-1])[left - 1] / left).max()
             if self.limit >= len(times):  # nothing may be left
                 low[step], high[step] = min(low[step], 0.0), max(high[step], 0.0)
         return low, high

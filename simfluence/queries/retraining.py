@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from simfluence._internal.validation import whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.recipe import Recipe
@@ -33,23 +34,21 @@ def retrained(
     if task is None or recipe is None:
         missing = "task" if task is None else "recipe"
         raise InvalidInput(f"verifying trains again, which needs the {missing}: pass {missing}=")
-    if seeds < 1:
-        raise InvalidInput(f"seeds must be 1 or more, got {seeds}")
+    seeds = whole("seeds", seeds, least=1)
     for run in runs:
-        if run.fingerprint not in (None, task.fingerprint):
-            raise InvalidInput(f"base run {run.id} is of another task than {task.name!r}")
+        run.check_task(task)
         if run.recipe not in (None, recipe):
             raise InvalidInput(f"base run {run.id} was trained by another recipe: {run.recipe}")
-    every = [curriculum for row in curricula for curriculum in row]
-    losses_of_runs = [run.losses.astype(np.float64) for run in record(task, recipe, every, store, verification=True)]
+    edited = [curriculum for row in curricula for curriculum in row]
+    losses_of_runs = [run.losses.astype(np.float64) for run in record(task, recipe, edited, store, verification=True)]
     after = [losses_of_runs[start : start + len(runs)] for start in range(0, len(losses_of_runs), len(runs))]
     if seeds == 1:
         return after, None
     final = np.array([[losses[-1] for losses in row] for row in after])
     changes = [final - np.array([run.losses[-1] for run in runs], np.float64)]
-    for further in range(1, seeds):
-        other = recipe.replace(seed=recipe.seed + further)
-        again = record(task, other, [*(run.curriculum for run in runs), *every], store, verification=True)
+    for offset in range(1, seeds):
+        other = recipe.replace(seed=recipe.seed + offset)
+        again = record(task, other, [*(run.curriculum for run in runs), *edited], store, verification=True)
         ends = np.array([run.losses[-1] for run in again], np.float64)
         changes.append(ends[len(runs) :].reshape(final.shape) - ends[: len(runs)])
     return after, np.stack(changes, axis=2)

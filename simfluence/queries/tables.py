@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from simfluence._internal.deprecation import with_old_columns
 from simfluence._internal.types import RunLosses
 from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
@@ -21,8 +22,8 @@ def check_base(simulator: Simulator, run: Run, task: Task | None = None) -> None
     Raises:
         InvalidInput: the run is of another task than the simulator, or than ``task``.
     """
-    if task is not None and run.fingerprint not in (None, task.fingerprint):
-        raise InvalidInput(f"base run {run.id} is of another task than {task.name!r}")
+    if task is not None:
+        run.check_task(task)
     fitted_on = getattr(simulator, "fingerprint_", None)
     if None not in (fitted_on, run.fingerprint) and fitted_on != run.fingerprint:
         raise InvalidInput(f"base run {run.id} is of another task than the runs that the simulator was fitted on")
@@ -48,12 +49,12 @@ def column_of(examples: Examples | None, name: str, side: str) -> pd.Series:
 
 
 def tidy(columns: Mapping[str, RunLosses]) -> pd.DataFrame:
-    """Return losses ``[steps + 1, test]`` as columns, a row per step and test example, with delta = what_if − base."""
+    """Return losses ``[steps + 1, test]`` as columns, a row per step and test example, with change = what_if − base."""
     longest, tests = max(len(losses) for losses in columns.values()), next(iter(columns.values())).shape[1]
     index = {"step": np.repeat(np.arange(longest), tests), "test": np.tile(np.arange(tests), longest)}
     full = {name: np.full((longest, tests), np.nan) for name in columns}
     for name, losses in columns.items():
         full[name][: len(losses)] = losses
     frame = pd.DataFrame(index | {name: losses.ravel() for name, losses in full.items()})
-    frame.insert(4, "delta", frame["what_if"] - frame["base"])
-    return frame
+    frame.insert(4, "change", frame["what_if"] - frame["base"])
+    return with_old_columns(frame, {"delta": "change"})
