@@ -1,6 +1,8 @@
 """Edits: small frozen objects that turn one curriculum into another, for what-if questions.
 
-A target selects training examples: a filter over their metadata (a string), a list of indices, or a list of ids.
+A target selects training examples: a filter over their metadata (a string), a boolean mask, or a list of rows or of
+ids. Where the ids are numbers themselves, write ``rows=`` or ``ids=``: ``Remove(ids=[17, 4])``. Every edit takes a
+``name``, which stands for it in tables and titles.
 ``fill`` says how to handle the slots that an edit frees or adds:
 
     "shrink"     the batch shrinks (or grows); the other batches and the number of steps do not change. A batch that
@@ -18,13 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from simfluence._internal.slots import insert_slots, marked_slots, rebatched, selected, sizes_of
+from simfluence._internal.targets import Selection, as_target, one_target
 from simfluence._internal.types import Target
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
@@ -60,10 +63,18 @@ class Edit(ABC):
     """
 
     kind: ClassVar[str]
+    name: str | None = field(default=None, kw_only=True, compare=False)
 
     def __post_init__(self) -> None:
         for name in self._fields():
             object.__setattr__(self, name, _CHECKS[name](name, getattr(self, name)))  # frozen
+
+    @abstractmethod
+    def sentence(self) -> str:
+        """Describe the edit in words, such as "remove examples where label == 3"."""
+
+    def __str__(self) -> str:
+        return self.name or self.sentence()
 
     @abstractmethod
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
@@ -84,9 +95,11 @@ class Edit(ABC):
         >>> Remove([3, 17], fill="repack").to_dict()
         {'edit': 'remove', 'target': [3, 17], 'fill': 'repack'}
         """
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return {"edit": self.kind} | {name: _plain(v) for name, v in values.items() if v != defaults[name]}
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        content = {name: _plain(value) for name, value in values.items() if value != defaults[name]}
+        label = {"name": content.pop("name")} if "name" in content else {}
+        return {"edit": self.kind} | content | label
 
     @staticmethod
     def from_dict(content: Any) -> Edit:
@@ -102,22 +115,41 @@ class Edit(ABC):
         if kind not in EDITS:
             raise InvalidInput(f"unknown edit {kind!r}, {did_you_mean(kind, EDITS)}: write it as 'edit: remove'")
         fields = EDITS[kind]._fields()
+        accepted = {**fields, **({"rows": False, "ids": False} if issubclass(EDITS[kind], Targeted) else {})}
         for name in arguments:
-            if name not in fields:
-                raise InvalidInput(f"edit {kind!r} takes no {name!r}, {did_you_mean(name, fields)}")
+            if name not in accepted:
+                raise InvalidInput(f"edit {kind!r} takes no {name!r}, {did_you_mean(name, accepted)}")
         missing = [name for name, required in fields.items() if required and name not in arguments]
+        if "target" in fields and not {"target", "rows", "ids"} & arguments.keys():
+            missing = ["target", *(name for name in missing if name != "target")]
         if missing:
             raise InvalidInput(f"edit {kind!r} needs {' and '.join(missing)}")
-        return EDITS[kind](**{name: _CHECKS[name](name, value) for name, value in arguments.items()})
+        checks = _CHECKS | {"rows": lambda name, value: value, "ids": lambda name, value: value}
+        return EDITS[kind](**{name: checks[name](name, value) for name, value in arguments.items()})
 
     @classmethod
     def _fields(cls) -> dict[str, bool]:
         """Map the name of each argument to whether it is required."""
-        return {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
+        return {entry.name: entry.default is dataclasses.MISSING for entry in dataclasses.fields(cls)}
 
 
 @dataclass(frozen=True)
-class Remove(Edit):
+class Targeted(Edit):
+    """An edit of some training examples, which can also be given as ``rows=`` or ``ids=``."""
+
+    target: Target = ()
+    rows: InitVar[Any] = field(default=None, kw_only=True)
+    ids: InitVar[Any] = field(default=None, kw_only=True)
+
+    def __post_init__(self, rows: Any, ids: Any) -> None:
+        listed = isinstance(self.target, list | tuple)
+        target = None if listed and len(self.target) == 0 else self.target
+        object.__setattr__(self, "target", one_target(target, rows, ids))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Remove(Targeted):
     """Never show the target.
 
     >>> Remove([2]).apply(Curriculum([[0, 2], [2], [1, 0]])).tolist()
@@ -127,19 +159,18 @@ class Remove(Edit):
     """
 
     kind = "remove"
-    target: Target
     fill: str = "shrink"
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
         return _restricted(self, ~marked_slots(self.target, curriculum, examples), curriculum)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"remove {_sentence(self.target)}{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
-class Keep(Edit):
+class Keep(Targeted):
     """Show nothing but the target.
 
     >>> Keep([0, 1], fill="resample").apply(Curriculum([[0, 2], [2, 1]])).sizes.tolist()
@@ -147,19 +178,18 @@ class Keep(Edit):
     """
 
     kind = "keep"
-    target: Target
     fill: str = "shrink"
     seed: int = 0
 
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
         return _restricted(self, marked_slots(self.target, curriculum, examples), curriculum)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"keep only {_sentence(self.target)}{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
-class Repeat(Edit):
+class Repeat(Targeted):
     """Show the target ``times`` times as often: each of its slots becomes ``times`` slots, in its batch or stream.
 
     With ``fill="resample"`` the additional showings replace other examples, anywhere in the curriculum.
@@ -169,7 +199,6 @@ class Repeat(Edit):
     """
 
     kind = "repeat"
-    target: Target
     times: int = 2
     fill: str = "shrink"
     seed: int = 0
@@ -194,12 +223,12 @@ class Repeat(Edit):
         indices[np.random.default_rng(self.seed).choice(others, len(additional), replace=False)] = additional
         return Curriculum.from_flat(indices, curriculum.sizes, curriculum.n_train)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"show {_sentence(self.target)} {self.times} times as often{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
-class Insert(Edit):
+class Insert(Targeted):
     """Show the target once more in batch ``at`` (−1: the last); an index listed twice is shown twice.
 
     >>> Insert([2], at=1).apply(Curriculum([[0, 1], [1, 2]])).tolist()
@@ -209,8 +238,7 @@ class Insert(Edit):
     """
 
     kind = "insert"
-    target: Target
-    at: int
+    at: int = -1
     fill: str = "shrink"
     seed: int = 0
 
@@ -230,12 +258,12 @@ class Insert(Edit):
         indices[slots] = added
         return Curriculum.from_flat(indices, curriculum.sizes, curriculum.n_train)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"show {_sentence(self.target)} once more {_where(self.at)}{_fill_note(self)}"
 
 
 @dataclass(frozen=True)
-class Move(Edit):
+class Move(Targeted):
     """Take the target out of its batches and show it equally often in batch ``to`` (0: the first, −1: the last).
 
     ``fill`` is "shrink" or "repack".
@@ -245,12 +273,11 @@ class Move(Edit):
     """
 
     kind = "move"
-    target: Target
-    to: int
+    to: int = 0
     fill: str = "shrink"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __post_init__(self, rows: Any, ids: Any) -> None:
+        super().__post_init__(rows, ids)
         if self.fill == "resample":
             raise InvalidInput("a move frees as many slots as it fills: use fill='shrink' or 'repack'")
 
@@ -262,7 +289,7 @@ class Move(Edit):
             moved, to, self.fill, curriculum.indices[~marked], sizes_of(curriculum, ~marked), curriculum
         )
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"move {_sentence(self.target)} to {_where(self.to).removeprefix('in ')}{_fill_note(self)}"
 
 
@@ -290,7 +317,7 @@ class Reorder(Edit):
         order = np.argsort(rank, kind="stable")
         return Curriculum.from_flat(curriculum.indices[order], curriculum.sizes, curriculum.n_train)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"show {_sentence(self.first)} first" + ("" if self.then is None else f", then {_sentence(self.then)}")
 
 
@@ -316,7 +343,7 @@ class Swap(Edit):
         replacement[target] = np.resize(by, len(target))
         return Curriculum.from_flat(replacement[curriculum.indices], curriculum.sizes, curriculum.n_train)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"swap {_sentence(self.target)} for {_sentence(self.by)}"
 
 
@@ -335,7 +362,7 @@ class Shuffle(Edit):
         shuffled = np.random.default_rng(self.seed).permutation(curriculum.indices)
         return Curriculum.from_flat(shuffled, curriculum.sizes, curriculum.n_train)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"shuffle the order of all slots (seed {self.seed})"
 
 
@@ -358,7 +385,7 @@ class Truncate(Edit):
             raise InvalidInput(f"'{self}' would leave no example in the curriculum")
         return Curriculum.from_flat(curriculum.indices[:end], curriculum.sizes[: self.steps], curriculum.n_train)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"stop after {self.steps} steps"
 
 
@@ -376,7 +403,7 @@ class Concatenate(Edit):
     def apply(self, curriculum: Curriculum, examples: Examples | None = None) -> Curriculum:
         return Curriculum([*curriculum, *self.batches], curriculum.n_train)
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
         return f"continue for {len(self.batches)} more steps"
 
 
@@ -418,8 +445,9 @@ def _restricted(edit: Remove | Keep, remains: np.ndarray, curriculum: Curriculum
 def _sentence(target: Target) -> str:
     if isinstance(target, str):
         return f"examples where {target}"
-    shown = ", ".join(str(name) for name in list(target)[:5])
-    return f"examples {shown}{', …' if len(target) > 5 else ''} ({len(target)})"
+    values = target.values if isinstance(target, Selection) else list(target)
+    shown = ", ".join(str(value) for value in values[:5])
+    return f"examples {shown}{', …' if len(values) > 5 else ''} ({len(values)})"
 
 
 def _fill_note(edit: Remove | Keep | Repeat | Insert | Move) -> str:
@@ -437,18 +465,14 @@ def _where(step: int) -> str:
     return {0: "in the first batch", -1: "in the last batch"}.get(step, f"in batch {step}")
 
 
-def _target(name: str, value: Any) -> Target:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, Sequence):
-        raise InvalidInput(f"{name} must be a filter (a string) or a list of indices or ids, got {value!r}")
-    return tuple(entry.item() if isinstance(entry, np.generic) else entry for entry in value)
-
-
 def _optional_target(name: str, value: Any) -> Target | None:
-    return None if value is None else _target(name, value)
+    return None if value is None else as_target(name, value)
+
+
+def _optional_name(name: str, value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and value.strip()):
+        raise InvalidInput(f"{name} must be a text, got {value!r}")
+    return value
 
 
 def _known_fill(name: str, value: Any) -> str:
@@ -477,11 +501,14 @@ def _batches(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
 
 #: Check of each argument, by name; the same for every edit.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "target": _target, "first": _target, "then": _optional_target, "by": _target, "fill": _known_fill,
+    "target": as_target, "first": as_target, "then": _optional_target, "by": as_target, "fill": _known_fill,
+    "name": _optional_name,
     "times": _whole(1, "; Remove takes examples out"), "at": _whole(None), "to": _whole(None),
     "seed": _whole(0), "steps": _whole(1), "batches": _batches,
 }  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Selection):
+        return value.to_dict()
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from simfluence import filters
+from simfluence._internal.columns import plain_table
+from simfluence._internal.targets import Selection, as_target, one_target
 from simfluence._internal.types import Indices, Target
 from simfluence._internal.validation import checked_indices
 from simfluence.errors import FilterError, InvalidInput, did_you_mean
@@ -38,11 +41,13 @@ class Examples:
         self, ids: Sequence[Any], metadata: pd.DataFrame | None = None, features: Any = None, targets: Any = None
     ) -> None:
         metadata = pd.DataFrame(index=range(len(ids))) if metadata is None else metadata
+        if not isinstance(metadata, pd.DataFrame):
+            raise InvalidInput(f"metadata must be a pandas DataFrame, got {type(metadata).__name__}")
         if len(metadata) != len(ids):
             raise InvalidInput(f"{len(ids)} ids, but {len(metadata)} rows of metadata: give one row per example")
         if "id" in metadata.columns:
             raise InvalidInput("metadata must not have a column 'id': pass it as ids=")
-        self.table = metadata.reset_index(drop=True)
+        self.table = plain_table(metadata)
         self.table.insert(0, "id", [str(name) for name in ids])
         repeated = self.table["id"][self.table["id"].duplicated()]
         if len(repeated):
@@ -83,17 +88,48 @@ class Examples:
         values: list[Any] = self.table[name].tolist()
         return values
 
-    def select(self, target: Target) -> Indices:
-        """Return the indices that ``target`` selects: a filter (one string), a list of indices, or a list of ids.
+    def select(self, target: Target | None = None, *, rows: Any = None, ids: Any = None) -> Indices:
+        """Return the indices of the examples that a target selects.
+
+        Args:
+            target: a filter (one string), a boolean mask, or a list of rows or of ids.
+            rows: row numbers, 0 the first. Needed where ids are numbers too, so that a bare number could mean either.
+            ids: ids of examples, as text or numbers.
 
         Raises:
-            InvalidInput: an index or id does not exist, or a filter matches nothing.
+            InvalidInput: a row or id does not exist, a filter or mask selects nothing, or bare numbers are ambiguous.
+
+        >>> numbered = Examples([3, 1, 2])
+        >>> numbered.select(ids=[3, 2]), numbered.select(rows=[1])
+        (array([0, 2]), array([1]))
         """
-        if isinstance(target, str):
-            return self._matching(target)
-        if len(target) and all(isinstance(name, str) for name in target):
-            return self._indices_of(target)
-        return checked_indices(target, len(self))
+        chosen = as_target("target", one_target(target, rows, ids))
+        if isinstance(chosen, str):
+            return self._matching(chosen)
+        if isinstance(chosen, Selection):
+            return self._indices_of(chosen.values) if chosen.kind == "ids" else self._rows_of(chosen)
+        if len(chosen) and all(isinstance(name, str) for name in chosen):
+            return self._indices_of(chosen)
+        if self.numbers_are_ambiguous:
+            raise InvalidInput(
+                f"the ids of these examples are numbers (such as {', '.join(self.ids[:3])}), so {list(chosen[:3])} can "
+                "mean ids or rows: write ids=[…] or rows=[…]"
+            )
+        return checked_indices(chosen, len(self))
+
+    @cached_property
+    def numbers_are_ambiguous(self) -> bool:
+        """Whether a bare number could mean an id or a row: the ids are whole numbers, but not 0, 1, … in order."""
+        ids = self.ids
+        whole = all(name.removeprefix("-").isdecimal() for name in ids)
+        return whole and ids != [str(row) for row in range(len(ids))]
+
+    def _rows_of(self, chosen: Selection) -> Indices:
+        if chosen.out_of not in (None, len(self)):
+            raise InvalidInput(f"the mask has {chosen.out_of} entries for {len(self)} examples: give one per example")
+        if len(chosen) == 0:
+            raise InvalidInput(f"the mask selects none of the {len(self)} examples")
+        return checked_indices(chosen.values, len(self))
 
     def _matching(self, text: str) -> Indices:
         indices = np.flatnonzero(filters.parse(text).mask(self.table))

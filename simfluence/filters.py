@@ -11,28 +11,32 @@ A filter is parsed by the grammar below and applied column by column; it is neve
     value       = number | string | "true" | "false"
     column      = a name, or any text between backticks
 
-A comparison with a missing value is false, except ``!=``, which is true.
+A comparison with a missing value is false, except ``!=``, which is true. ``in`` is ``==`` one value or another.
+Dates and durations are compared with quoted ones, such as ``day >= "2024-06-01"``; ordered categories by their order.
 """
 
 from __future__ import annotations
 
+import numbers
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from simfluence._internal.columns import plain_column
 from simfluence.errors import FilterError, did_you_mean
 
-__all__ = ["Both", "Comparison", "Either", "Filter", "Not", "Value", "parse"]
+__all__ = ["All", "Comparison", "Either", "Filter", "Not", "Value", "parse"]
 
 Value = int | float | str | bool
 
 _MAX_LENGTH = 10_000
 _MAX_DEPTH = 50
+_MAX_DIGITS = 100
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
           |(?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
@@ -56,18 +60,10 @@ class Comparison:
     value: Value | tuple[Value, ...]
 
     def mask(self, table: pd.DataFrame) -> np.ndarray:
-        column = _plain(_column(table, self.column))
-        if column.isna().all():  # whatever its type: a missing value is not equal to, or greater than, anything
-            return np.full(len(column), self.operator == "!=")
-        values = self.value if isinstance(self.value, tuple) else (self.value,)
-        for value in values:
-            _check_comparable(column, self.operator, value)
-        if self.operator == "in":
-            return column.isin(list(values)).to_numpy(bool)
-        if self.operator == "contains":
-            return column.str.contains(str(self.value), regex=False, na=False).to_numpy(bool)
-        holds = _ORDER[self.operator](column, self.value)
-        return np.where(column.isna(), self.operator == "!=", holds.fillna(False)).astype(bool)
+        column = plain_column(_column(table, self.column))
+        if isinstance(self.value, tuple):  # "in" is "==" one or another
+            return _any(_holds(column, "==", value) for value in self.value)
+        return _holds(column, self.operator, self.value)
 
 
 @dataclass(frozen=True)
@@ -81,28 +77,26 @@ class Not:
 
 
 @dataclass(frozen=True)
-class Both:
-    """A filter that is true where both parts are true."""
+class All:
+    """A filter that is true where all its parts are true."""
 
-    left: Filter
-    right: Filter
+    parts: tuple[Filter, ...]
 
     def mask(self, table: pd.DataFrame) -> np.ndarray:
-        return self.left.mask(table) & self.right.mask(table)
+        return ~_any(~part.mask(table) for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Either:
-    """A filter that is true where at least one part is true."""
+    """A filter that is true where at least one of its parts is true."""
 
-    left: Filter
-    right: Filter
+    parts: tuple[Filter, ...]
 
     def mask(self, table: pd.DataFrame) -> np.ndarray:
-        return self.left.mask(table) | self.right.mask(table)
+        return _any(part.mask(table) for part in self.parts)
 
 
-Filter = Comparison | Not | Both | Either
+Filter = Comparison | Not | All | Either
 
 
 def parse(text: str) -> Filter:
@@ -162,16 +156,16 @@ class _Parser:
             raise self.error(f"expected {token!r}")
 
     def filter(self, depth: int) -> Filter:
-        left = self.and_part(depth)
+        parts = [self.and_part(depth)]
         while self.take("or"):
-            left = Either(left, self.and_part(depth))
-        return left
+            parts.append(self.and_part(depth))
+        return parts[0] if len(parts) == 1 else Either(tuple(parts))
 
     def and_part(self, depth: int) -> Filter:
-        left = self.part(depth)
+        parts = [self.part(depth)]
         while self.take("and"):
-            left = Both(left, self.part(depth))
-        return left
+            parts.append(self.part(depth))
+        return parts[0] if len(parts) == 1 else All(tuple(parts))
 
     def part(self, depth: int) -> Filter:
         if depth > _MAX_DEPTH:
@@ -218,8 +212,15 @@ class _Parser:
         if kind == "string":
             return re.sub(r"\\(.)", r"\1", token[1:-1])
         if kind == "number":
+            if len(token) > _MAX_DIGITS:
+                raise FilterError(f"the number {token[:20]}… has {len(token):,} characters: write it shorter")
             return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
         return token.lower() == "true"
+
+
+def _any(masks: Iterable[np.ndarray]) -> np.ndarray:
+    union: np.ndarray = np.logical_or.reduce(list(masks))
+    return union
 
 
 def _column(table: pd.DataFrame, name: str) -> pd.Series:
@@ -228,24 +229,84 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
     return table[name]
 
 
-def _plain(column: pd.Series) -> pd.Series:
-    """Return the column as numbers, booleans or text, so that data frames and stores give the same result."""
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(column.cat.categories.dtype)
-    if pd.api.types.is_datetime64_any_dtype(column):
-        column = column.astype(str).where(column.notna())
-    present = column.dropna()
-    if column.dtype == object and len(present) and present.map(lambda value: isinstance(value, bool)).all():
-        column = column.astype("boolean")
-    return column.infer_objects()
+def _holds(column: pd.Series, symbol: str, value: Value) -> np.ndarray:
+    """Compare the present values of a plain column; a missing one differs from every value, and that is all."""
+    missing = column.isna().to_numpy(bool)
+    mask = np.full(len(column), symbol == "!=")
+    if missing.all():
+        return mask
+    present = column[~missing]
+    if symbol == "contains":
+        texts = _texts(present, value)
+        mask[~missing] = [str(value) in text for text in texts]
+    else:
+        values, operand = _comparable(present, symbol, value)
+        mask[~missing] = _ORDER[symbol](values, operand)
+    return mask
 
 
-def _check_comparable(column: pd.Series, symbol: str, value: Value) -> None:
-    """Refuse to compare a number with text, which would silently match nothing."""
-    is_number = pd.api.types.is_numeric_dtype(column)
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise FilterError(f"{value} does not fit a 64-bit integer: write it as {float(value):g}")
-    if symbol == "contains" and (is_number or not isinstance(value, str)):
+def _texts(column: pd.Series, value: Value) -> list[str]:
+    kind = _kind(column)
+    if kind not in ("text", "date", "duration") or not isinstance(value, str):
         raise FilterError(f"'contains' looks for text in a text column; column {column.name!r} is {column.dtype}")
-    if is_number == isinstance(value, str):
+    return [str(entry) for entry in column]
+
+
+def _comparable(column: pd.Series, symbol: str, value: Value) -> tuple[Any, Any]:
+    """Return a column's values, and the value as something to compare them with."""
+    kind = _kind(column)
+    if (kind == "number") == isinstance(value, str) or kind == "other":
         raise FilterError(f"column {column.name!r} is {column.dtype} and cannot be compared with {value!r}")
+    if kind == "number":
+        return _numbers(column, value)
+    if kind == "text":
+        return _ordered(column, symbol, str(value)) or (column.to_numpy(object), value)
+    convert = pd.Timestamp if kind == "date" else pd.Timedelta
+    try:
+        operand: Any = convert(value)
+    except (ValueError, TypeError, OverflowError):
+        raise FilterError(
+            f"column {column.name!r} has {kind}s, and {value!r} is none: write it as {_EXAMPLES[kind]}"
+        ) from None
+    zone = getattr(column.dt, "tz", None)
+    if kind == "date" and (operand.tz is None) != (zone is None):
+        if zone is None:
+            raise FilterError(f"column {column.name!r} has dates without a time zone, but {value!r} has one")
+        operand = operand.tz_localize(zone)
+    return column, operand
+
+
+def _numbers(column: pd.Series, value: Any) -> tuple[np.ndarray, Any]:
+    """Return numbers to compare exactly: whole numbers as Python's where the value is beyond 64 bits or a fraction."""
+    values = column.to_numpy(column.dtype.numpy_dtype if hasattr(column.dtype, "numpy_dtype") else None)
+    if values.dtype.kind in "iu" and (isinstance(value, float) or abs(value) >= 2**63):
+        values = values.astype(object)
+    return values, value
+
+
+def _ordered(column: pd.Series, symbol: str, value: str) -> tuple[np.ndarray, Any] | None:
+    """Return the positions of ordered categories, for comparisons by order."""
+    if not isinstance(column.dtype, pd.CategoricalDtype) or symbol in ("==", "!="):
+        return None
+    categories = column.cat.categories
+    if value not in categories:
+        raise FilterError(f"column {column.name!r} has no category {value!r}, {did_you_mean(value, categories)}")
+    return column.cat.codes.to_numpy(), categories.get_loc(value)
+
+
+_EXAMPLES = {"date": '"2024-06-01" or "2024-06-01 08:00"', "duration": '"2 days" or "01:30:00"'}
+
+
+def _kind(column: pd.Series) -> str:
+    """Return what a plain column without missing values holds: numbers, text, dates, durations or others."""
+    if pd.api.types.is_numeric_dtype(column):  # booleans too
+        return "number"
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return "date"
+    if pd.api.types.is_timedelta64_dtype(column):
+        return "duration"
+    return "text" if all(isinstance(value, str) for value in column) else _kind_of_objects(column)
+
+
+def _kind_of_objects(column: pd.Series) -> str:
+    return "number" if all(isinstance(value, numbers.Real) for value in column) else "other"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,9 @@ from torch import nn
 install_import_hook("simfluence", "typechecking.check")
 
 import simfluence as sf  # noqa: E402 (after its hook)
+
+hypothesis.settings.register_profile("whatever the machine does", deadline=None)
+hypothesis.settings.load_profile("whatever the machine does")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -281,3 +281,51 @@ def test_metadata_must_be_there_and_fit():
         sf.Remove([0]).apply(curriculum, EXAMPLES)
     with pytest.raises(FilterError):
         sf.Remove("label.max()").apply(sf.Curriculum([[0]], n_train=10), EXAMPLES)
+
+
+def test_rows_and_ids_by_name():
+    """Where ids are numbers, an edit says which of the two it means; files and sentences keep it."""
+    examples = sf.Examples([3, 1, 2, 0])
+    curriculum = sf.Curriculum([[0, 1], [2, 3]])
+    with pytest.raises(InvalidInput, match=r"write ids=\[…\] or rows=\[…\]"):
+        sf.Remove([3]).apply(curriculum, examples)
+    for edit, expected in (
+        (sf.Remove(ids=[3]), [[1], [2, 3]]),
+        (sf.Remove(rows=np.array([3])), [[0, 1], [2]]),
+        (sf.Keep(ids=["3", "1"]), [[0, 1], []]),
+        (sf.Move(rows=[0], to=-1), [[1], [0, 2, 3]]),
+        (sf.Insert(ids=[0], at=0), [[3, 0, 1], [2, 3]]),
+        (sf.Swap({"ids": [3]}, by={"rows": [3]}), [[3, 1], [2, 3]]),
+        (sf.Reorder(first={"rows": [3]}), [[3, 0], [1, 2]]),
+    ):
+        assert edit.apply(curriculum, examples).tolist() == expected
+        again = sf.Edit.from_dict(edit.to_dict())
+        assert again == edit
+        assert again.apply(curriculum, examples).tolist() == expected
+    assert sf.Remove(ids=[3]).to_dict() == {"edit": "remove", "target": {"ids": ["3"]}}
+    assert sf.Edit.from_dict({"edit": "remove", "ids": [3]}) == sf.Remove(ids=[3])
+    assert str(sf.Remove(ids=[3, 1])) == "remove examples 3, 1 (2)"
+    with pytest.raises(InvalidInput, match="got target and ids"):
+        sf.Remove([1], ids=[2])
+    with pytest.raises(InvalidInput, match="got none"):
+        sf.Remove()
+
+
+def test_a_mask_is_counted_and_not_printed():
+    mask = np.arange(1000) % 2 == 0
+    curriculum = sf.Curriculum([[0, 1], [2, 999]], n_train=1000)
+    edit = sf.Remove(mask)
+    assert edit.apply(curriculum).tolist() == [[1], [999]]
+    assert str(edit) == "remove examples 0, 2, 4, 6, 8, … (500)"
+    with pytest.raises(InvalidInput, match="the mask has 1000 entries for 3 examples"):
+        edit.apply(sf.Curriculum([[0, 1, 2]]))
+
+
+def test_edits_are_named():
+    edit = sf.Remove("label == 3", name="no threes")
+    assert str(edit) == "no threes"
+    assert edit == sf.Remove("label == 3")
+    assert edit.to_dict() == {"edit": "remove", "target": "label == 3", "name": "no threes"}
+    assert str(sf.Edit.from_dict(edit.to_dict())) == "no threes"
+    with pytest.raises(InvalidInput, match="name must be a text"):
+        sf.Shuffle(name=" ")

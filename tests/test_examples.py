@@ -73,3 +73,51 @@ def test_bad_features(examples):
         examples.with_features([["a"], ["b"], ["c"]])
     with pytest.raises(InvalidInput, match="targets have 1 rows"):
         examples.with_features(np.zeros((3, 1)), [1])
+
+
+NUMBERED = sf.Examples([3, 1, 2, 0, 4], pd.DataFrame({"source": list("aabbc")}))
+
+
+def test_numbers_that_are_ids_are_not_taken_for_rows():
+    """Bare numbers are refused where ids are numbers in another order, or are not 0 to n − 1."""
+    for examples in (NUMBERED, sf.Examples([10, 11]), sf.Examples(["1", "2", "3"]), sf.Examples([-1, 0])):
+        with pytest.raises(InvalidInput, match=r"write ids=\[…\] or rows=\[…\]"):
+            examples.select([1])
+        assert examples.select(rows=[1]).tolist() == [1]
+        assert examples.select(ids=[examples.ids[1]]).tolist() == [1]
+        assert examples.select(ids=[int(examples.ids[1])]).tolist() == [1]
+    assert NUMBERED.select(["3", "0"]).tolist() == [0, 3]  # text is always an id
+    for plain in (sf.Examples.numbered(3), sf.Examples(["a", "1", "2"])):
+        assert plain.select([1]).tolist() == [1]
+
+
+def test_masks_and_pandas_are_targets():
+    mask = NUMBERED.table["source"] == "a"
+    for target in (mask, mask.to_numpy(), mask.tolist(), mask.set_axis(list("vwxyz"))):
+        assert NUMBERED.select(target).tolist() == [0, 1]
+    plain = sf.Examples(list("abc"))
+    for target in (pd.Series([2, 0]), pd.Index([2, 0]), np.array([2, 0], np.uint8), (2, 0), pd.Series(["c", "a"])):
+        assert plain.select(target).tolist() == [2, 0]
+    for wrong, message in (
+        ([True, False], "2 entries for 3 examples"), ([False] * 3, "selects none"),
+        ([1.5], "must be a filter"), ({"row": [1]}, "rows: "), ({"rows": ["a"]}, "rows must be whole numbers"),
+        ({"ids": mask}, "not a mask"), ([0, "a"], "expected a filter"), ([[0]], "must be a filter"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=message):
+            plain.select(wrong)
+    with pytest.raises(InvalidInput, match="give one of target, rows= and ids=, got target and rows"):
+        plain.select([0], rows=[1])
+    with pytest.raises(InvalidInput, match="got none"):
+        plain.select()
+
+
+def test_columns_that_no_table_should_have():
+    table = pd.DataFrame([[1, 2]], columns=["a", "a"])
+    for metadata, message in (
+        (table, "several columns called 'a'"), (pd.DataFrame({0: [1], "0": [2]}), "several columns called '0'"),
+        (pd.DataFrame([[1]], columns=pd.MultiIndex.from_tuples([("a", "b")])), "several levels"),
+        (pd.DataFrame({"z": [1j]}), "complex numbers"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=message):
+            sf.Examples(["x"], metadata)
+    assert sf.Examples(["x"], pd.DataFrame({0: [1]})).select("`0` == 1").tolist() == [0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from simfluence._internal.targets import Selection, as_target
 from simfluence._internal.types import Indices, Target
-from simfluence._internal.validation import checked_indices
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
@@ -19,9 +19,11 @@ def selected(target: Target, curriculum: Curriculum, examples: Examples | None) 
                 f"the curriculum has {curriculum.n_train} training examples, but the metadata has {len(examples)}"
             )
         return examples.select(target)
-    if isinstance(target, str) or any(isinstance(name, str) for name in target):
+    chosen = as_target("target", target)
+    by_row = isinstance(chosen, Selection) and chosen.kind == "rows"
+    if not by_row and (isinstance(chosen, str | Selection) or any(isinstance(name, str) for name in chosen)):
         raise InvalidInput(f"{target!r} needs metadata or ids: give the training examples (task=… or task.train)")
-    return checked_indices(target, curriculum.n_train)
+    return Examples.numbered(curriculum.n_train).select(chosen)
 
 
 def marked_slots(target: Target, curriculum: Curriculum, examples: Examples | None) -> np.ndarray:

@@ -6,16 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
+
+from simfluence._internal.targets import Selection
 
 Indices = Int[np.ndarray, " k"]
 RunLosses = Float[np.ndarray, "times test"]
 Losses = Float[np.ndarray, "runs times test"]
 InitialLosses = Float[np.ndarray, "runs test"]
 
-#: A selection of examples: a filter over their metadata, a list of indices, or a list of ids.
-Target = str | Sequence[Any] | np.ndarray
+#: A selection of examples: a filter over their metadata, a list of rows or of ids, a boolean mask, or a mapping
+#: ``{"rows": […]}`` or ``{"ids": […]}``.
+Target = str | Sequence[Any] | np.ndarray | pd.Series | pd.Index | Mapping[str, Any] | Selection

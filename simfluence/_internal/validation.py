@@ -21,7 +21,7 @@ def checked_indices(target: Any, count: int) -> Indices:
     """
     array = np.asarray(target)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise InvalidInput(f"expected a filter (a string) or a list of indices or ids, got {target!r}")
+        raise InvalidInput(f"expected a filter (a string) or a list of indices or ids, got {str(target)[:100]}")
     if array.min() < 0 or array.max() >= count:
         bad = array[(array < 0) | (array >= count)][0]
         raise InvalidInput(f"no example {bad}: indices go from 0 to {count - 1}")

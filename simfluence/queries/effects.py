@@ -95,7 +95,7 @@ def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
     """
     check_base(simulator, run)
     shown = np.unique(run.curriculum.indices)
-    moved = [Move([int(index)], to).apply(run.curriculum) for index in shown]
+    moved = [Move(rows=[int(index)], to=to).apply(run.curriculum) for index in shown]
     changes = np.zeros((run.losses.shape[1], run.curriculum.n_train))
     changes[:, shown] = simulator.changes(run.curriculum, moved, run.initial_losses).T
     return changes
@@ -114,7 +114,7 @@ def show_again(simulator: Simulator, run: Run, at: int = -1) -> Changes:
     array([[-1. ,  0.5]])
     """
     check_base(simulator, run)
-    edited = [Insert([index], at).apply(run.curriculum) for index in range(run.curriculum.n_train)]
+    edited = [Insert(rows=[index], at=at).apply(run.curriculum) for index in range(run.curriculum.n_train)]
     return simulator.changes(run.curriculum, edited, run.initial_losses).T
 
 

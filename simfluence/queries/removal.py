@@ -65,7 +65,7 @@ class Removal:
         """
         if len(self.examples) == 0:
             raise InvalidInput("there is nothing to remove")
-        return Remove(self.examples)
+        return Remove(rows=self.examples)
 
     @property
     def change(self) -> float:
