@@ -59,7 +59,7 @@ def test_groups_of_a_column(fitted, runs):
     assert np.allclose(table["b"], alone)
     with pytest.raises(InvalidInput, match="did you mean 'group'"):
         sf.leave_group_out(fitted, runs[0], "grup")
-    with pytest.raises(InvalidInput, match="a group is all that the base shows"):
+    with pytest.raises(InvalidInput, match="a group holds every example that the base shows"):
         sf.leave_group_out(fitted, runs[0], {"all": list(range(12))})
 
 
@@ -119,5 +119,5 @@ def test_bad_questions(fitted, runs):
         sf.show_again(fitted, runs[0], at=10)
     alone = dataclasses.replace(runs[0], curriculum=sf.Curriculum([[3]] * 10, n_train=12))
     for simulator in (fitted, sf.MeanTrajectorySimulator().fit(runs)):
-        with pytest.raises(InvalidInput, match="would leave no example"):
+        with pytest.raises(InvalidInput, match="would leave no(ne| example)"):
             sf.leave_one_out(simulator, alone)

@@ -59,7 +59,7 @@ def test_bad_questions(linear, runs, task, known):
             sf.what_if(linear, runs[5], nothing)
     with pytest.raises(InvalidInput, match="query 'all' of base run"):
         sf.what_if(linear, runs[5], {"all": sf.Keep([i for i in range(12) if i not in runs[5].curriculum.indices])})
-    with pytest.raises(InvalidInput, match="base must be a Run"):
+    with pytest.raises(InvalidInput, match="base has no run"):
         sf.what_if(linear, [], {"one": sf.Remove([0])})
 
 

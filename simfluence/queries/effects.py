@@ -7,25 +7,26 @@ where the edit raises the loss. Simulators of the Markov family are asked all at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from simfluence._internal.checked import checked
 from simfluence._internal.types import Target
 from simfluence.edits import Insert, Move
-from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
 from simfluence.queries.tables import check_base, column_of, described
 from simfluence.runs import Run, Runs
 from simfluence.simulators import Simulator
 
 Changes = Float[np.ndarray, "test train"]
-METHODS = ("simulate", "derivative")
 
 
-def leave_one_out(simulator: Simulator, run: Run, method: str = "simulate") -> Changes:
+@checked
+def leave_one_out(simulator: Simulator, run: Run, method: Literal["simulate", "derivative"] = "simulate") -> Changes:
     """Forecast how each test example's final loss changes if one training example is never shown, for each of them.
 
     Batches shrink, as with ``Remove``. Examples that the run never shows get 0.
@@ -50,13 +51,12 @@ def leave_one_out(simulator: Simulator, run: Run, method: str = "simulate") -> C
     array([[ 2. , -0.5]])
     """
     check_base(simulator, run)
-    if method not in METHODS:
-        raise InvalidInput(f"unknown method {method!r}, {did_you_mean(method, METHODS)}")
     if method == "derivative":
         return simulator.derivatives_without(run.curriculum, run.initial_losses).T
     return simulator.changes_without(run.curriculum, np.eye(run.curriculum.n_train, dtype=bool), run.initial_losses).T
 
 
+@checked
 def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, Target]) -> pd.DataFrame:
     """Forecast leaving out each group of training examples: a row per test example, a column per group.
 
@@ -81,6 +81,7 @@ def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, T
     return pd.DataFrame(changes.T, columns=pd.Index(members, name="group")).rename_axis("test")
 
 
+@checked
 def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
     """Forecast how each final loss changes if all showings of one training example move to batch ``to`` (0: the first,
     −1: the last), for each of them; see ``Move``. Examples that the run never shows get 0.
@@ -101,6 +102,7 @@ def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
     return changes
 
 
+@checked
 def show_again(simulator: Simulator, run: Run, at: int = -1) -> Changes:
     """Forecast how each final loss changes if one training example is shown once more in batch ``at`` (−1: the last),
     for each of them; see ``Insert``.
@@ -118,6 +120,7 @@ def show_again(simulator: Simulator, run: Run, at: int = -1) -> Changes:
     return simulator.changes(run.curriculum, edited, run.initial_losses).T
 
 
+@checked
 def rank_suspects(
     source: Simulator | Any,
     base: Run | Runs | None = None,
@@ -125,7 +128,7 @@ def rank_suspects(
     test: Target | None = None,
     by: str | None = None,
     examples: Examples | None = None,
-    method: str = "simulate",
+    method: Literal["simulate", "derivative"] = "simulate",
 ) -> pd.DataFrame:
     """Rank training examples by how much their removal lowers the test losses, mislabelled or harmful ones first.
 

@@ -11,6 +11,8 @@ from typing import Any, overload
 
 import numpy as np
 
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Share
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit, apply_all
 from simfluence.errors import InvalidInput
@@ -48,8 +50,14 @@ def what_if(
     task: Task | None = None,
     confidence: float = 0.9,
 ) -> Forecasts: ...
+@checked
 def what_if(
-    simulator: Simulator, base: Any, queries: Any, *, task: Task | None = None, confidence: float = 0.9
+    simulator: Simulator,
+    base: Run | Sequence[Run],
+    queries: Query | Mapping[str, Query] | Sequence[Query],
+    *,
+    task: Task | None = None,
+    confidence: Share = 0.9,
 ) -> Forecast | Forecasts:
     """Forecast the losses of a run whose curriculum is edited.
 
@@ -77,8 +85,8 @@ def what_if(
     array([ 2. , -0.5])
     """
     runs = (base,) if isinstance(base, Run) else tuple(base)
-    if not runs or not all(isinstance(run, Run) for run in runs):
-        raise InvalidInput(f"base must be a Run (such as runs[0]) or several, got {base!r}")
+    if not runs:
+        raise InvalidInput("base has no run: give a run, such as runs[0], or several")
     for run in runs:
         check_base(simulator, run, task)
     if isinstance(base, Run) and _is_one(queries):

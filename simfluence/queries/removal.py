@@ -17,8 +17,8 @@ import scipy.optimize
 import scipy.sparse
 from jaxtyping import Float
 
-from simfluence._internal.types import Indices, Target
-from simfluence._internal.validation import number, whole
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Count, Indices, Seed, Share, Target
 from simfluence.edits import Remove
 from simfluence.errors import InvalidInput
 from simfluence.queries.effects import chosen_tests
@@ -79,15 +79,16 @@ class Removal:
         return f"{text} ({', '.join(notes)})"
 
 
+@checked
 def forecast_removal(
     simulator: Simulator,
     base: Run | Sequence[Run],
     targets: Target | Mapping[str, Target],
     *,
     fill: str = "shrink",
-    seed: int = 0,
+    seed: Seed = 0,
     task: Task | None = None,
-    confidence: float = 0.9,
+    confidence: Share = 0.9,
 ) -> Forecast | Forecasts:
     """Forecast the losses without some training examples, with intervals if the simulator gives them.
 
@@ -114,8 +115,9 @@ def forecast_removal(
     return what_if(simulator, base, queries, task=task, confidence=confidence)
 
 
+@checked
 def smallest_removal(
-    simulator: Simulator, run: Run, test: int | Target, past: float, *, exact: bool = False, most: int | None = None
+    simulator: Simulator, run: Run, test: int | Target, past: float, *, exact: bool = False, most: Count | None = None
 ) -> Removal:
     """Find the fewest training examples whose removal raises a test loss past a value. Batches shrink.
 
@@ -145,11 +147,12 @@ def smallest_removal(
     [0, 2]
     """
     problem = _Problem.of(simulator, run, test, sign=1.0)
-    past, limit = number("past", past), problem.limit("most", most)
+    limit = problem.limit(most)
     return _Program.of(simulator, problem, limit, past).smallest(past) if exact else problem.greedy(limit, past)
 
 
-def best_removal(simulator: Simulator, run: Run, test: int | Target, k: int, *, exact: bool = False) -> Removal:
+@checked
+def best_removal(simulator: Simulator, run: Run, test: int | Target, k: Count, *, exact: bool = False) -> Removal:
     """Find at most ``k`` training examples whose removal lowers a test loss most. Batches shrink.
 
     For arguments, errors and the two searches see ``smallest_removal``; ``reached`` says whether the loss falls.
@@ -160,7 +163,7 @@ def best_removal(simulator: Simulator, run: Run, test: int | Target, k: int, *, 
     1 examples: loss 1.500 → 1.000 (proved best)
     """
     problem = _Problem.of(simulator, run, test, sign=-1.0)
-    limit = problem.limit("k", k)
+    limit = problem.limit(k)
     return _Program.of(simulator, problem, limit, None).best() if exact else problem.greedy(limit, None)
 
 
@@ -189,10 +192,9 @@ class _Problem:
         start = simulator.simulate([run.curriculum], run.initial_losses)[0, -1, tests].mean()
         return cls(simulator, run, tests, sign, float(start), np.unique(run.curriculum.indices))
 
-    def limit(self, name: str, most: int | None) -> int:
+    def limit(self, most: int | None) -> int:
         """Return the largest number of removals: as given, but never every example of the run."""
-        asked = len(self.shown) if most is None else whole(name, most, least=1)
-        return min(len(self.shown) - 1, asked)
+        return min(len(self.shown) - 1, len(self.shown) if most is None else most)
 
     def greedy(self, limit: int, past: float | None) -> Removal:
         """Repeat the best single removal until the loss is past a value or nothing helps."""
