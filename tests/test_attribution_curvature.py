@@ -12,7 +12,7 @@ from simfluence import attribution
 from simfluence.attribution import EKFAC, KFAC, Diagonal, Relative, per_example_gradients
 from simfluence.attribution import exact as reference
 from simfluence.attribution.curvature import kronecker as curvature
-from simfluence.attribution.curvature.kronecker import kfac, kronecker_factors
+from simfluence.attribution.curvature.kronecker import TrainingPasses, kfac, kronecker_factors
 from simfluence.attribution.gradients import inner_products
 from simfluence.attribution.gradients.labels import relabelling
 from simfluence.errors import InvalidInput
@@ -94,7 +94,7 @@ def one(values: np.ndarray) -> np.ndarray:
 
 def assert_factors(case: Case, layer: str, modules: list[nn.Module], columns) -> None:
     gradients = per_example_gradients(case.model, case.loss, case.train)
-    found = kronecker_factors(gradients, case.train, batch_size=4)[layer]
+    found = kronecker_factors(TrainingPasses(gradients, case.train, batch_size=4))[layer]
     A, S = slow_factors(case, modules, columns)
     assert relative(found.inputs, A) < 1e-10
     assert relative(found.gradients, S) < 1e-10
@@ -143,7 +143,8 @@ def test_factors_of_convolutions():
 
 def test_eigenvectors_diagonalise_the_factors():
     case = regression()
-    factors = kronecker_factors(per_example_gradients(case.model, case.loss, case.train), case.train, batch_size=4)
+    gradients = per_example_gradients(case.model, case.loss, case.train)
+    factors = kronecker_factors(TrainingPasses(gradients, case.train, batch_size=4))
     for name, block in kfac(factors).items():
         S, A = factors[name].gradients, factors[name].inputs
         dense = torch.kron(S, A)
@@ -188,7 +189,7 @@ def test_sampled_labels_give_the_sampled_fisher(case):
 
 def test_labels_of_other_losses_are_drawn_by_a_function():
     case = CASES["language"]()
-    with pytest.raises(InvalidInput, match="cannot tell how to draw labels for the loss 'token_losses'"):
+    with pytest.raises(InvalidInput, match="no rule to draw labels for the loss 'token_losses'"):
         EKFAC().fit(case.model, case.train, case.loss)
     scores = [
         EKFAC(labels=attribution.draw_classes, batch_size=size).fit(case.model, case.train, case.loss).scores(case.test)
@@ -260,7 +261,7 @@ def test_a_singular_block_needs_damping():
     X = case.train[0].clone()
     X[:, 2] = 0
     for method in (EKFAC, KFAC, Diagonal):
-        with pytest.raises(InvalidInput, match=r"layer '0' is singular .* damping adds 0. Give a larger damping"):
+        with pytest.raises(InvalidInput, match=r"layer '0' is singular .* damping adds 0. Pass a larger damping"):
             method(damping=0.0, labels="empirical").fit(case.model, (X, case.train[1]), case.loss)
     with pytest.raises(InvalidInput, match="damping must be a number from 0 up"):
         EKFAC(damping=-1.0).fit(case.model, case.train, case.loss)
@@ -309,9 +310,9 @@ def test_test_examples_share_passes_as_memory_allows(monkeypatch, held):
     expected, passes = found.scores(case.test), []
     batches = found.gradients_.batches
 
-    def counted(data, batch_size, **arguments):
+    def counted(data, **arguments):
         passes.append(arguments["side"])
-        return batches(data, batch_size, **arguments)
+        return batches(data, **arguments)
 
     monkeypatch.setattr(type(found.gradients_), "batches", lambda self, *a, **k: counted(*a, **k))
     monkeypatch.setattr(attribution.base, "QUERIES", held * found.gradients_.size * 8)
@@ -336,13 +337,14 @@ def test_lower_rank_is_worse_and_within_its_bound():
     wanted, errors = np.asarray(exact.scores(case.test, unit="raw")), []
     for rank in (1, 2, 3, 4):
         lower = EKFAC(0.01, labels="empirical", rank=rank, batch_size=2).fit(case.model, case.train, case.loss)
-        wrong = np.abs(lower.scores(case.test, unit="raw") - wanted)
+        scores = lower.scores(case.test, unit="raw")
+        wrong = np.abs(scores - wanted)
         bound = sum(
             torch.outer(torch.linalg.svdvals(inner_products.matrices(query))[:, rank:].norm(dim=1), norms[name])
             for name, query in queries.items()
         )
         assert (wrong <= 1.01 * bound.numpy() + 1e-10).all()
-        errors.append(relative(lower.scores(case.test, unit="raw"), wanted))
+        errors.append(relative(scores, wanted))
     assert errors[0] > errors[1] > errors[2] > errors[3] > 0
     assert errors[3] < 0.1 * errors[0]
 

@@ -20,7 +20,7 @@ from simfluence.tasks.losses import cross_entropy
 def formed(gradients: Gradients, data, batch_size: int = 4) -> dict[str, Tensor]:
     """The gradients of all examples by parameter, from the factors."""
     parts: dict[str, list[Tensor]] = {}
-    for _, factors in gradients.batches(data, batch_size):
+    for _, factors in gradients.batches(data, batch_size=batch_size):
         for name, layer in gradients.layers.items():
             for parameter, values in layer.to_parameters(factors[name].matrices()).items():
                 parts.setdefault(parameter, []).append(values)
@@ -127,7 +127,8 @@ def scaled():
 
 def test_what_hooks_do_not_see_is_taken_by_other_means():
     case = scaled()
-    with pytest.warns(PlainGradientsWarning, match="scale, mix.weight, attention.*place.weight: taken by torch.func"):
+    message = "scale, mix.weight, attention.*place.weight: they are computed by torch.func"
+    with pytest.warns(PlainGradientsWarning, match=message):
         gradients = per_example_gradients(case.model, case.loss, case.train)
     assert [name for name, layer in gradients.layers.items() if layer.sources] == ["last"]
     assert_equal_to_autograd(gradients, case, case.train)
@@ -140,7 +141,7 @@ def test_one_example_after_the_other_where_torch_func_fails():
 
     case = scaled()
     case = type(case)(build(Branching), case.loss, case.train, case.test)
-    with pytest.warns(PlainGradientsWarning, match="one example after the other"):
+    with pytest.warns(PlainGradientsWarning, match="one example at a time"):
         gradients = per_example_gradients(case.model, case.loss, case.train)
     assert gradients.plain
     assert_equal_to_autograd(gradients, case, case.train)
@@ -154,7 +155,7 @@ def test_layers_are_chosen_by_name():
     assert list(gradients.layers) == ["last"]
     with pytest.raises(InvalidInput, match="no layer 'lasst', did you mean 'last'"):
         per_example_gradients(case.model, case.loss, case.train, layers=["lasst"])
-    with pytest.raises(InvalidInput, match="list of names or patterns, got the text 'last'"):
+    with pytest.raises(InvalidInput, match="list of names or patterns, got the string 'last'"):
         per_example_gradients(case.model, case.loss, case.train, layers="last")
     with pytest.raises(InvalidInput, match="empty list: name some of scale, mix"):
         per_example_gradients(case.model, case.loss, case.train, layers=[])
@@ -172,7 +173,7 @@ def test_frozen_parameters_are_left_out():
 
 def test_a_reduced_loss_is_refused():
     case = mlp()
-    with pytest.raises(InvalidInput, match=r"shape \(\) for 3 examples: give one loss per example"):
+    with pytest.raises(InvalidInput, match=r"shape \(\) for 3 examples: return one loss per example"):
         per_example_gradients(case.model, functional.cross_entropy, case.train)
 
 

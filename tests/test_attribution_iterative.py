@@ -15,7 +15,7 @@ from simfluence.errors import ConvergenceWarning, InvalidInput
 SOLVERS = {
     "cg": ConjugateGradients(damping=0.1, tolerance=1e-12, iterations=500, preconditioned=True),
     "cg-plain": ConjugateGradients(damping=0.1, tolerance=1e-12, iterations=500),
-    "lissa": LiSSA(damping=0.1, tolerance=1e-13, iterations=5000),
+    "lissa": LiSSA(damping=0.5, tolerance=1e-12, iterations=5000),  # slow for a small damping
     "arnoldi": Arnoldi(damping=0.1, iterations=1000),
 }
 REFERENCES = {
@@ -55,7 +55,7 @@ def test_exact_with_the_hessian(name):
 def test_solvers_converge_to_the_exact_inverse(name, solver):
     case = CASES[name]()
     fitted = SOLVERS[solver].fit(case.model, case.train, case.loss, l2=0.05)
-    assert relative(fitted.scores(case.test), dense(case, "gauss_newton", 0.1, 0.05)) < 1e-8
+    assert relative(fitted.scores(case.test), dense(case, "gauss_newton", fitted.damping, 0.05)) < 1e-8
 
 
 def products_needed(case, **parameters) -> int:
@@ -99,7 +99,7 @@ def test_what_did_not_converge_is_told():
         ConjugateGradients(1e-3, iterations=2).fit(case.model, case.train, case.loss).scores(case.test)
     with pytest.warns(ConvergenceWarning, match=r"LiSSA still changes by .* after 3 iterations"):
         LiSSA(1e-3, iterations=3).fit(case.model, case.train, case.loss).scores(case.test)
-    with pytest.raises(InvalidInput, match=r"LiSSA diverges with scale=0.001: give a larger scale"):
+    with pytest.raises(InvalidInput, match=r"LiSSA diverges with scale=0.001: use a larger scale"):
         LiSSA(1e-3, scale=1e-3).fit(case.model, case.train, case.loss).scores(case.test)
 
 
@@ -107,7 +107,7 @@ def test_negative_curvature_is_refused():
     case = regression()
     H = torch.linalg.eigvalsh(reference.hessian(case.model, case.train, case.loss))
     assert H[0] < -0.01
-    with pytest.raises(InvalidInput, match="not positive definite: give a larger damping, or gauss_newton"):
+    with pytest.raises(InvalidInput, match="not positive definite: use a larger damping, or curvature="):
         ConjugateGradients(1e-4, "hessian", preconditioned=False).fit(case.model, case.train, case.loss).scores(
             case.test
         )
@@ -127,7 +127,7 @@ def test_bad_parameters():
 def test_sampled_lissa_is_near_and_the_same_each_time():
     case = mlp()
     exact = dense(case, "gauss_newton", 0.5)
-    solver = LiSSA(0.5, sample=6, iterations=200, scale=20.0, seed=1)
+    solver = LiSSA(0.5, sample=6, iterations=100, scale=20.0, seed=1)
     found = [solver.fit(case.model, case.train, case.loss).scores(case.test) for _ in range(2)]
     assert np.array_equal(found[0], found[1])
     assert relative(found[0], exact) < 0.2

@@ -82,5 +82,5 @@ def test_a_damaged_file_is_refused(tmp_path):
     flipped[-9] ^= 1
     for damaged in (b"", b"junk", content[: len(content) // 2], bytes(flipped), content.replace(b"format", b"tamrof")):
         path.write_bytes(damaged)
-        with pytest.raises(StoreError, match="is damaged or holds no curvature"):
+        with pytest.raises(StoreError, match="is damaged or is no curvature file"):
             EKFAC(store=path).fit(case.model, case.train, case.loss)

@@ -60,5 +60,5 @@ def test_bad_questions(task, runs):
     for count in (0, 11):
         with pytest.raises(InvalidInput, match=f"got {count}"):
             attributor_from_run("tracin", task, runs[0], checkpoints=count)
-    with pytest.raises(InvalidInput, match="does not know its recipe"):
+    with pytest.raises(InvalidInput, match="has no recipe"):
         attributor_from_run("tracin", task, dataclasses.replace(runs[0], recipe=None))

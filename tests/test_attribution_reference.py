@@ -50,13 +50,13 @@ def test_the_true_fisher_is_the_gauss_newton_matrix(case):
 def test_the_sampled_fisher_goes_to_the_true_one(case):
     exact = reference.true_fisher(case.model, case.train, case.loss)
     few = reference.sampled_fisher(case.model, case.train, case.loss, seed=0, draws=2)
-    many = reference.sampled_fisher(case.model, case.train, case.loss, seed=0, draws=200)
+    many = reference.sampled_fisher(case.model, case.train, case.loss, seed=0, draws=50)
     assert (many - exact).norm() < 0.2 * exact.norm() < (few - exact).norm()
 
 
 def test_the_exact_fisher_of_other_losses_is_refused():
     case = mlp()
-    with pytest.raises(InvalidInput, match="take gauss_newton"):
+    with pytest.raises(InvalidInput, match="use gauss_newton"):
         reference.true_fisher(case.model, case.train, lambda outputs, targets: outputs.sum(1))
 
 
@@ -101,15 +101,16 @@ def test_influence_answers_the_proximal_response():
     G = reference.gauss_newton(case.model, case.train, case.loss)
     test, train = (reference.gradients(case.model, data, case.loss) for data in (case.test, case.train))
     predicted = reference.influence(G, test, train, damping=2.0)
-    response = reference.pbrf(case.model, case.train, case.test, case.loss, damping=2.0)
-    assert spearmanr(predicted.flatten(), response.flatten()).statistic > 0.99
-    assert relative(predicted, response) < 0.2
+    removed = list(range(0, 13, 2))
+    response = reference.pbrf(case.model, case.train, case.test, case.loss, damping=2.0, removed=removed)
+    assert spearmanr(predicted[:, removed].flatten(), response.flatten()).statistic > 0.99
+    assert relative(predicted[:, removed], response) < 0.2
 
 
 def test_an_optimum_that_is_not_reached_is_told():
-    case = mlp()
+    model, train, _ = linear_model()
     with pytest.warns(ConvergenceWarning, match="the minimum was not reached"):
-        reference.retrain(case.model, case.train, case.loss, l2=1e-12, tolerance=1e-30)
+        reference.retrain(model, train, squared_error, l2=1e-12, tolerance=1e-30)
 
 
 def test_influence_ranks_as_retraining_does():

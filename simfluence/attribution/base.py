@@ -1,4 +1,4 @@
-"""What every attributor shares: checked input, the passes over test and training examples, scikit-learn's habits."""
+"""What all attributors share: input checks, loops over test and training examples, scikit-learn's conventions."""
 
 from __future__ import annotations
 
@@ -27,34 +27,45 @@ from simfluence.attribution.gradients.inner_products import (
 from simfluence.attribution.gradients.layers import Factors
 from simfluence.attribution.gradients.per_example import per_example_gradients
 from simfluence.attribution.scores import Scores, TopScores
-from simfluence.errors import InvalidInput, NotFittedError
+from simfluence.errors import InvalidInput, NotFittedError, did_you_mean
 from simfluence.task import Data, Task, take, tensors
+
+__all__ = [
+    "QUERIES",
+    "Attributor",
+    "AttributorT",
+    "LayerFactors",
+    "Queries",
+    "Solve",
+    "checked_data",
+    "versions",
+]
 
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
 AttributorT = TypeVar("AttributorT", bound="Attributor")
 
-#: Bytes that the test examples' share of products may take, 2 GiB: as many as fit are scored in one pass over training.
+#: Bytes for the solved gradients of test examples, 2 GiB: those that fit are scored in one pass over the training data.
 QUERIES = 2**31
-#: Pairs of a test and a training example from which on a progress bar is shown.
-_SHOWN = 10_000
+#: A progress bar is shown for more pairs (test example, training example) than this.
+_PROGRESS_BAR_PAIRS = 10_000
 
 LayerFactors = dict[str, Factors]
 Queries = Mapping[str, Query]
 Solve = Callable[[LayerFactors], Queries]
 
 
-class Attributor(sklearn.base.BaseEstimator, ABC):
-    """Says which training examples raise or lower the loss of a test example: ``fit``, then ``scores``.
+class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-ignore]  # scikit-learn is untyped
+    """Scores how much each training example lowers the loss of a test example: call ``fit``, then ``scores``.
 
     The common form is ``score(z, i) = Σ_k w_k ⟨P_k ∇ℓ_z(θ_k), ∇ℓ_i(θ_k)⟩`` over one or several states θ_k of the model;
-    members choose P, often the inverse of a curvature matrix. Subclasses implement ``_fit()`` and ``_solve(factors)``,
-    which applies P. Results do not depend on the batch size. Classes are abstract or final: to vary one, wrap it.
+    P is often the inverse of a curvature matrix. Subclasses implement ``_fit()`` and ``_solve(factors)``, which applies
+    P. Results do not depend on the batch size. Classes are abstract or final: to change one, wrap it.
 
-    ``P_k ∇ℓ_z`` of the test examples takes 2 GiB at most; where all of them need more, there are several passes over
+    The ``P_k ∇ℓ_z`` of the test examples take at most 2 GiB; if all of them need more, there are several passes over
     the training examples.
     """
 
-    #: Units that the scores can have, the default first.
+    #: Units of the scores; the first is the default.
     units: ClassVar[tuple[str, ...]] = ("loss", "raw")
     layers: Sequence[str] | None
     batch_size: int
@@ -67,25 +78,26 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         l2: float | None = None,
         mask: Mask = attention_mask,
     ) -> AttributorT:
-        """Learn what is needed of the training side. The model is kept, not copied, and not changed.
+        """Prepare scoring against the training examples. The model is neither copied nor changed.
 
         Args:
-            model: as trained.
-            data: training examples ``(inputs, targets)``, or a task, which brings its loss, l2, ids and test side.
+            model: the trained model.
+            data: training examples ``(inputs, targets)``, or a task, which also gives loss, l2, ids and test examples.
             loss: ``loss(outputs, targets)`` → ``[batch]``, not reduced.
-            l2: the objective's own penalty, ``l2/2 ‖θ‖²`` beside the mean loss; it adds to the damping.
-            mask: inputs → which positions are no padding, ``[batch, positions]``; by default their "attention_mask".
+            l2: penalty of the objective, ``l2/2 ‖θ‖²`` added to the mean loss; it is added to the damping.
+            mask: function from inputs to the positions that are not padding, ``[batch, positions]``; by default the
+                inputs' "attention_mask".
 
         Raises:
-            InvalidInput: no layers to attribute to, a reduced loss, labels out of range, gradients that are not
-                finite, a random forward pass, or parameters out of range.
+            InvalidInput: there are no layers to attribute to, the loss is reduced, a label is out of range, a gradient
+                is not finite, the forward pass is random, or a parameter is out of range.
         """
         self._check_parameters()
         task = data if isinstance(data, Task) else None
         train = checked_data(task.train_data if task is not None else data)
         loss = loss if loss is not None or task is None else task.loss
         if loss is None:
-            raise InvalidInput("a loss is needed: loss=… with loss(outputs, targets) → [batch]")
+            raise InvalidInput("a loss is required: pass loss=…, a function (outputs, targets) → [batch]")
         self.task_, self.train_data_ = task, train
         self.l2_ = l2 if l2 is not None else (0.0 if task is None else task.l2)
         if not self.l2_ >= 0:
@@ -102,18 +114,19 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         by_layer: bool = False,
         train: Sequence[int] | Indices | None = None,
     ) -> Scores:
-        """The scores of all pairs, ``[test, train]``: positive where training on i lowers the loss of z.
+        """Compute the scores of all pairs, ``[test, train]``: positive if training on i lowers the loss of z.
 
         Args:
-            test_data: ``(inputs, targets)``; by default the test side of the task that it was fitted on.
+            test_data: ``(inputs, targets)``; by default the test examples of the task that was passed to ``fit``.
             unit: "loss" or "raw", see ``Scores``; by default the first of ``units``.
-            by_layer: give ``[layer, test, train]``, which adds up to the scores over layers.
-            train: indices of training examples, to score these alone: columns of the whole matrix, at their share of
-                its cost. ``similarity.candidates`` proposes some.
+            by_layer: return ``[layer, test, train]``, whose sum over layers gives the scores.
+            train: indices of the training examples to score, by default all; the cost is in proportion to their
+                number. ``candidates`` suggests indices.
 
         Raises:
             NotFittedError: before ``fit``.
-            InvalidInput: the model's weights changed since, no such training example, or what ``fit`` refuses too.
+            InvalidInput: the model's weights changed since ``fit``, an index is out of range, or the test data are
+                invalid in a way that ``fit`` rejects too.
         """
         test, scale = self._checked_test(test_data), self._scale(unit)
         chosen = None if train is None else checked_indices(train, len(self.train_data_[1]))
@@ -128,24 +141,26 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         return Scores(values, unit or self.units[0], type(self).__name__, layers, train_ids, test_ids)
 
     def self_influence(self, unit: str | None = None) -> Float[np.ndarray, " train"]:
-        """The score of each training example for itself: large where the model has learned it by heart.
+        """Compute the score of each training example for itself: large if the model has memorised the example.
 
         Raises:
-            NotFittedError, InvalidInput: as of ``scores``.
+            NotFittedError, InvalidInput: same as in ``scores``.
         """
         self._check_ready()
         scale = self._scale(unit)
         values = np.zeros(len(self.train_data_[1]), _numpy_dtype(self.gradients_.like))
         for gradients, solve in self._states():
-            for rows, factors in self._batches(gradients, self.train_data_, "training", self._few(gradients)):
-                values[rows] += scale * self._own(solve, factors).cpu().numpy()
+            for rows, factors in self._batches(
+                gradients, self.train_data_, "training", self._solve_batch_size(gradients)
+            ):
+                values[rows] += scale * self._self_products(solve, factors).cpu().numpy()
         return values
 
     def top_k(self, k: int, test_data: Data | None = None, unit: str | None = None) -> TopScores:
-        """The k training examples with the largest scores for each test example; the matrix is never whole.
+        """Find the k training examples with the largest scores for each test example, without the full matrix.
 
         Raises:
-            NotFittedError, InvalidInput: as of ``scores``; or k is not from 1 to the number of training examples.
+            NotFittedError, InvalidInput: same as in ``scores``; or k is not from 1 to the number of training examples.
         """
         test, scale = self._checked_test(test_data), self._scale(unit)
         n_test, n_train = len(test[1]), len(self.train_data_[1])
@@ -154,23 +169,23 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         values = torch.full((n_test, k), -torch.inf, dtype=self.gradients_.like.dtype)
         indices = torch.zeros(n_test, k, dtype=torch.int64)
         for rows, columns, block in self._sums(test):
-            new = torch.arange(columns.start, columns.stop).expand(rows.stop - rows.start, -1)
-            every = torch.cat([values[rows], block], 1)
-            values[rows], order = (part[:, :k] for part in every.sort(dim=1, descending=True, stable=True))
-            indices[rows] = torch.cat([indices[rows], new], 1).gather(1, order)
+            block_indices = torch.arange(columns.start, columns.stop).expand(rows.stop - rows.start, -1)
+            merged = torch.cat([values[rows], block], 1)
+            values[rows], order = (part[:, :k] for part in merged.sort(dim=1, descending=True, stable=True))
+            indices[rows] = torch.cat([indices[rows], block_indices], 1).gather(1, order)
         return TopScores(indices.numpy(), scale * values.numpy(), unit or self.units[0], type(self).__name__)
 
     def token_scores(
         self, test_data: Data | None = None, unit: str | None = None
     ) -> Float[np.ndarray, "test train positions"]:
-        """The scores' shares of each position (token) of the training examples.
+        """Split the scores by position (token) of the training examples.
 
-        Layers that are applied to whole examples (behind a pooling, or whose gradient is summed over positions, as of
-        a bias alone) have no part; over the others the shares add up to the scores.
+        Layers that are applied to whole examples are left out (those after a pooling, and those whose gradient is
+        summed over positions, such as a bias alone); over the other layers, the shares add up to the scores.
 
         Raises:
-            NotFittedError, InvalidInput: as of ``scores``; or no layer is applied to positions, or layers to
-                different numbers of them.
+            NotFittedError, InvalidInput: same as in ``scores``; or no layer is applied to positions, or layers differ
+                in their number of positions.
         """
         test, scale = self._checked_test(test_data), self._scale(unit)
         names, positions = self._positions()
@@ -182,52 +197,52 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         return values
 
     def _positions(self) -> tuple[list[str], int]:
-        """The layers that are applied to positions, and how many those are."""
+        """Return the names of the layers that are applied to positions, and the number of positions."""
         factors = self.gradients_.factors(rows_of(self.train_data_, slice(0, 1)))
-        counts = {name: each.positions // each.calls for name, each in factors.items()}
-        found = {name: count for name, count in counts.items() if count > 1}
-        if len(set(found.values())) != 1:
+        counts = {name: layer_factors.positions // layer_factors.calls for name, layer_factors in factors.items()}
+        by_position = {name: count for name, count in counts.items() if count > 1}
+        if len(set(by_position.values())) != 1:
             raise InvalidInput(
-                f"scores by token need layers that are applied to the same positions, found {found or 'none'}: "
-                "name such layers by layers=[…]"
+                f"token scores need layers that are applied to the same positions, got {by_position or 'none'}: "
+                "choose such layers with layers=[…]"
             )
-        return list(found), next(iter(found.values()))
+        return list(by_position), next(iter(by_position.values()))
 
     @abstractmethod
     def _fit(self) -> None: ...
 
     @abstractmethod
     def _solve(self, factors: LayerFactors) -> Queries:
-        """P applied to the gradients of a batch."""
+        """Apply P to the gradients of a batch."""
 
     def _prepared(self, factors: LayerFactors) -> LayerFactors:
-        """The gradients of either side as they enter the products."""
+        """Transform the gradients of training and test examples before they are multiplied."""
         return factors
 
     def _states(self) -> Iterator[tuple[Gradients, Solve]]:
-        """The states of the model whose products are added up, with what to apply on the test side."""
+        """Yield the model states whose products are summed, each with the function to apply to test gradients."""
         yield self.gradients_, self._solve
 
-    def _own(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
-        """The products of each example with itself, over all layers."""
+    def _self_products(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
+        """Compute the product of each example with itself, summed over layers."""
         queries = solve(factors)
-        return torch.stack([self_products(queries[name], each).cpu() for name, each in factors.items()]).sum(0)
+        return torch.stack([self_products(queries[name], factors[name]).cpu() for name in factors]).sum(0)
 
-    def _few(self, gradients: Gradients) -> int:
-        """How many examples may have their products with P formed at a time."""
+    def _solve_batch_size(self, gradients: Gradients) -> int:
+        """Return how many examples may have their gradients solved at a time."""
         return max(1, min(self.batch_size, QUERIES // (gradients.size * gradients.like.element_size())))
 
     def _check_parameters(self) -> None:
-        """Raise ``InvalidInput`` for parameters out of range."""
+        """Raise ``InvalidInput`` if a parameter is out of range."""
         whole("batch_size", self.batch_size, 1)
 
     def _blocks(self, test: Data, chosen: Indices | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Test rows, training rows (of those chosen), and their products ``[layer, test, train]``."""
+        """Yield test rows, training rows (counted among the chosen) and their products ``[layer, test, train]``."""
         for gradients, solve in self._states():
             yield from self._pairs(gradients, solve, test, products, list(gradients.layers), chosen)
 
     def _sums(self, test: Data) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Test rows, training rows, and their products ``[test, train]`` over all layers and states, each pair once."""
+        """Yield test rows, training rows and their products ``[test, train]``, summed over layers and states."""
         for rows, columns, block in self._blocks(test):
             yield rows, columns, block.sum(0)
 
@@ -240,51 +255,51 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
         names: Sequence[str],
         chosen: Indices | None = None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Test rows, training rows, and their products ``[layer, test, train, …]`` in some layers, each with each."""
-        train, side = self.train_data_, "training"
+        """Yield test rows, training rows and their products ``[layer, test, train, …]`` in the layers ``names``."""
+        train, part = self.train_data_, "training"
         if chosen is not None:
-            train, side = take(train, torch.from_numpy(chosen).to(train[1].device)), "chosen training"
+            train, part = take(train, torch.from_numpy(chosen).to(train[1].device)), "chosen training"
         n_test, n_train = len(test[1]), len(train[1])
-        with bar(f"{type(self).__name__}: pairs", n_test * n_train, n_test * n_train > _SHOWN) as advance:
+        with bar(f"{type(self).__name__}: pairs", n_test * n_train, n_test * n_train > _PROGRESS_BAR_PAIRS) as advance:
             for rows, queries in self._groups(gradients, solve, test):
-                for columns, factors in self._batches(gradients, train, side):
-                    yield rows, columns, torch.stack([product(queries[n], factors[n]).cpu() for n in names])
+                for columns, factors in self._batches(gradients, train, part):
+                    yield rows, columns, torch.stack([product(queries[name], factors[name]).cpu() for name in names])
                     advance((rows.stop - rows.start) * (columns.stop - columns.start))
-                    del factors  # before the next ones are there
+                    del factors  # before the next batch is computed
                 del queries
 
     def _groups(self, gradients: Gradients, solve: Solve, test: Data) -> Iterator[tuple[slice, Queries]]:
-        """As many test examples at a time as may be kept."""
-        most = QUERIES // gradients.like.element_size()
+        """Yield the test examples in groups, as large as ``QUERIES`` allows, with their solved gradients."""
+        limit = QUERIES // gradients.like.element_size()
         parts: list[dict[str, Query]] = []
-        first = held = 0
-        for rows, factors in self._batches(gradients, test, "test", self._few(gradients)):
+        first = total = 0
+        for rows, factors in self._batches(gradients, test, "test", self._solve_batch_size(gradients)):
             parts.append(dict(solve(factors)))
             del factors
-            new = numbers(parts[-1].values())
-            held += new
-            if held + new > most and rows.stop < len(test[1]):  # another such batch would be too many
+            size = numbers(parts[-1].values())
+            total += size
+            if total + size > limit and rows.stop < len(test[1]):  # another such batch would not fit
                 yield slice(first, rows.stop), joined(parts)
-                parts, first, held = [], rows.stop, 0
+                parts, first, total = [], rows.stop, 0
         yield slice(first, len(test[1])), joined(parts)
 
     def _batches(
-        self, gradients: Gradients, data: Data, side: str, size: int | None = None
+        self, gradients: Gradients, data: Data, part: str, size: int | None = None
     ) -> Iterator[tuple[slice, LayerFactors]]:
         def prepared(batch: tuple[slice, LayerFactors]) -> tuple[slice, LayerFactors]:
             return batch[0], self._prepared(batch[1])
 
-        return map(prepared, gradients.batches(data, size or self.batch_size, side=side))  # which keeps no batch alive
+        batches = gradients.batches(data, batch_size=size or self.batch_size, side=part)
+        return map(prepared, batches)  # unlike a loop, map keeps no batch alive
 
     def _scale(self, unit: str | None) -> float:
         unit = self.units[0] if unit is None else unit
         if unit not in self.units:
-            known = f"{type(self).__name__} gives {' or '.join(map(repr, self.units))}"
-            raise InvalidInput(f"no unit {unit!r}: {known}; a unit of its own has no meaning in losses")
+            raise InvalidInput(f"{type(self).__name__} has no unit {unit!r}, {did_you_mean(unit, self.units)}")
         return 1 / len(self.train_data_[1]) if unit == "loss" else 1.0
 
     def _check_training(self) -> None:
-        """One pass over the training side, which names what is wrong with an example."""
+        """Pass over the training examples once, so that an error names the faulty one."""
         for _ in self._batches(self.gradients_, self.train_data_, "training"):
             pass
 
@@ -297,7 +312,9 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
     def _checked_test(self, test_data: Data | None) -> Data:
         self._check_ready()
         if test_data is None and self.task_ is None:
-            raise InvalidInput("give test_data=(inputs, targets): there is no task whose test side could be taken")
+            raise InvalidInput(
+                "test_data is required, as fit got no task with test examples: pass test_data=(inputs, targets)"
+            )
         return checked_data(test_data if test_data is not None or self.task_ is None else self.task_.test_data)
 
     def _ids(
@@ -310,23 +327,23 @@ class Attributor(sklearn.base.BaseEstimator, ABC):
 
 
 def checked_data(data: Any) -> Data:
-    """``(inputs, targets)``.
+    """Return ``data`` as a pair ``(inputs, targets)``.
 
     Raises:
-        InvalidInput: it is no such pair, not as many of both, or none.
+        InvalidInput: ``data`` is not such a pair, is empty, or has different numbers of inputs and targets.
     """
     if not (isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)):
         raise InvalidInput(
-            "data must be a pair (inputs, targets), the targets a tensor whose first axis counts examples"
+            "data must be a pair (inputs, targets), with targets a tensor whose first axis counts examples"
         )
     counts = {len(tensor) for tensor in tensors(tuple(data))}
     if len(counts) > 1 or 0 in counts:
-        raise InvalidInput(f"inputs and targets must be equally many, and some; found {sorted(counts)}")
+        raise InvalidInput(f"inputs and targets must be equally many and not empty, got {sorted(counts)}")
     return data[0], data[1]
 
 
 def versions(model: nn.Module) -> tuple[int, ...]:
-    """Counts of in-place changes: an optimizer's step or ``load_state_dict`` raises them."""
+    """Return PyTorch's count of in-place changes of each parameter, such as optimizer steps."""
     return tuple(parameter._version for parameter in model.parameters())
 
 

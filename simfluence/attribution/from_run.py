@@ -1,4 +1,4 @@
-"""An attributor of a recorded run, by name: its model and checkpoints are read, or trained again."""
+"""An attributor for a recorded run, chosen by name; the model and checkpoints are read or trained again."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from simfluence.recording.replay import replay, trained_model
 from simfluence.runs import Run
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
+
+__all__ = ["METHODS", "OF_MODEL", "attributor_from_run"]
 
 #: Attributors of one trained model, by their names on the command line.
 OF_MODEL: Mapping[str, type[Attributor]] = {
@@ -42,17 +44,18 @@ def attributor_from_run(
     store: str | Path | RunStore | None = None,
     **parameters: Any,
 ) -> Attributor | TracInIdeal:
-    """A fitted attributor of what a run trained.
+    """Fit an attributor to the final model of a recorded run, or to its checkpoints.
 
     Args:
         method: one of ``METHODS``.
-        task, run: what was trained. The model is that at the end of the run.
-        checkpoints: for "tracin": how many, evenly spread over the run's steps.
-        store: folder to keep checkpoints in, with the run; without one it is trained again each time.
-        parameters: of the attributor, such as ``damping``.
+        task: task of the run.
+        run: the recorded run.
+        checkpoints: for "tracin": number of checkpoints, evenly spread over the run's steps.
+        store: folder of a run store to save checkpoints in; without one, the run is trained again each time.
+        parameters: parameters of the attributor, such as ``damping``.
 
     Raises:
-        InvalidInput: an unknown method or parameter, a run of another task or that cannot be trained again.
+        InvalidInput: the method or a parameter is unknown, or the run is of another task or cannot be trained again.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -62,8 +65,8 @@ def attributor_from_run(
     """
     if method not in METHODS:
         raise InvalidInput(f"unknown attribution method {method!r}, {did_you_mean(method, METHODS)}")
-    kind = OF_MODEL.get(method, TracInCP if method == "tracin" else TracInIdeal)
-    known = [name for name in kind().get_params() if name not in ("checkpoints", "adam")]
+    attributor = OF_MODEL.get(method, TracInCP if method == "tracin" else TracInIdeal)
+    known = [name for name in attributor().get_params() if name not in ("checkpoints", "adam")]
     for name in parameters:
         if name not in known:
             raise InvalidInput(f"attribution method {method!r} has no parameter {name!r}, {did_you_mean(name, known)}")
@@ -78,15 +81,19 @@ def _tracin(
     task: Task, run: Run, count: int, store: str | Path | RunStore | None, parameters: dict[str, Any]
 ) -> TracInCP:
     if not 1 <= count <= run.steps:
-        raise InvalidInput(f"a run of {run.steps} steps has checkpoints before 1 to {run.steps} of them, got {count}")
+        raise InvalidInput(f"checkpoints must be from 1 to {run.steps}, the number of steps of the run; got {count}")
     if run.recipe is None:
-        raise InvalidInput(f"run {run.id} does not know its recipe, so not its learning rates either")
+        raise InvalidInput(
+            f"run {run.id} has no recipe, so its learning rates are unknown: choose another method or run"
+        )
     steps = np.linspace(0, run.steps, count, endpoint=False).astype(int).tolist()
     states = replay(task, run, steps, store)
     rates = run.recipe.learning_rates(run.steps)
     adam = None
     if run.recipe.optimizer in ("adam", "adamw"):
-        states = {step: state for step, state in states.items() if step > 0}  # before the first step it has no moments
+        states = {
+            step: state for step, state in states.items() if step > 0
+        }  # Adam has no moments before the first step
         arguments: dict[str, Any] = dict(run.recipe.optimizer_args)
         adam = Adam(arguments.get("betas", (0.9, 0.999))[1], arguments.get("eps", 1e-8))
     pairs = [(state, float(rates[step])) for step, state in states.items()]

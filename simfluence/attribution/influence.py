@@ -1,4 +1,4 @@
-"""Influence functions by one curvature block per layer: EK-FAC, K-FAC, the diagonal; and by the whole matrix."""
+"""Influence functions with one curvature block per layer (EK-FAC, K-FAC, the diagonal) or with the full matrix."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from simfluence.attribution.curvature.kronecker import (
     Block,
     Damping,
     Relative,
+    TrainingPasses,
     check_damping,
     damped,
     diagonal,
@@ -31,8 +32,10 @@ from simfluence.attribution.gradients.labels import Draw, Relabel, relabelling
 from simfluence.attribution.gradients.layers import Factors
 from simfluence.errors import InvalidInput
 
+__all__ = ["DEFAULT_DAMPING", "EKFAC", "KFAC", "LARGEST", "Diagonal", "Exact"]
+
 DEFAULT_DAMPING = Relative(0.1)
-#: Parameters of the largest model whose whole matrix is inverted.
+#: Largest number of parameters for which the full matrix is inverted.
 LARGEST = 20_000
 
 
@@ -67,28 +70,29 @@ class _Blocks(Attributor):
         relabel = relabelling(self.labels, self.gradients_.loss, self.seed)
         self.blocks_ = self._estimated(relabel)
         for name in self.blocks_:
-            self._divisor(name)  # refuse a singular one at once
-        one = self.gradients_.factors(rows_of(self.train_data_, slice(0, 1)))
-        self.rotated_ = {name for name, each in one.items() if each.positions == 1}
+            self._divisor(name)  # raises if the block is singular
+        factors = self.gradients_.factors(rows_of(self.train_data_, slice(0, 1)))
+        self.rotated_ = {name for name, layer_factors in factors.items() if layer_factors.positions == 1}
 
     def _prepared(self, factors: LayerFactors) -> LayerFactors:
-        """Layers with one position are rotated on both sides: then P is a division, entry by entry."""
-        return {n: self.blocks_[n].rotated(each) if n in self.rotated_ else each for n, each in factors.items()}
+        """Rotate layers with one position into the eigenbasis, where P is an elementwise division."""
+        rotated = {name: self.blocks_[name].rotated(factors[name]) for name in factors if name in self.rotated_}
+        return factors | rotated
 
     def _solve(self, factors: LayerFactors) -> Queries:
         if self.rank is None:
-            return {name: self._solved(name, each) for name, each in factors.items()}
-        return {name: low_rank(self._solved(name, each), self.rank, self.seed) for name, each in factors.items()}
+            return {name: self._solved(name, factors[name]) for name in factors}
+        return {name: low_rank(self._solved(name, factors[name]), self.rank, self.seed) for name in factors}
 
     def _solved(self, name: str, factors: Factors) -> Tensor:
         if name in self.rotated_:
             return factors.matrices() / self._divisor(name)
         return self.blocks_[name].solve(factors, self.damping, self.l2_, f"layer {name!r}")
 
-    def _own(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
-        return torch.stack([self._own_of_layer(name, each).cpu() for name, each in factors.items()]).sum(0)
+    def _self_products(self, solve: Solve, factors: LayerFactors) -> Float[Tensor, " batch"]:
+        return torch.stack([self._layer_self_products(name, factors[name]).cpu() for name in factors]).sum(0)
 
-    def _own_of_layer(self, name: str, factors: Factors) -> Tensor:
+    def _layer_self_products(self, name: str, factors: Factors) -> Tensor:
         if name not in self.rotated_:
             return self_products(self._solved(name, factors), factors)
         along = factors.inputs[:, 0].square() @ (1 / self._divisor(name)).T  # (s²)ᵀ W a²: no gradient is formed
@@ -96,6 +100,9 @@ class _Blocks(Attributor):
 
     def _divisor(self, name: str) -> Tensor:
         return damped(self.blocks_[name].eigenvalues, self.damping, self.l2_, f"layer {name!r}")
+
+    def _passes(self, relabel: Relabel | None) -> TrainingPasses:
+        return TrainingPasses(self.gradients_, self.train_data_, self.batch_size, relabel, self._cache())
 
     def _cache(self) -> CurvatureCache | None:
         if self.store is None:
@@ -113,21 +120,21 @@ class EKFAC(_Blocks):
 
     Args:
         damping: a number is λ itself; ``Relative(0.1)``, the default, is 0.1 times each block's mean eigenvalue.
-        labels: "sampled" from the model, for the true Fisher matrix, or "empirical", the real ones; or a function
-            ``(outputs, targets, uniforms) → targets`` that draws them, for losses that are not the library's own.
-        layers: names or patterns of the layers to attribute to; all by default.
-        batch_size: examples per pass: memory, not results.
-        seed: of the sampled labels, and of the decomposition by ``rank``.
-        store: a safetensors file for the factors: fitting again reads it, and goes on where it was stopped.
-        rank: keep ``(G + λI)⁻¹ ∇ℓ_z`` of each test example and layer as factors of this rank (Grosse et al. 2023,
-            section 3.2.2): many test examples fit into memory, and where layers are applied to few positions scores
-            are quicker. A layer's score is then wrong by ``(Σ_{k > rank} σ_k²)^½ ‖∇ℓ_i‖`` at most, or little more,
-            with σ the singular values of what is approximated; by nothing from full rank on. Low ranks can be
-            far off: take as much as memory allows. Self-influence stays exact. By default no approximation.
+        labels: "sampled" from the model's outputs, for the true Fisher matrix, or "empirical", the true labels; or a
+            function ``(outputs, targets, uniforms) → targets`` that draws labels, for custom losses.
+        layers: names or patterns of the layers to attribute to; by default all.
+        batch_size: examples per forward and backward pass: affects memory, not results.
+        seed: seed of the sampled labels, and of the decomposition with ``rank``.
+        store: safetensors file for the factors: a later ``fit`` reads it, or resumes an interrupted one.
+        rank: store ``(G + λI)⁻¹ ∇ℓ_z`` of each test example and layer as a product of this rank (Grosse et al. 2023,
+            section 3.2.2): more test examples fit into memory, and scores are faster for layers that are applied to
+            few positions. The error of a layer's score is at most ``(Σ_{k > rank} σ_k²)^½ ‖∇ℓ_i‖``, or slightly more,
+            with σ the singular values of the matrix; it is zero at full rank. Low ranks can be far off: choose the
+            largest that memory allows. Self-influence stays exact. By default, no approximation.
 
     Raises:
-        StoreError: by ``fit``, the file is damaged, or of another model, data or settings.
-        InvalidInput: by ``fit``, a singular block without damping, labels that cannot be drawn, a layer too wide.
+        StoreError: in ``fit``, the file is damaged or belongs to another model, other data or other settings.
+        InvalidInput: in ``fit``, a block is singular without damping, labels cannot be drawn, or a layer is too wide.
 
     >>> from torch import nn
     >>> from simfluence.tasks.losses import cross_entropy
@@ -141,14 +148,14 @@ class EKFAC(_Blocks):
     """
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        return ekfac(self.gradients_, self.train_data_, self.batch_size, relabel, self._cache())
+        return ekfac(self._passes(relabel))
 
 
 class KFAC(_Blocks):
-    """Influence functions with Kronecker factors (Martens & Grosse 2015), the damping added to their products.
+    """Influence functions with Kronecker factors (Martens & Grosse 2015); the damping is added to their product.
 
     Args:
-        damping, labels, layers, batch_size, seed, store, rank: as of ``EKFAC``.
+        damping, labels, layers, batch_size, seed, store, rank: same as in ``EKFAC``.
 
     >>> from torch import nn
     >>> from simfluence.tasks.losses import cross_entropy
@@ -161,14 +168,14 @@ class KFAC(_Blocks):
     """
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        return kfac(kronecker_factors(self.gradients_, self.train_data_, self.batch_size, relabel, self._cache()))
+        return kfac(kronecker_factors(self._passes(relabel)))
 
 
 class Diagonal(_Blocks):
     """Influence functions with the diagonal of the Fisher matrix.
 
     Args:
-        damping, labels, layers, batch_size, seed, store, rank: as of ``EKFAC``.
+        damping, labels, layers, batch_size, seed, store, rank: same as in ``EKFAC``.
 
     >>> from torch import nn
     >>> from simfluence.tasks.losses import cross_entropy
@@ -181,19 +188,19 @@ class Diagonal(_Blocks):
     """
 
     def _estimated(self, relabel: Relabel | None) -> dict[str, Block]:
-        return diagonal(self.gradients_, self.train_data_, self.batch_size, relabel, self._cache())
+        return diagonal(self._passes(relabel))
 
 
 class Exact(Attributor):
-    """Influence functions with the whole curvature matrix, dense: for models of up to a few thousand parameters.
+    """Influence functions with the full, dense curvature matrix: for models of up to a few thousand parameters.
 
     Args:
         damping: a number is λ itself, 0 by default; ``Relative(0.1)`` is 0.1 times the mean eigenvalue.
         curvature: "gauss_newton", "hessian" or "empirical_fisher", of the mean training loss.
-        layers, batch_size: as of ``EKFAC``.
+        layers, batch_size: same as in ``EKFAC``.
 
     Raises:
-        InvalidInput: by ``fit``, the matrix with its damping is not positive definite, or an unknown curvature.
+        InvalidInput: in ``fit``, the damped matrix is not positive definite, or the curvature is unknown.
 
     >>> from torch import nn
     >>> from simfluence.tasks.losses import cross_entropy
@@ -224,13 +231,13 @@ class Exact(Attributor):
         size = self.gradients_.size
         if size > LARGEST:
             raise InvalidInput(
-                f"a matrix of {size}² numbers is too large to invert: name some layers=[…], or take ConjugateGradients "
-                "or EKFAC"
+                f"a matrix of {size}² numbers is too large to invert: choose fewer layers with layers=[…], or use "
+                "ConjugateGradients or EKFAC"
             )
         self._check_training()
         product = curvature_product(self.curvature, self.gradients_, self.train_data_, self.batch_size)
         rows = torch.eye(size).to(self.gradients_.like)
-        matrix = torch.cat([product(part) for part in rows.split(self.batch_size)])
+        matrix = torch.cat([product(part) for part in torch.split(rows, self.batch_size)])
         eigenvalues, self.basis_ = torch.linalg.eigh((matrix + matrix.T) / 2)
         self.eigenvalues_ = damped(eigenvalues, self.damping, self.l2_, f"the model ({self.curvature})")
 

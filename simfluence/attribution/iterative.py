@@ -1,4 +1,4 @@
-"""Influence functions by iterative solvers, which need products with the curvature matrix and never the matrix."""
+"""Influence functions with iterative solvers, which multiply by the curvature matrix but never form it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from simfluence.attribution.curvature.kronecker import (
     Block,
     Damping,
     Relative,
+    TrainingPasses,
     check_damping,
     damped,
     ekfac,
@@ -23,11 +24,13 @@ from simfluence.attribution.curvature.matrix_free import Product, curvature_prod
 from simfluence.errors import ConvergenceWarning, InvalidInput
 from simfluence.task import take
 
+__all__ = ["Arnoldi", "ConjugateGradients", "LiSSA", "conjugate_gradients"]
+
 Vectors = Float[Tensor, "n parameters"]
 
 
 class _Iterative(Attributor):
-    """``(G + λI)⁻¹ ∇ℓ_z`` by products with G over all training examples."""
+    """``(G + λI)⁻¹ ∇ℓ_z`` from products with G over all training examples."""
 
     def __init__(self, damping: Damping, curvature: str, layers: Sequence[str] | None, batch_size: int) -> None:
         self.damping = damping
@@ -39,12 +42,12 @@ class _Iterative(Attributor):
         super()._check_parameters()
         check_damping(self.damping)
         if isinstance(self.damping, Relative):
-            raise InvalidInput(f"{type(self).__name__} does not know the eigenvalues: damping must be a number")
+            raise InvalidInput(f"damping must be a number, as {type(self).__name__} does not compute the eigenvalues")
 
     def _fit(self) -> None:
         self._check_training()
         product = curvature_product(self.curvature, self.gradients_, self.train_data_, self.batch_size)
-        added = self._added
+        added = self._total_damping
         self.product_: Product = lambda vectors: product(vectors) + added * vectors
         self._prepare()
 
@@ -52,32 +55,32 @@ class _Iterative(Attributor):
         return unflatten(self.gradients_, self._solve_flat(flatten(self.gradients_, factors)))
 
     @property
-    def _added(self) -> float:
-        """λ, the penalty's part included."""
+    def _total_damping(self) -> float:
+        """λ plus the weight of the l2 penalty."""
         return self.l2_ + (0.0 if isinstance(self.damping, Relative) else self.damping)
 
     def _prepare(self) -> None:
-        """What is needed once for all test examples."""
+        """Compute what all test examples share."""
 
     @abstractmethod
     def _solve_flat(self, vectors: Vectors) -> Vectors: ...
 
 
 class ConjugateGradients(_Iterative):
-    """Influence functions by conjugate gradients, all test examples of a batch together (Martens 2010).
+    """Influence functions by conjugate gradients, for all test examples of a batch at once (Martens 2010).
 
     Args:
         damping: λ, 0.01 by default.
         curvature: "gauss_newton", "hessian" or "empirical_fisher", of the mean training loss.
-        tolerance: of the residual's norm, relative to the gradient's.
-        iterations: the most; where they do not suffice, a warning says so.
-        preconditioned: by EK-FAC with real labels, two more passes. It saves many where examples are more than
-            parameters and scales differ; where they are fewer, G has a null space that EK-FAC does not know, and it
-            costs some.
-        layers, batch_size: as of ``EKFAC``.
+        tolerance: stop when the residual's norm is below this, relative to the gradient's norm.
+        iterations: maximum number of iterations.
+        preconditioned: precondition with EK-FAC with the true labels, which takes two more passes. It saves many
+            iterations if there are more examples than parameters and scales differ; with fewer examples, G has a null
+            space that EK-FAC lacks, and it costs some.
+        layers, batch_size: same as in ``EKFAC``.
 
     Raises:
-        InvalidInput: a direction of negative curvature: the matrix with its damping is not positive definite.
+        InvalidInput: the damped matrix is not positive definite (a direction has negative curvature).
 
     Warns:
         ConvergenceWarning: the tolerance was not reached.
@@ -111,8 +114,7 @@ class ConjugateGradients(_Iterative):
     def _prepare(self) -> None:
         self.blocks_: dict[str, Block] = {}
         if self.preconditioned:
-            sides = self.gradients_, self.train_data_, self.batch_size
-            self.blocks_ = ekfac(*sides)
+            self.blocks_ = ekfac(TrainingPasses(self.gradients_, self.train_data_, self.batch_size))
 
     def _solve_flat(self, vectors: Vectors) -> Vectors:
         return conjugate_gradients(self.product_, vectors, self._precondition, self.tolerance, self.iterations)
@@ -120,62 +122,67 @@ class ConjugateGradients(_Iterative):
     def _precondition(self, vectors: Vectors) -> Vectors:
         if not self.blocks_:
             return vectors
-        added = self._added
-        damping = added if added > 0 else Relative(1e-3)  # of the preconditioner alone
+        added = self._total_damping
+        damping = added if added > 0 else Relative(1e-3)  # for the preconditioner only
         parts = unflatten(self.gradients_, vectors)
-        return flatten(self.gradients_, {n: block.divided(parts[n], damping) for n, block in self.blocks_.items()})
+        return flatten(
+            self.gradients_, {name: block.divided(parts[name], damping) for name, block in self.blocks_.items()}
+        )
 
 
 def conjugate_gradients(
     product: Product, right: Vectors, precondition: Product, tolerance: float, iterations: int
 ) -> Vectors:
-    """Solve ``A x = b`` for each row b of ``right``. A row is left alone once it is good enough.
+    """Solve ``A x = b`` for each row b of ``right``. Rows that have converged do not change any more.
 
     Raises:
         InvalidInput: A is not positive definite.
     """
     x, residual = torch.zeros_like(right), right.clone()
-    goal = tolerance * right.norm(dim=1)
+    bound = tolerance * right.norm(dim=1)
     z = precondition(residual)
     direction, weight = z, (residual * z).sum(1)
     for _ in range(iterations):
-        active = residual.norm(dim=1) > goal
+        active = residual.norm(dim=1) > bound
         if not active.any():
             return x
-        moved = product(direction)
-        curve = (direction * moved).sum(1)
+        image = product(direction)
+        curve = (direction * image).sum(1)
         if (curve[active] <= 0).any():
-            raise InvalidInput("the curvature is not positive definite: give a larger damping, or gauss_newton")
+            raise InvalidInput(
+                "the curvature is not positive definite: use a larger damping, or curvature='gauss_newton'"
+            )
         step = torch.where(active, weight / torch.where(active, curve, 1.0), 0.0)[:, None]
-        x, residual = x + step * direction, residual - step * moved
+        x, residual = x + step * direction, residual - step * image
         z = precondition(residual)
-        new = (residual * z).sum(1)
-        ratio = torch.where(active, new / torch.where(weight > 0, weight, 1.0), 0.0)[:, None]
-        direction, weight = z + ratio * direction, torch.where(active, new, weight)  # rows at rest have no steps
-    left = float((residual.norm(dim=1) / right.norm(dim=1).clamp(min=torch.finfo(right.dtype).tiny)).max())
-    if left > tolerance:
+        new_weight = (residual * z).sum(1)
+        ratio = torch.where(active, new_weight / torch.where(weight > 0, weight, 1.0), 0.0)[:, None]
+        direction, weight = z + ratio * direction, torch.where(active, new_weight, weight)  # converged rows rest
+    remaining = float((residual.norm(dim=1) / right.norm(dim=1).clamp(min=torch.finfo(right.dtype).tiny)).max())
+    if remaining > tolerance:
         message = (
-            f"conjugate gradients left a residual of {left:.2g} after {iterations} iterations, goal {tolerance:.2g}"
+            f"conjugate gradients left a residual of {remaining:.2g} after {iterations} iterations, above the "
+            f"tolerance of {tolerance:.2g}"
         )
         warnings.warn(f"{message}: raise iterations= or the damping", ConvergenceWarning, stacklevel=2)
     return x
 
 
 class LiSSA(_Iterative):
-    """Influence functions by the Neumann series ``v ← g + (I − (G + λI)/σ) v``, the answer being v/σ.
+    """Influence functions by the Neumann series ``v ← g + (I − (G + λI)/σ) v``; the solution is v/σ.
 
     Agarwal et al. 2017; Koh & Liang 2017, section 3.
 
     Args:
         damping: λ, 0.01 by default.
         curvature: "gauss_newton", "hessian" or "empirical_fisher".
-        scale: σ, above half of the largest eigenvalue of G + λI; by default 1.1 times that eigenvalue, as 30 power
-            iterations over all training examples find it.
-        iterations: the most.
-        tolerance: the series ends where it changes by less, relative to its sum; never with ``sample``.
-        sample: training examples drawn for each iteration; by default all.
-        seed: of the draws and of the power iterations.
-        layers, batch_size: as of ``EKFAC``.
+        scale: σ, more than half of the largest eigenvalue of G + λI; by default 1.1 times that eigenvalue, estimated
+            by 30 power iterations over all training examples.
+        iterations: maximum number of terms.
+        tolerance: stop when the sum changes by less than this, relative to its norm; unused with ``sample``.
+        sample: number of training examples drawn for each term; by default all.
+        seed: seed of the draws and of the power iterations.
+        layers, batch_size: same as in ``EKFAC``.
 
     Raises:
         InvalidInput: the series diverges.
@@ -217,12 +224,12 @@ class LiSSA(_Iterative):
         self.scale_ = 1.1 * self._largest_eigenvalue() if self.scale is None else self.scale
 
     def _solve_flat(self, vectors: Vectors) -> Vectors:
-        product = self.product_ if self.sample is None else self._sampled()
-        total = vectors
+        product = self.product_ if self.sample is None else self._sampled_product()
+        tiny, total = torch.finfo(vectors.dtype).tiny, vectors
         for _ in range(self.iterations):
-            new = vectors + total - product(total) / self.scale_
-            change = (new - total).norm(dim=1) / new.norm(dim=1).clamp(min=torch.finfo(new.dtype).tiny)
-            total = new
+            new_total = vectors + total - product(total) / self.scale_
+            change = (new_total - total).norm(dim=1) / new_total.norm(dim=1).clamp(min=tiny)
+            total = new_total
             if not bool(total.isfinite().all()):
                 break
             if self.sample is None and bool((change <= self.tolerance).all()):
@@ -232,15 +239,16 @@ class LiSSA(_Iterative):
 
     def _check_sum(self, total: Vectors, change: Tensor) -> None:
         if not bool(total.isfinite().all()):
-            raise InvalidInput(f"LiSSA diverges with scale={self.scale_:.3g}: give a larger scale or a larger damping")
+            raise InvalidInput(f"LiSSA diverges with scale={self.scale_:.3g}: use a larger scale or a larger damping")
         if self.sample is None:
             message = f"LiSSA still changes by {float(change.max()):.2g} after {self.iterations} iterations"
-            warnings.warn(f"{message}, goal {self.tolerance:.2g}", ConvergenceWarning, stacklevel=2)
+            advice = f"above the tolerance of {self.tolerance:.2g}: raise iterations= or the damping"
+            warnings.warn(f"{message}, {advice}", ConvergenceWarning, stacklevel=2)
 
-    def _sampled(self) -> Product:
-        """Products over examples drawn anew each time; the draws are the same for all test examples."""
+    def _sampled_product(self) -> Product:
+        """Return products over new random examples in each call; all test examples share the draws."""
         rng = torch.Generator().manual_seed(self.seed)
-        data, added = self.train_data_, self._added
+        data, added = self.train_data_, self._total_damping
 
         def product(vectors: Tensor) -> Tensor:
             chosen = torch.randint(len(data[1]), (self.sample or 1,), generator=rng).to(data[1].device)
@@ -253,27 +261,27 @@ class LiSSA(_Iterative):
         vector = _random_vector(self.gradients_.size, self.seed, self.gradients_.like)[None]
         size = torch.ones(())
         for _ in range(30):
-            moved = self.product_(vector)
-            size = moved.norm()
-            vector = moved / size
+            image = self.product_(vector)
+            size = image.norm()
+            vector = image / size
         return float(size)
 
 
 class Arnoldi(_Iterative):
-    """Influence functions in the span of a few eigenvectors, found by Arnoldi's iteration (Schioppa et al. 2022).
+    """Influence functions in the span of a few eigenvectors, from Arnoldi's iteration (Schioppa et al. 2022).
 
-    Outside of that span the gradients count for nothing. With as many iterations as parameters the inverse is exact.
+    Gradients outside of that span are ignored. With as many iterations as parameters, the inverse is exact.
 
     Args:
         damping: λ, 0.01 by default.
         curvature: "gauss_newton", "hessian" or "empirical_fisher".
-        iterations: products with the matrix, and dimensions of the Krylov space.
-        rank: how many of the largest eigenvalues found are used; by default all.
-        seed: of the starting vector.
-        layers, batch_size: as of ``EKFAC``.
+        iterations: number of products with the matrix, and dimension of the Krylov space.
+        rank: number of largest eigenvalues to use; by default all.
+        seed: seed of the starting vector.
+        layers, batch_size: same as in ``EKFAC``.
 
     Raises:
-        InvalidInput: an eigenvalue that is used is not above −λ.
+        InvalidInput: in ``fit``, one of these eigenvalues is not above −λ.
 
     >>> from torch import nn
     >>> from simfluence.attribution.influence import Exact
@@ -304,35 +312,36 @@ class Arnoldi(_Iterative):
     def _prepare(self) -> None:
         basis, matrix = self._krylov(min(self.iterations, self.gradients_.size))
         eigenvalues, vectors = torch.linalg.eigh(matrix.triu() + matrix.triu(1).T)
-        kept = eigenvalues.abs().argsort(descending=True)[: self.rank]
-        # The products are damped already.
-        self.eigenvalues_ = damped(eigenvalues[kept], 0.0, 0.0, f"the model ({self.curvature})")
-        self.basis_ = vectors[:, kept].T @ basis  # [rank, parameters]
+        largest = eigenvalues.abs().argsort(descending=True)[: self.rank]
+        # The products include the damping.
+        self.eigenvalues_ = damped(eigenvalues[largest], 0.0, 0.0, f"the model ({self.curvature})")
+        self.basis_ = vectors[:, largest].T @ basis  # [rank, parameters]
 
     def _solve_flat(self, vectors: Vectors) -> Vectors:
         return (vectors @ self.basis_.T / self.eigenvalues_) @ self.basis_
 
     def _krylov(self, iterations: int) -> tuple[Tensor, Tensor]:
-        """An orthonormal basis ``[k, parameters]``, and the upper half of the matrix in it ``[k, k]``."""
+        """Return an orthonormal basis ``[k, parameters]``, and the matrix in it ``[k, k]``, valid in its upper half."""
         like = self.gradients_.like
         basis = torch.zeros(iterations, self.gradients_.size).to(like)
         matrix = torch.zeros(iterations, iterations).to(like)
         vector = _random_vector(self.gradients_.size, self.seed, like)
         for step in range(iterations):
             basis[step] = vector / vector.norm()
-            moved = self.product_(basis[step][None])[0]
-            matrix[:, step] = basis @ moved
-            vector = _orthogonal(moved, basis[: step + 1])
-            if vector.norm() <= 100 * torch.finfo(like.dtype).eps * moved.norm():  # an invariant space: start another
+            image = self.product_(basis[step][None])[0]
+            matrix[:, step] = basis @ image
+            vector = _orthogonal(image, basis[: step + 1])
+            if vector.norm() <= 100 * torch.finfo(like.dtype).eps * image.norm():  # an invariant space: start another
                 fresh = _random_vector(self.gradients_.size, self.seed + step + 1, like)
                 vector = _orthogonal(fresh, basis[: step + 1])
         return basis, matrix
 
 
 def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
-    """Without its part in the span of ``basis``; twice, against rounding."""
+    """Subtract the part of ``vector`` in the span of ``basis``, twice because of rounding."""
     for _ in range(2):
-        vector = vector - basis.T @ (basis @ vector)
+        difference: Tensor = vector - basis.T @ (basis @ vector)
+        vector = difference
     return vector
 
 

@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 
 from simfluence.errors import InvalidInput
 
-_FEWEST = 20  # least number of scores to estimate a tail's exponent from
+__all__ = ["Scores", "Tail", "TopScores"]
+
+_MIN_TAIL = 20  # smallest number of scores that the tail's exponent is estimated from
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +25,11 @@ class Scores:
 
     Args:
         values: the scores.
-        unit: "loss" is the predicted rise of z's loss if every occurrence of i were taken out of training; the effect
+        unit: "loss" is the predicted rise of z's loss if every occurrence of i were removed from training; the effect
             of removing several is the sum. "raw" is the method's own number.
         method: name of the attributor that computed the scores.
         layers: layer names along the first axis, if the scores are by layer.
-        train, test: ids, by default 0, 1, 2, …
+        train, test: ids of the examples, by default 0, 1, 2, …
 
     >>> scores = Scores(np.array([[0.5, -1.0]]), "loss", "EKFAC", train=["cat", "dog"])
     >>> scores.to_frame()
@@ -54,10 +56,10 @@ class Scores:
 
     def to_frame(self) -> pd.DataFrame:
         """Return a table with one row per score: (layer,) test, train, score."""
-        count, n_train = self.values.shape[-2:]
+        n_test, n_train = self.values.shape[-2:]
         names: dict[str, Sequence[Any]] = {} if self.layers is None else {"layer": self.layers}
         names |= {
-            "test": range(count) if self.test is None else self.test,
+            "test": range(n_test) if self.test is None else self.test,
             "train": range(n_train) if self.train is None else self.train,
         }
         index = pd.MultiIndex.from_product(list(names.values()), names=list(names))
@@ -68,7 +70,7 @@ class Scores:
 
         Returns:
             A row per layer: ``share``, the mean over test examples, and ``low`` and ``high``, the 10th and 90th
-            percentile over them. Test examples whose scores are all 0 do not count.
+            percentile over them. Test examples whose scores are all 0 are left out.
 
         Raises:
             InvalidInput: these scores are not by layer.
@@ -92,7 +94,7 @@ class Scores:
         """Measure how unevenly positive influence is spread (Grosse et al. 2023, section 5.2).
 
         Args:
-            top: which share of the training examples (for ``share``) and of the scores (for ``exponent``) is the top.
+            top: fraction of the training examples (for ``share``) and of the scores (for ``exponent``) that is the top.
 
         Raises:
             InvalidInput: ``top`` is not between 0 and 1.
@@ -110,7 +112,7 @@ class Scores:
         first = ordered[:, : max(1, round(top * ordered.shape[1]))].sum(axis=1)
         share = float((first[total > 0] / total[total > 0]).mean()) if (total > 0).any() else float("nan")
         positive = -np.sort(-values[values > 0])
-        count = max(_FEWEST, round(top * values.size))
+        count = max(_MIN_TAIL, round(top * values.size))
         if len(positive) <= count or positive[0] == positive[count]:
             return Tail(share, float("nan"), float("nan"), 0)
         start = float(positive[count])
@@ -144,8 +146,8 @@ class TopScores:
     """The training examples with the largest scores for each test example, the largest first.
 
     Args:
-        indices: of training examples.
-        values: their scores.
+        indices: indices of the training examples.
+        values: scores of these examples.
         unit, method: see ``Scores``.
 
     >>> best = TopScores(np.array([[4, 0]]), np.array([[0.9, 0.2]]), "loss", "EKFAC")

@@ -1,6 +1,6 @@
-"""Attribution without gradients: training examples that look like the test example, to a model or as text.
+"""Attribution without gradients: training examples similar to the test example, in a model's activations or as text.
 
-These are baselines, and cheap enough to propose ``candidates`` that a costly attributor then scores.
+These are baselines, and cheap enough to propose ``candidates`` for a costly attributor to score.
 """
 
 from __future__ import annotations
@@ -36,35 +36,38 @@ from simfluence.errors import InvalidInput, NotFittedError, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Data, Task, cast, forward
 
-#: Texts, a table with a column of them, or a task with such tables.
+#: Texts, examples with a column of texts, or a task with such examples.
 Texts = Sequence[str] | Examples | Task
 
 SimilarityT = TypeVar("SimilarityT", bound="_Similarity")
 
+__all__ = ["HiddenSimilarity", "NGrams", "Texts", "TfIdf", "candidates"]
+
 
 class _Similarity(sklearn.base.BaseEstimator):
-    """Inner products of features. ``fit`` sets ``train_features_``, and what the training side is called."""
+    """Inner products of features. ``fit`` sets ``train_features_`` and ``train_ids_``."""
 
     def scores(
         self, test_data: Any = None, unit: str | None = None, train: Sequence[int] | Indices | None = None
     ) -> Scores:
-        """The similarities ``[test, train]``, in the unit "raw".
+        """Return the similarities ``[test, train]``, in the unit "raw".
 
         Args:
-            test_data: of the kind that ``fit`` took; by default the test side of the task that it was fitted on.
+            test_data: data of the kind that ``fit`` accepts; by default the test examples of the fitted task.
             unit: "raw".
-            train: indices of training examples, to score these alone.
+            train: indices of the training examples to score; all by default.
 
         Raises:
-            NotFittedError: before ``fit``.
-            InvalidInput: no test data, or such as ``fit`` refuses; another unit, or no such training example.
+            NotFittedError: ``fit`` was not called.
+            InvalidInput: there is no test data, or data that ``fit`` refuses too; another unit; or no such training
+                example.
         """
         if not hasattr(self, "train_features_"):
             raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit first")
         if unit not in (None, "raw"):
-            raise InvalidInput(f"no unit {unit!r}: a similarity has none, only 'raw'")
+            raise InvalidInput(f"there is no unit {unit!r}: the only unit of a similarity is 'raw'")
         if test_data is None and self.task_ is None:
-            raise InvalidInput("give test data: there is no task whose test side could be taken")
+            raise InvalidInput("test data is required: only an attributor fitted on a task has its own")
         chosen = np.arange(len(self.train_ids_)) if train is None else checked_indices(train, len(self.train_ids_))
         products = self._features(test_data, "test") @ self.train_features_[chosen].T
         values = np.asarray(products.todense() if hasattr(products, "todense") else products)
@@ -72,26 +75,26 @@ class _Similarity(sklearn.base.BaseEstimator):
         return Scores(values, "raw", type(self).__name__, None, [self.train_ids_[i] for i in chosen], test_ids)
 
     def _take(self, task: Task | None, train: Any, ids: Sequence[Any] | None) -> None:
-        """Keep the training side's features."""
+        """Compute and store the features of the training examples."""
         self.task_ = task
         self.train_features_ = self._features(train, "training")
         self.train_ids_ = list(range(self.train_features_.shape[0]) if ids is None else ids)
 
     @abstractmethod
     def _features(self, data: Any, side: str) -> Any:
-        """``[examples, features]``, dense or sparse; of the task's test side where ``data`` is None."""
+        """Return features ``[examples, features]``, dense or sparse; None means the task's test examples."""
 
 
 class HiddenSimilarity(_Similarity):
-    """Inner product, or cosine, of what goes into one module of a model: its representation of the examples.
+    """Cosine or inner product of one module's inputs: the model's representations of the examples.
 
-    Inputs ``[batch, positions, features]`` are averaged over the positions that are no padding; of more axes, they are
-    flattened. A module that is called several times counts with the mean over its calls.
+    Inputs ``[batch, positions, features]`` are averaged over the positions that are no padding; inputs of any other
+    shape are flattened. If a module is called several times, its inputs are averaged over the calls.
 
     Args:
         layer: name of the module; by default the model's last ``Linear``.
-        cosine: divide by the norms, 0 where one is zero; otherwise the plain inner product.
-        batch_size: examples per pass: memory, not results.
+        cosine: divide by the norms (0 if a norm is zero); otherwise the plain inner product.
+        batch_size: examples per pass: changes memory, not results.
 
     >>> model = nn.Sequential(nn.ReLU(), nn.Linear(2, 1))
     >>> X, y = torch.tensor([[3.0, 4.0], [-1.0, 2.0]]), torch.zeros(2)
@@ -106,16 +109,16 @@ class HiddenSimilarity(_Similarity):
         self.batch_size = batch_size
 
     def fit(self, model: nn.Module, data: Data | Task, mask: Mask = attention_mask) -> HiddenSimilarity:
-        """Keep the training side's representations. The model is kept, not copied, and not changed.
+        """Compute the training examples' representations. The model is referenced, not copied or changed.
 
         Args:
-            model: as trained.
+            model: the trained model.
             data: training examples ``(inputs, targets)``, or a task. Targets are not used.
             mask: inputs → which positions are no padding, ``[batch, positions]``; by default their "attention_mask".
 
         Raises:
-            InvalidInput: no such module, or one that is never called or not with one row per example; a model that
-                fails, or representations that are not finite.
+            InvalidInput: there is no such module, it is never called, or not with one row per example; the model
+                fails; or a representation is not finite.
         """
         whole("batch_size", self.batch_size, 1)
         task = data if isinstance(data, Task) else None
@@ -134,12 +137,12 @@ class HiddenSimilarity(_Similarity):
         if not features.isfinite().all():
             bad = int((~features.isfinite().all(1)).nonzero()[0])
             raise InvalidInput(f"the input of {side} example {bad} in layer {self.layer_!r} is not finite")
-        found: np.ndarray = features.cpu().numpy()
-        return normalize(found) if self.cosine else found
+        values: np.ndarray = features.cpu().numpy()
+        return normalize(values) if self.cosine else values
 
     def _of_batch(self, batch: Data, first: int, side: str) -> Float[Tensor, "batch features"]:
-        own = next(self.model_.parameters())
-        inputs, targets = cast(batch, own.device, own.dtype)
+        like = next(self.model_.parameters())
+        inputs, targets = cast(batch, like.device, like.dtype)
         module = self.model_.get_submodule(self.layer_)
         with evaluating(self.model_), recording({module}) as calls, explained(side, first, len(targets)):
             forward(self.model_, inputs)
@@ -147,44 +150,45 @@ class HiddenSimilarity(_Similarity):
 
 
 def _named(model: nn.Module, layer: str | None) -> str:
-    """The name of the module that is meant."""
+    """Return the name of the module, checked; by default the last ``Linear``."""
     if layer is None:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
-            raise InvalidInput(f"{type(model).__name__} has no Linear layer: name a module by layer=…")
+            raise InvalidInput(f"{type(model).__name__} has no Linear layer: name a module with layer=…")
         return linear[-1]
     names = [name for name, _ in model.named_modules()]
     if layer not in names:
-        raise InvalidInput(f"no layer {layer!r}, {did_you_mean(layer, names[1:])}")
+        raise InvalidInput(f"there is no layer {layer!r}, {did_you_mean(layer, names[1:])}")
     return layer
 
 
 def _pooled(
     calls: Calls, masks: Callable[[int], list[Tensor]], batch: int, layer: str
 ) -> Float[Tensor, "batch features"]:
-    """What came in, one row per example."""
+    """Average a module's inputs over its calls and their positions: one row per example."""
     if not calls:
-        raise InvalidInput(f"the model never called layer {layer!r}: name another module by layer=…")
-    if not all(given.is_floating_point() for _, given, _ in calls):
-        raise InvalidInput(f"what goes into layer {layer!r} is whole numbers, no representation: name a later one")
-    rows = {len(given) for _, given, _ in calls}
+        raise InvalidInput(f"the model never calls layer {layer!r}: name another module with layer=…")
+    if not all(inputs.is_floating_point() for _, inputs, _ in calls):
+        raise InvalidInput(f"the inputs of layer {layer!r} are whole numbers, not representations: name a later layer")
+    rows = {len(inputs) for _, inputs, _ in calls}
     if rows != {batch}:
-        raise InvalidInput(f"layer {layer!r} was called with {max(rows)} rows for {batch} examples: name another one")
-    return torch.stack([_averaged(given, masks) for _, given, _ in calls]).mean(0)
+        raise InvalidInput(f"layer {layer!r} was called with {max(rows)} rows for {batch} examples: name another layer")
+    return torch.stack([_averaged(inputs, masks) for _, inputs, _ in calls]).mean(0)
 
 
-def _averaged(given: Tensor, masks: Callable[[int], list[Tensor]]) -> Float[Tensor, "batch features"]:
-    if given.ndim != 3:
-        return given.flatten(1)
-    fitting = masks(given.shape[1])
+def _averaged(inputs: Tensor, masks: Callable[[int], list[Tensor]]) -> Float[Tensor, "batch features"]:
+    """Average ``[batch, positions, features]`` over the positions that are no padding; flatten any other shape."""
+    if inputs.ndim != 3:
+        return inputs.flatten(1)
+    fitting = masks(inputs.shape[1])
     if not fitting:
-        return given.mean(1)
-    kept = fitting[0].to(given)[..., None]
-    return (given * kept).sum(1) / kept.sum(1).clamp(min=1)
+        return inputs.mean(1)
+    weights = fitting[0].to(inputs)[..., None]
+    return (inputs * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 class _TextSimilarity(_Similarity):
-    """Cosine of bags of words or n-grams, by one of scikit-learn's vectorizers. A text without any known has 0."""
+    """Cosine of bags of words or n-grams, by a scikit-learn vectorizer; 0 for a text without known words."""
 
     column: str
 
@@ -192,11 +196,11 @@ class _TextSimilarity(_Similarity):
         """Learn the vocabulary of the training texts.
 
         Args:
-            texts: a list of them, examples whose metadata has them in ``column``, or a task of such examples.
+            texts: a list of texts, examples with texts in the metadata column ``column``, or a task of such examples.
 
         Raises:
-            InvalidInput: no text, something that is no text, no such column, no words in any of them, or parameters
-                that scikit-learn refuses.
+            InvalidInput: there is no text, a text is not a string, there is no such column, the texts have no words,
+                or scikit-learn refuses the parameters.
         """
         task = texts if isinstance(texts, Task) else None
         train = texts if task is None else task.train
@@ -206,24 +210,25 @@ class _TextSimilarity(_Similarity):
         except ValueError as error:
             if isinstance(error, InvalidInput):
                 raise
-            raise InvalidInput(f"the training texts give no bags of words: {error}") from error
+            raise InvalidInput(f"scikit-learn cannot learn a vocabulary from the training texts: {error}") from error
         self._take(task, train, train.ids if isinstance(train, Examples) else None)
         return self
 
     def _features(self, data: Sequence[str] | Examples | None, side: str) -> Any:
-        given = self.task_.test if data is None and self.task_ is not None else data
-        return normalize(self.vectorizer_.transform(self._texts(given, side)))
+        examples = self.task_.test if data is None and self.task_ is not None else data
+        return normalize(self.vectorizer_.transform(self._texts(examples, side)))
 
-    def _texts(self, given: Any, side: str) -> list[str]:
-        found = given.column(self.column) if isinstance(given, Examples) else given
-        if isinstance(found, str) or not isinstance(found, Sequence | np.ndarray):
-            raise InvalidInput(f"{side} texts must be a list of texts or Examples, got {type(found).__name__}")
-        wrong = [index for index, text in enumerate(found) if not isinstance(text, str)]
+    def _texts(self, examples: Any, side: str) -> list[str]:
+        """Return the texts of a list or of examples, checked."""
+        texts = examples.column(self.column) if isinstance(examples, Examples) else examples
+        if isinstance(texts, str) or not isinstance(texts, Sequence | np.ndarray):
+            raise InvalidInput(f"{side} texts must be a list of texts or Examples, got {type(texts).__name__}")
+        wrong = [index for index, text in enumerate(texts) if not isinstance(text, str)]
         if wrong:
-            raise InvalidInput(f"{side} text {wrong[0]} is no text but {found[wrong[0]]!r}")
-        if not len(found):
-            raise InvalidInput(f"there are no {side} texts: give some")
-        return list(found)
+            raise InvalidInput(f"{side} text {wrong[0]} must be a string, got {texts[wrong[0]]!r}")
+        if not len(texts):
+            raise InvalidInput(f"there are no {side} texts: pass at least one")
+        return list(texts)
 
     @abstractmethod
     def _vectorizer(self) -> CountVectorizer: ...
@@ -233,8 +238,8 @@ class NGrams(_TextSimilarity):
     """Cosine of bags of n-grams: counts of scikit-learn's words (of two letters or more, in lower case).
 
     Args:
-        n: how many words long; a pair (shortest, longest) for several lengths.
-        column: of the examples' metadata, that has the texts.
+        n: number of words; a pair (shortest, longest) for several lengths.
+        column: the metadata column with the examples' texts.
 
     >>> NGrams(n=1).fit(["a red fox", "a blue bird"]).scores(["red fox, red fox", "fox and bird"]).values.round(2)
     array([[1. , 0. ],
@@ -250,10 +255,10 @@ class NGrams(_TextSimilarity):
 
 
 class TfIdf(_TextSimilarity):
-    """Cosine of bags of n-grams in which those that many texts have count less (TF-IDF; Salton & Buckley 1988).
+    """Cosine of bags of n-grams, with less weight for n-grams in many texts (TF-IDF; Salton & Buckley 1988).
 
     Args:
-        n, column: as of ``NGrams``.
+        n, column: same as in ``NGrams``.
 
     >>> scores = TfIdf().fit(["the red fox", "the bird", "the blue bird"]).scores(["what did the fox eat?"])
     >>> scores.values.round(2)
@@ -271,21 +276,21 @@ class TfIdf(_TextSimilarity):
 def _lengths(n: Any) -> tuple[int, int]:
     low, high = n if isinstance(n, tuple) and len(n) == 2 else (n, n)
     if not (isinstance(low, int | np.integer) and isinstance(high, int | np.integer) and 1 <= low <= high):
-        raise InvalidInput(f"n must be a whole number from 1 up, or a pair of them (shortest, longest); got {n!r}")
+        raise InvalidInput(f"n must be a whole number from 1 up, or a pair (shortest, longest) of them; got {n!r}")
     return int(low), int(high)
 
 
 def candidates(scores: Any, k: int) -> Int[np.ndarray, " candidates"]:
-    """The training examples that are among the k best of some test example, in order of their index.
+    """Return the indices, sorted, of the training examples among the k best of at least one test example.
 
-    They are for ``Attributor.scores(…, train=…)``: a cheap attributor proposes, a costly one decides.
+    Pass them to ``Attributor.scores(…, train=…)``: a cheap attributor proposes, a costly one decides.
 
     Args:
         scores: ``[test, train]``, the larger the better.
-        k: of each test example; ties go to the earlier training example.
+        k: number of training examples per test example; ties go to the earlier training example.
 
     Raises:
-        InvalidInput: other axes, or k is not from 1 to the number of training examples.
+        InvalidInput: ``scores`` has other axes, or k is not from 1 to the number of training examples.
 
     >>> candidates(TfIdf().fit(["red fox", "blue bird", "red bird"]).scores(["a fox", "red foxes"]), k=1)
     array([0, 2])

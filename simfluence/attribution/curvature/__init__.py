@@ -1,1 +1,1 @@
-"""Curvature matrices: Kronecker-factored, matrix-free, and kept in files."""
+"""Curvature matrices: Kronecker-factored, matrix-free, and cached in files."""

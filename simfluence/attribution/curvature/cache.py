@@ -1,4 +1,4 @@
-"""Curvature under way, and when done, in one safetensors file: fitting goes on where it stopped."""
+"""Unfinished and finished curvature in one safetensors file, so that a stopped fit can resume."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ from simfluence.task import Data, tensors
 EVERY = 30.0
 _FORMAT = 1
 
+__all__ = ["CurvatureCache", "fingerprint"]
+
 
 class CurvatureCache:
     """Sums over training examples, by name, in the file at ``path``.
 
     Args:
-        path: read if it is there, else written.
-        fingerprint: of what they are sums of; a file of something else is refused.
+        path: the file, read if it exists.
+        fingerprint: identifies model, data and settings; a file with another fingerprint is refused.
 
     Raises:
-        StoreError: the file is damaged, or of another model, data or settings.
+        StoreError: the file is damaged, or belongs to another model, data or settings.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -43,7 +45,7 @@ class CurvatureCache:
             self._read()
 
     def restored(self, stage: str, sums: dict[str, Tensor]) -> int:
-        """Put what is kept of ``stage`` into ``sums``; the number of examples that it is of."""
+        """Copy the file's sums of ``stage`` into ``sums``, and return the number of examples that they cover."""
         if self.stage != stage:
             return 0
         for name, value in sums.items():
@@ -51,40 +53,40 @@ class CurvatureCache:
         return self.done
 
     def sum(self, name: str, like: Tensor) -> Tensor:
-        """One of the sums, of the shape, device and dtype of ``like``."""
+        """Return one of the sums, checked for the shape of ``like``, with its device and dtype."""
         if name not in self.sums or self.sums[name].shape != like.shape:
-            raise StoreError(f"{self.path} holds no {name} of shape {tuple(like.shape)}: give another path")
+            raise StoreError(f"{self.path} has no {name} of shape {tuple(like.shape)}: pass another path")
         return self.sums[name].to(like)
 
     def save(self, stage: str, sums: Mapping[str, Tensor], done: int, last: bool) -> None:
-        """Write, if it is the last time or some time has passed."""
+        """Write the file if this is the last batch, or if the last save was ``EVERY`` seconds ago."""
         if not last and time.monotonic() - self._saved < EVERY:
             return
-        about = {"format": _FORMAT, "fingerprint": self.fingerprint, "stage": stage, "done": done}
+        header = {"format": _FORMAT, "fingerprint": self.fingerprint, "stage": stage, "done": done}
         portable = {name: value.detach().cpu().contiguous() for name, value in sums.items()}
-        text = json.dumps(about | {"sha256": _digest(portable)})
+        text = json.dumps(header | {"sha256": _digest(portable)})
         write_whole(self.path, safetensors.torch.save(portable, {"simfluence": text}))
         self.stage, self.done, self.sums, self._saved = stage, done, portable, time.monotonic()
 
     def _read(self) -> None:
         try:
             with safetensors.safe_open(self.path, "pt") as file:
-                about = json.loads((file.metadata() or {})["simfluence"])
+                header = json.loads((file.metadata() or {})["simfluence"])
                 sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if about["sha256"] != _digest(sums) or about["format"] != _FORMAT:
-                raise ValueError("its checksum does not hold")
-            stage, done, fingerprint = str(about["stage"]), int(about["done"]), str(about["fingerprint"])
+            if header["sha256"] != _digest(sums) or header["format"] != _FORMAT:
+                raise ValueError("its checksum or format is wrong")
+            stage, done, fingerprint = str(header["stage"]), int(header["done"]), str(header["fingerprint"])
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-            raise StoreError(f"{self.path} is damaged or holds no curvature: {error}") from None
+            raise StoreError(f"{self.path} is damaged or is no curvature file: {error}") from None
         if fingerprint != self.fingerprint:
             raise StoreError(
-                f"{self.path} holds the curvature of another model, training data, labels or layers: give another path"
+                f"{self.path} has the curvature of another model, training data, labels or layers: pass another path"
             )
         self.stage, self.done, self.sums = stage, done, sums
 
 
 def fingerprint(gradients: Gradients, data: Data, *settings: object) -> str:
-    """SHA-256 over weights, layers, data, loss and settings. It does not see inside the code of functions."""
+    """Return the SHA-256 of weights, layers, data, loss and settings; of functions, it covers only the names."""
     loss = getattr(gradients.loss, "__qualname__", type(gradients.loss).__qualname__)
     layers = [[name, layer.rows, layer.columns] for name, layer in gradients.layers.items()]
     digest = hashlib.sha256(json.dumps([layers, loss, [str(setting) for setting in settings]]).encode())

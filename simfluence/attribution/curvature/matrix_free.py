@@ -1,11 +1,12 @@
 """Gradients of all layers as one vector, and products of such vectors with a curvature matrix that is never formed.
 
-The vector holds the layers' matrices one after the other, in the model's order.
+The vector concatenates the layers' matrices in the model's order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ from simfluence.task import Data
 #: Vectors ``[n, parameters]`` → their products with a curvature matrix, row by row.
 Product = Callable[[Tensor], Tensor]
 
+__all__ = ["Product", "curvature_product", "flatten", "unflatten"]
+
 
 def flatten(gradients: Gradients, queries: Mapping[str, Query]) -> Float[Tensor, "n parameters"]:
-    """The layers' matrices as one vector per example."""
+    """Concatenate the layers' matrices into one vector per example."""
     return torch.cat([matrices(queries[name]).flatten(1) for name in gradients.layers], 1)
 
 
 def unflatten(gradients: Gradients, flat: Float[Tensor, "n parameters"]) -> dict[str, Tensor]:
-    """The reverse of ``flatten``: ``[n, rows, columns]`` of each layer."""
-    parts = flat.split([layer.size for layer in gradients.layers.values()], 1)
+    """Split vectors into matrices ``[n, rows, columns]`` by layer: the reverse of ``flatten``."""
+    parts = torch.split(flat, [layer.size for layer in gradients.layers.values()], 1)
     return {
         name: part.reshape(len(flat), layer.rows, layer.columns)
         for (name, layer), part in zip(gradients.layers.items(), parts, strict=True)
@@ -36,107 +39,94 @@ def unflatten(gradients: Gradients, flat: Float[Tensor, "n parameters"]) -> dict
 
 
 def curvature_product(name: str, gradients: Gradients, data: Data, batch_size: int) -> Product:
-    """Products with the curvature of the mean loss over ``data``.
+    """Return the product with the curvature of the mean loss over ``data``.
 
     Raises:
         InvalidInput: there is no curvature of that name.
     """
     if name not in CURVATURES:
         raise InvalidInput(f"unknown curvature {name!r}, {did_you_mean(name, CURVATURES)}")
-    return CURVATURES[name](gradients, data, batch_size)
+    return partial(CURVATURES[name], gradients, data, batch_size)
 
 
-def _empirical_fisher(gradients: Gradients, data: Data, batch_size: int) -> Product:
-    """``(1/N) Σ g_i ⟨g_i, v⟩``."""
+def _empirical_fisher(gradients: Gradients, data: Data, batch_size: int, vectors: Tensor) -> Tensor:
+    """Return ``(1/N) Σ g_i ⟨g_i, v⟩`` for each vector v."""
+    queries, total = unflatten(gradients, vectors), torch.zeros_like(vectors)
+    for _, factors in gradients.batches(data, batch_size=batch_size):
+        weights = torch.stack([products(queries[name], layer) for name, layer in factors.items()]).sum(0)
+        total += flatten(gradients, {name: combined(weights, layer) for name, layer in factors.items()})
+    return total / len(data[1])
 
-    def product(vectors: Tensor) -> Tensor:
-        queries, total = unflatten(gradients, vectors), torch.zeros_like(vectors)
-        for _, factors in gradients.batches(data, batch_size):
-            weights = torch.stack([products(queries[name], each) for name, each in factors.items()]).sum(0)
-            total += flatten(gradients, {name: combined(weights, each) for name, each in factors.items()})
-        return total / len(data[1])
 
+def _hessian(gradients: Gradients, data: Data, batch_size: int, vectors: Tensor) -> Tensor:
+    """Return ``∇ ⟨∇ℓ, v⟩`` for each vector v, by differentiating backwards twice."""
+    return _summed(_hessian_of_batch, gradients, data, batch_size, vectors)
+
+
+def _gauss_newton(gradients: Gradients, data: Data, batch_size: int, vectors: Tensor) -> Tensor:
+    """Return ``Jᵀ H J v`` for each vector v, with J the outputs' Jacobian and H the loss's Hessian by the outputs."""
+    return _summed(_gauss_newton_of_batch, gradients, data, batch_size, vectors)
+
+
+def _hessian_of_batch(gradients: Gradients, batch: Data, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+    _, pull = _vjp(torch.func.grad(partial(_total_loss, gradients, batch)), _parameters(gradients))
+    product: dict[str, Tensor] = pull(vector)[0]
     return product
 
 
-def _hessian(gradients: Gradients, data: Data, batch_size: int) -> Product:
-    """``∇ ⟨∇ℓ, v⟩``, backwards twice."""
-
-    def of_batch(batch: Data, vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        def slope(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-            found: dict[str, Tensor] = torch.func.grad(_total(gradients, batch))(parameters)
-            return found
-
-        _, pull = _vjp(slope, _parameters(gradients))
-        found: dict[str, Tensor] = pull(vector)[0]
-        return found
-
-    return _summed(gradients, data, batch_size, of_batch)
-
-
-def _gauss_newton(gradients: Gradients, data: Data, batch_size: int) -> Product:
-    """``Jᵀ H J v``: J v by pulling back a pull-back, H by the loss's own second derivative."""
-
-    def of_batch(batch: Data, vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        def outputs(parameters: dict[str, Tensor]) -> Tensor:
-            found: Tensor = called(gradients.model, parameters, batch[0])
-            return found
-
-        present, pull = _vjp(outputs, _parameters(gradients))
-        _, push = _vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(present))
-        (moved,) = push(vector)  # J v
-        slope = torch.func.grad(lambda at: gradients.loss(at, batch[1]).sum())
-        _, curve = _vjp(slope, present)
-        found: dict[str, Tensor] = pull(curve(moved)[0])[0]
-        return found
-
-    return _summed(gradients, data, batch_size, of_batch)
+def _gauss_newton_of_batch(gradients: Gradients, batch: Data, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute J v by pulling back a pull-back, and the product with H by the loss's second derivative."""
+    outputs, pull = _vjp(partial(_outputs, gradients, batch), _parameters(gradients))
+    _, push = _vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(outputs))
+    (tangent,) = push(vector)  # J v
+    _, curve = _vjp(torch.func.grad(lambda at: gradients.loss(at, batch[1]).sum()), outputs)
+    product: dict[str, Tensor] = pull(curve(tangent)[0])[0]
+    return product
 
 
 def _summed(
+    of_batch: Callable[[Gradients, Data, dict[str, Tensor]], dict[str, Tensor]],
     gradients: Gradients,
     data: Data,
     batch_size: int,
-    of_batch: Callable[[Data, dict[str, Tensor]], dict[str, Tensor]],
-) -> Product:
-    """The mean over ``data`` of products batch by batch, for many vectors at a time."""
-
-    def product(vectors: Tensor) -> Tensor:
-        parts = {
-            parameter: values
-            for name, matrix in unflatten(gradients, vectors).items()
-            for parameter, values in gradients.layers[name].to_parameters(matrix).items()
-        }
-        total = torch.zeros_like(vectors)
-        for start in range(0, len(data[1]), batch_size):
-            batch = gradients.placed(rows_of(data, slice(start, start + batch_size)))
-            with evaluating(gradients.model):
-                found = torch.func.vmap(lambda vector, batch=batch: of_batch(batch, vector))(parts)
-            rows = {name: layer.from_parameters(found) for name, layer in gradients.layers.items()}
-            total += flatten(gradients, rows).detach()
-        return total / len(data[1])
-
-    return product
+    vectors: Tensor,
+) -> Tensor:
+    """Sum the products of all batches, for all vectors at once, and divide by the number of examples."""
+    by_parameter = {
+        parameter: values
+        for name, matrix in unflatten(gradients, vectors).items()
+        for parameter, values in gradients.layers[name].to_parameters(matrix).items()
+    }
+    total = torch.zeros_like(vectors)
+    for start in range(0, len(data[1]), batch_size):
+        batch = gradients.placed(rows_of(data, slice(start, start + batch_size)))
+        with evaluating(gradients.model):
+            tensors = torch.func.vmap(partial(of_batch, gradients, batch))(by_parameter)
+        rows = {name: layer.from_parameters(tensors) for name, layer in gradients.layers.items()}
+        total += flatten(gradients, rows).detach()
+    return total / len(data[1])
 
 
 def _vjp(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], tuple[Any]]]:
+    """Return the value of ``function``, and the product of a cotangent with its Jacobian."""
     value, pull = torch.func.vjp(function, at)[:2]
     return value, pull
 
 
-def _total(gradients: Gradients, batch: Data) -> Callable[[dict[str, Tensor]], Tensor]:
-    def total(parameters: dict[str, Tensor]) -> Tensor:
-        return gradients.loss(called(gradients.model, parameters, batch[0]), batch[1]).sum()
+def _outputs(gradients: Gradients, batch: Data, parameters: dict[str, Tensor]) -> Any:
+    return called(gradients.model, parameters, batch[0])
 
-    return total
+
+def _total_loss(gradients: Gradients, batch: Data, parameters: dict[str, Tensor]) -> Tensor:
+    return gradients.loss(_outputs(gradients, batch, parameters), batch[1]).sum()
 
 
 def _parameters(gradients: Gradients) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in gradients.parameters.items()}
 
 
-#: The curvature matrices that have products, by name.
-CURVATURES: dict[str, Callable[[Gradients, Data, int], Product]] = {
+#: The products ``(gradients, data, batch size, vectors)`` → products, by the name of the curvature matrix.
+CURVATURES: dict[str, Callable[[Gradients, Data, int, Tensor], Tensor]] = {
     "gauss_newton": _gauss_newton,
     "hessian": _hessian,
     "empirical_fisher": _empirical_fisher,

@@ -1,1 +1,1 @@
-"""Per-example gradients: found, tried, taken as factors, and multiplied."""
+"""Per-example gradients: the rules for each layer, their check against autograd, factors and inner products."""

@@ -1,4 +1,4 @@
-"""Inner products of test and training gradients, from factors, without forming gradients where that can be helped."""
+"""Inner products of test and training gradients, computed from factors; gradients are formed only where necessary."""
 
 from __future__ import annotations
 
@@ -12,17 +12,29 @@ from torch import Tensor
 from simfluence.attribution.curvature.kronecker import FORMED, formed
 from simfluence.attribution.gradients.layers import Factors, concatenated
 
-#: What stands for the test gradients of a layer: their factors, or matrices ``[test, rows, columns]``.
+#: The test gradients of a layer: their factors, or matrices ``[test, rows, columns]``.
 Query = Factors | Tensor
 
-#: Numbers of a product's blocks of training gradients: where they pass for matrices, and still are in a cache.
+#: Numbers per block of training gradients in a product: enough for a fast matrix product, few enough for the cache.
 BLOCK = 2**22
-#: Directions that a randomized decomposition looks at beside those that it keeps.
+#: Oversampling of the randomized decomposition: extra directions beyond the rank.
 _OVERSAMPLED = 8
+
+__all__ = [
+    "Query",
+    "combined",
+    "joined",
+    "low_rank",
+    "matrices",
+    "numbers",
+    "position_products",
+    "products",
+    "self_products",
+]
 
 
 def products(query: Query, factors: Factors) -> Float[Tensor, "test train"]:
-    """``⟨q_z, g_i⟩`` for all pairs, in one layer."""
+    """Return ``⟨q_z, g_i⟩`` for all pairs, in one layer."""
     if isinstance(query, Factors):
         return _by_positions(query, factors) if _few_positions(query, factors) else _by_rows(query, factors)
     if factors.positions > 1:
@@ -33,30 +45,31 @@ def products(query: Query, factors: Factors) -> Float[Tensor, "test train"]:
 
 
 def self_products(query: Query, factors: Factors) -> Float[Tensor, " batch"]:
-    """``⟨q_i, g_i⟩`` for each example, in one layer."""
+    """Return ``⟨q_i, g_i⟩`` for each example, in one layer."""
     if isinstance(query, Factors) and query.positions == factors.positions == 1:
         along, across = (query.inputs * factors.inputs).sum((1, 2)), (query.gradients * factors.gradients).sum((1, 2))
         return along * across
     if isinstance(query, Factors):
         pairs = zip(formed(query), formed(factors), strict=True)
-        return torch.cat([(mine * theirs).sum((1, 2)) for mine, theirs in pairs])
+        return torch.cat([(q * g).sum((1, 2)) for q, g in pairs])
     return torch.einsum("npo,noi,npi->n", factors.gradients, query, factors.inputs)
 
 
 def position_products(query: Query, factors: Factors) -> Float[Tensor, "test train positions"]:
-    """``⟨q_z, s_p a_pᵀ⟩`` for all pairs and each position p of the training example, summed over calls."""
-    V, found = matrices(query), []
+    """Return ``⟨q_z, s_p a_pᵀ⟩`` for all pairs and each position p of the training example, summed over calls."""
+    V = matrices(query)
+    chunks = []
     step = max(1, FORMED // (len(V) * factors.positions * V.shape[1]))
     for start in range(0, len(factors), step):
         part = factors.part(slice(start, start + step))
         along = torch.einsum("toi,npi->tnpo", V, part.inputs)
-        found.append((along * part.gradients).sum(-1))
-    each = torch.cat(found, 1)  # [test, train, calls · positions]
-    return each.unflatten(2, (factors.calls, -1)).sum(2)
+        chunks.append((along * part.gradients).sum(-1))
+    by_call = torch.cat(chunks, 1).reshape(len(V), len(factors), factors.calls, -1)  # [test, train, calls, positions]
+    return by_call.sum(2)
 
 
 def joined(parts: Sequence[dict[str, Query]]) -> dict[str, Query]:
-    """Batches as one, layer by layer. The parts are emptied, so that little is there twice."""
+    """Concatenate batches layer by layer. This empties ``parts``, so that memory holds one layer at most twice."""
     if len(parts) == 1:
         return parts[0]
     return {name: _concatenated([part.pop(name) for part in parts]) for name in list(parts[0])}
@@ -67,83 +80,83 @@ def _concatenated(parts: list[Any]) -> Query:
 
 
 def low_rank(matrices: Float[Tensor, "batch rows columns"], rank: int, seed: int) -> Factors:
-    """The nearest matrices of ``rank``, as factors of so many positions.
+    """Return the best approximations of ``rank`` as factors, whose number of positions is the rank.
 
-    By a randomized decomposition (Halko et al. 2011, algorithms 4.4 and 5.1): the error's norm is close to the least,
-    ``(Σ_{k > rank} σ_k²)^½`` with σ the singular values, and nil from full rank on.
+    The randomized decomposition (Halko et al. 2011, algorithms 4.4 and 5.1) has an error norm close to the smallest
+    possible one, ``(Σ_{k > rank} σ_k²)^½`` with σ the singular values; from full rank on the error is zero.
     """
-    most = min(matrices.shape[1:])
+    full_rank = min(matrices.shape[1:])
     devices = [matrices.device] if matrices.is_cuda else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        U, sizes, V = torch.svd_lowrank(matrices, min(rank + _OVERSAMPLED, most), niter=2)
-    kept = slice(min(rank, most))
-    return Factors(V[..., kept].mT.contiguous(), (U * sizes[:, None])[..., kept].mT.contiguous())
+        U, sizes, V = torch.svd_lowrank(matrices, min(rank + _OVERSAMPLED, full_rank), niter=2)
+    leading = slice(min(rank, full_rank))
+    return Factors(V[..., leading].mT.contiguous(), (U * sizes[:, None])[..., leading].mT.contiguous())
 
 
 def numbers(queries: Iterable[Query]) -> int:
-    """How many numbers they hold."""
+    """Count the numbers that the queries hold."""
     return sum(q.inputs.numel() + q.gradients.numel() if isinstance(q, Factors) else q.numel() for q in queries)
 
 
 def combined(weights: Float[Tensor, "test train"], factors: Factors) -> Float[Tensor, "test rows columns"]:
-    """``Σ_i w_zi g_i`` for each row of weights."""
-    found = torch.zeros(len(weights), factors.gradients.shape[-1] * factors.inputs.shape[-1]).to(factors.inputs)
+    """Return ``Σ_i w_zi g_i`` for each row of weights."""
+    total = torch.zeros(len(weights), factors.gradients.shape[-1] * factors.inputs.shape[-1]).to(factors.inputs)
     start = 0
     for part in formed(factors):
-        found += weights[:, start : start + len(part)] @ part.flatten(1)
+        total += weights[:, start : start + len(part)] @ part.flatten(1)
         start += len(part)
-    return found.reshape(len(weights), factors.gradients.shape[-1], -1)
+    return total.reshape(len(weights), factors.gradients.shape[-1], -1)
 
 
 def matrices(query: Query) -> Float[Tensor, "test rows columns"]:
-    """The query formed."""
+    """Return a query's gradients as matrices, formed if it holds factors."""
     return query.matrices() if isinstance(query, Factors) else query
 
 
 def _few_positions(query: Factors, factors: Factors) -> bool:
-    """Whether multiplying all positions with each other is cheaper than forming gradients; of one each, it is."""
+    """Decide whether to multiply all pairs of positions instead of forming gradients, because it is cheaper."""
     rows, columns = factors.gradients.shape[-1], factors.inputs.shape[-1]
-    both = query.positions * factors.positions
-    return both == 1 or both * (rows + columns) < rows * columns
+    pairs = query.positions * factors.positions
+    return pairs == 1 or pairs * (rows + columns) < rows * columns
 
 
 def _by_positions(query: Factors, factors: Factors) -> Tensor:
-    """``Σ_pq (s_p·s'_q) (a_p·a'_q)``, which is ``⟨Σ_p s_p a_pᵀ, Σ_q s'_q a'_qᵀ⟩``."""
+    """Return ``Σ_pq (s_p·s'_q) (a_p·a'_q)``, which is ``⟨Σ_p s_p a_pᵀ, Σ_q s'_q a'_qᵀ⟩``."""
     step = max(1, FORMED // (len(query) * query.positions * factors.positions))
-    found = []
+    chunks = []
     for start in range(0, len(factors), step):
         part = factors.part(slice(start, start + step))
         across = query.gradients.flatten(0, 1) @ part.gradients.flatten(0, 1).T  # [test · positions, train · positions]
         along = query.inputs.flatten(0, 1) @ part.inputs.flatten(0, 1).T
         pairs = across.mul_(along).view(len(query), query.positions, len(part), part.positions)
-        found.append(pairs.sum((1, 3)))
-    return torch.cat(found, 1)
+        chunks.append(pairs.sum((1, 3)))
+    return torch.cat(chunks, 1)
 
 
 def _by_rows(query: Factors, factors: Factors) -> Tensor:
-    """Gradients of both sides, a few test examples at a time."""
+    """Form the test gradients, a few examples at a time, and multiply each chunk with the training factors."""
     return torch.cat([products(part, factors) for part in formed(query)])
 
 
 def _by_blocks(query: Tensor, factors: Factors) -> Tensor:
-    """A few rows of all training gradients at a time, always in the same memory."""
+    """Form a few rows of all training gradients at a time, always in the same memory, and multiply them."""
     flat, width = query.flatten(1), query.shape[2]
-    found = flat.new_zeros(len(query), len(factors))
+    total = flat.new_zeros(len(query), len(factors))
     step = min(query.shape[1], max(1, BLOCK // (len(factors) * width)))
     memory = flat.new_empty(len(factors) * step * width)
     for start in range(0, query.shape[1], step):
         s = factors.gradients[..., start : start + step]
         block = memory[: len(s) * s.shape[2] * width].view(len(s), -1, width)
         torch.bmm(s.mT, factors.inputs, out=block)
-        found.addmm_(flat[:, start * width : (start + step) * width], block.flatten(1).T)
-    return found
+        total.addmm_(flat[:, start * width : (start + step) * width], block.flatten(1).T)
+    return total
 
 
 def _one_position(query: Tensor, factors: Factors) -> Tensor:
-    """``s_iᵀ Q_z a_i``: over the longer side by matrix products, then over the other."""
+    """Return ``s_iᵀ Q_z a_i``: sum over the longer axis by matrix products, then over the shorter one."""
     s, a = factors.gradients[:, 0], factors.inputs[:, 0]
     if query.shape[1] < query.shape[2]:
         query, s, a = query.mT, a, s
-    along = torch.bmm(s.expand(len(query), -1, -1), query)  # [test, train, shorter side]
+    along = torch.bmm(s.expand(len(query), -1, -1), query)  # [test, train, shorter axis]
     return (along * a).sum(2)

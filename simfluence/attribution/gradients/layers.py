@@ -1,8 +1,8 @@
-"""Which layers a model has, and how a module's inputs and output gradients make the gradient of its weight.
+"""The layers of a model, and the rules that compute a weight's gradient from a module's inputs and output gradients.
 
 Every layer's gradient is a matrix: for one example ``Σ_p s_p a_pᵀ``, ``[rows, columns]``, over the positions p at which
-the layer was applied (tokens, pixels, repeated calls), with ``a`` what came in and ``s`` the loss's derivative by what
-came out. A bias is the last column, with 1 appended to ``a``.
+the layer was applied (tokens, pixels, repeated calls), with ``a`` the layer's input and ``s`` the loss's derivative by
+its output. A bias is the last column, with 1 appended to ``a``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,17 +21,19 @@ from torch.nn import functional
 #: ``(module, inputs, output gradients)`` → ``a [batch, positions, columns]``, ``s [batch, positions, rows]``.
 Extract = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
+__all__ = ["Extract", "Factors", "Layer", "alone", "concatenated", "find_layers"]
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
     """The gradients of one layer for a batch of examples, as factors.
 
     Args:
-        inputs: ``a``, with 1 appended where the layer has a bias.
+        inputs: ``a``, with 1 appended if the layer has a bias.
         gradients: ``s``, the derivatives of each example's loss.
-        valid: which positions are no padding; all of them where None. Padding has no part in Kronecker
-            factors; gradients are what they are.
-        calls: how often the layer was applied; the positions of the calls stand one after the other.
+        valid: which positions are no padding; None if all of them are. Kronecker factors leave padding out;
+            gradients include all positions.
+        calls: how often the layer was applied; the positions of the calls are concatenated.
 
     >>> one = Factors(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]]))
     >>> one.matrices().tolist()
@@ -43,17 +46,17 @@ class Factors:
     calls: int = 1
 
     def matrices(self) -> Float[Tensor, "batch rows columns"]:
-        """The gradient of each example: the sum over its positions."""
+        """Return the gradient of each example: the sum over its positions."""
         return self.gradients.mT @ self.inputs
 
-    def unpadded(self) -> tuple[Float[Tensor, "kept columns"], Float[Tensor, "kept rows"]]:
-        """Inputs and gradients at the positions that are no padding."""
+    def unpadded(self) -> tuple[Float[Tensor, "positions columns"], Float[Tensor, "positions rows"]]:
+        """Return inputs and gradients at the positions that are no padding."""
         if self.valid is None:
             return self.inputs.flatten(0, 1), self.gradients.flatten(0, 1)
         return self.inputs[self.valid], self.gradients[self.valid]
 
     def part(self, rows: slice) -> Factors:
-        """The factors of some of the examples."""
+        """Return the factors of the examples in ``rows``."""
         valid = None if self.valid is None else self.valid[rows]
         return Factors(self.inputs[rows], self.gradients[rows], valid, self.calls)
 
@@ -66,23 +69,24 @@ class Factors:
 
 
 def concatenated(parts: Sequence[Factors]) -> Factors:
-    """The factors of several batches as those of one."""
-    inputs, gradients = (torch.cat([getattr(part, side) for part in parts]) for side in ("inputs", "gradients"))
+    """Return the factors of several batches as one batch."""
+    inputs = torch.cat([part.inputs for part in parts])
+    gradients = torch.cat([part.gradients for part in parts])
     valid = [part.valid for part in parts if part.valid is not None]
     return Factors(inputs, gradients, torch.cat(valid) if valid else None, parts[0].calls)
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A weight, and its bias where it has one, with the modules that apply it.
+    """A weight, with its bias if it has one, and the modules that apply it.
 
     Args:
-        name: of the first module that has the weight, or of the parameter where it stands alone.
-        rows, columns: of the gradient's matrix, a bias's column included.
+        name: name of the first module with this weight, or of the parameter if it has no module's rule.
+        rows, columns: shape of the gradient's matrix, including the bias's column.
         weight, bias: names of the parameters in the model.
-        shape: of the weight.
-        transposed: the weight is kept as ``[in, out]``.
-        sources: the modules that apply the weight, and how their calls give factors; none: by ``torch.func``.
+        shape: shape of the weight.
+        transposed: the weight is stored as ``[in, out]``.
+        sources: the modules that apply the weight, with the rules for their factors; empty: use ``torch.func``.
         vector: the gradient is one column, already summed over positions.
     """
 
@@ -98,7 +102,7 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """How many parameters."""
+        """The number of parameters."""
         return self.rows * self.columns
 
     @property
@@ -106,14 +110,14 @@ class Layer:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def to_parameters(self, matrices: Float[Tensor, "*n rows columns"]) -> dict[str, Tensor]:
-        """Matrices of this layer as tensors by parameter name, each ``[*n, *shape]``."""
+        """Convert matrices of this layer to tensors by parameter name, each ``[*n, *shape]``."""
         weights = matrices if self.bias is None else matrices[..., :-1]
         weights = weights.mT if self.transposed else weights
-        found = {self.weight: weights.reshape(*matrices.shape[:-2], *self.shape)}
-        return found if self.bias is None else found | {self.bias: matrices[..., -1]}
+        tensors = {self.weight: weights.reshape(*matrices.shape[:-2], *self.shape)}
+        return tensors if self.bias is None else tensors | {self.bias: matrices[..., -1]}
 
     def from_parameters(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "*n rows columns"]:
-        """The reverse of ``to_parameters``."""
+        """Convert tensors by parameter name to matrices: the reverse of ``to_parameters``."""
         weights = tensors[self.weight]
         batch = weights.shape[: weights.ndim - len(self.shape)]
         flat = weights.reshape(*batch, *self.shape) if self.transposed else weights.reshape(*batch, self.rows, -1)
@@ -123,20 +127,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Kind:
-    """How modules of a kind give the factors of their weight, and of their bias where it stands alone."""
+    """The rules for one kind of module: factors of its weight, and of its bias if that is a layer of its own."""
 
     weight: Extract
     bias: Extract | None = None
     joined: bool = False  # weight and bias make one matrix
     transposed: bool = False
     vector: bool = False
-    local: str = "weight"  # what the module calls it
+    local: str = "weight"  # the parameter's name in the module
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """The layers of the parameters that are trained, in the model's order.
+    """Return the layers of the parameters that require a gradient, in the model's order.
 
-    Parameters without a rule for all modules that have them are layers without sources.
+    A parameter becomes a layer without sources if one of its modules has no rule.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     modules = {module: name for name, module in model.named_modules()}
@@ -153,7 +157,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's parameters, and those that it keeps in a dictionary, as adapters do."""
+    """Yield a module's parameters, including those in a ``ParameterDict``, which adapters use."""
     if isinstance(module, nn.ParameterDict):
         return
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
@@ -163,7 +167,7 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def alone(name: str, parameter: Tensor) -> Layer:
-    """A parameter as a layer without sources."""
+    """Return a parameter as a layer without sources."""
     return Layer(name, parameter.numel(), 1, name, None, parameter.shape, vector=True)
 
 
@@ -174,46 +178,47 @@ def _layer(
     names: Mapping[int, str],
     modules: Mapping[nn.Module, str],
 ) -> Layer:
-    owning = [module for module, _ in owners[name]]
-    kinds = [_kind(module) for module in owning]
-    known = [kind for kind in kinds if kind is not None]
-    if len(known) < len(kinds) or len({(kind.transposed, kind.vector) for kind in known}) > 1:
+    """Return the layer of a parameter: with sources if all of its modules have the same kind of rule."""
+    users = [module for module, _ in owners[name]]
+    kinds = [kind for kind in map(_kind, users) if kind is not None]
+    if len(kinds) < len(users) or len({(kind.transposed, kind.vector) for kind in kinds}) > 1:
         return alone(name, parameter)
-    called = {local for _, local in owners[name]}
-    biases = [kind.bias for kind in known if kind.bias is not None]
-    if called == {"bias"} and len(biases) == len(known):
-        return replace(alone(name, parameter), sources=tuple(zip(owning, biases, strict=True)))
-    if called != {known[0].local}:
+    local_names = {local for _, local in owners[name]}
+    biases = [kind.bias for kind in kinds if kind.bias is not None]
+    if local_names == {"bias"} and len(biases) == len(kinds):
+        return replace(alone(name, parameter), sources=tuple(zip(users, biases, strict=True)))
+    if local_names != {kinds[0].local}:
         return alone(name, parameter)
-    if known[0].vector:
-        sources = tuple((module, kind.weight) for module, kind in zip(owning, known, strict=True))
+    if kinds[0].vector:
+        sources = tuple((module, kind.weight) for module, kind in zip(users, kinds, strict=True))
         return replace(alone(name, parameter), sources=sources)
-    bias = _joined_bias(owning, known, owners, names)
-    columns, rows = parameter.shape if known[0].transposed else (parameter[0].numel(), len(parameter))
-    rules = [with_one(kind.weight) if bias else kind.weight for kind in known]
+    bias = _joined_bias(users, kinds, owners, names)
+    columns, rows = parameter.shape if kinds[0].transposed else (parameter[0].numel(), len(parameter))
+    rules = [partial(_with_one, kind.weight) if bias else kind.weight for kind in kinds]
     return Layer(
-        modules[owning[0]] or type(owning[0]).__name__, rows, columns + (bias is not None), name, bias,
-        parameter.shape, known[0].transposed, tuple(zip(owning, rules, strict=True)),
+        modules[users[0]] or type(users[0]).__name__, rows, columns + (bias is not None), name, bias,
+        parameter.shape, kinds[0].transposed, tuple(zip(users, rules, strict=True)),
     )  # fmt: skip
 
 
 def _joined_bias(
-    owning: list[nn.Module],
+    users: list[nn.Module],
     kinds: list[_Kind],
     owners: Mapping[str, list[tuple[nn.Module, str]]],
     names: Mapping[int, str],
 ) -> str | None:
-    """The bias that the same modules share with the weight."""
-    biases = [getattr(module, "bias", None) for module in owning]
+    """Return the name of the bias that all modules with the weight share, if it has no other module."""
+    biases = [getattr(module, "bias", None) for module in users]
     first = biases[0]
     same = isinstance(first, Tensor) and all(bias is first for bias in biases) and all(kind.joined for kind in kinds)
     if not same or first is None or not first.requires_grad:
         return None
     name = names[id(first)]
-    return name if len(owners[name]) == len(owning) else None
+    return name if len(owners[name]) == len(users) else None
 
 
 def _kind(module: nn.Module) -> _Kind | None:
+    """Return the rules for a module, or None if there are none."""
     if isinstance(module, nn.Linear):
         return _Kind(_linear, _linear_bias, joined=True)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of transformers: a linear layer, [in, out]
@@ -233,18 +238,14 @@ def _kind(module: nn.Module) -> _Kind | None:
 
 
 def _plain(module: nn.Conv1d | nn.Conv2d) -> bool:
-    """Whether ``unfold`` gives its patches."""
+    """Decide whether ``unfold`` gives the convolution's patches."""
     return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
-def with_one(extract: Extract) -> Extract:
-    """With 1 appended to the inputs, for a bias."""
-
-    def extended(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        a, s = extract(module, inputs, gradients)
-        return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1), s
-
-    return extended
+def _with_one(extract: Extract, module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Append 1 to the inputs that ``extract`` returns, for a bias."""
+    a, s = extract(module, inputs, gradients)
+    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1), s
 
 
 def _linear(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,8 +257,8 @@ def _linear_bias(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[
 
 
 def _convolution(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)  # noqa: S101 (for the type checker)
-    sizes: list[Any] = [module.kernel_size, module.dilation, module.padding, module.stride]
+    convolution = cast(nn.Conv1d | nn.Conv2d, module)
+    sizes: list[Any] = [convolution.kernel_size, convolution.dilation, convolution.padding, convolution.stride]
     if isinstance(module, nn.Conv1d):  # an image of one row
         inputs = inputs.unsqueeze(2)
         sizes = [(across, *along) for across, along in zip((1, 1, 0, 1), sizes, strict=True)]
@@ -270,24 +271,24 @@ def _convolution_bias(module: nn.Module, inputs: Tensor, gradients: Tensor) -> t
 
 
 def _embedding(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight ``[words, dimensions]`` has a row per word: here the words are on the side of the rows."""
-    assert isinstance(module, nn.Embedding)  # noqa: S101 (for the type checker)
+    """Return the output gradients as ``a`` and one-hot words as ``s``: the weight ``[words, width]`` has word rows."""
+    embedding = cast(nn.Embedding, module)
     words = inputs.reshape(len(inputs), -1)
-    hot = gradients.new_zeros(*words.shape, module.num_embeddings).scatter_(2, words[..., None], 1.0)
-    if module.padding_idx is not None:
-        hot[..., module.padding_idx] = 0  # which torch never trains
-    return gradients.reshape(len(inputs), -1, module.embedding_dim), hot
+    one_hot = gradients.new_zeros(*words.shape, embedding.num_embeddings).scatter_(2, words[..., None], 1.0)
+    if embedding.padding_idx is not None:
+        one_hot[..., embedding.padding_idx] = 0  # torch never trains this row
+    return gradients.reshape(len(inputs), -1, embedding.embedding_dim), one_hot
 
 
 def _norm(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    assert isinstance(module, nn.LayerNorm)  # noqa: S101 (for the type checker)
-    products = functional.layer_norm(inputs, module.normalized_shape, eps=module.eps) * gradients
-    return _column(products.reshape(len(inputs), -1, math.prod(module.normalized_shape)).sum(1))
+    norm = cast(nn.LayerNorm, module)
+    products = functional.layer_norm(inputs, norm.normalized_shape, eps=norm.eps) * gradients
+    return _column(products.reshape(len(inputs), -1, math.prod(norm.normalized_shape)).sum(1))
 
 
 def _norm_bias(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    assert isinstance(module, nn.LayerNorm)  # noqa: S101 (for the type checker)
-    return _column(gradients.reshape(len(inputs), -1, math.prod(module.normalized_shape)).sum(1))
+    shape = cast(nn.LayerNorm, module).normalized_shape
+    return _column(gradients.reshape(len(inputs), -1, math.prod(shape)).sum(1))
 
 
 def _root_mean_square(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,20 +298,20 @@ def _root_mean_square(module: nn.Module, inputs: Tensor, gradients: Tensor) -> t
 
 
 def _scaled(module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """IA3 multiplies what a linear layer gives, ``l ∘ W a``, or, feed-forward, what comes in, ``W (l ∘ a)``."""
+    """Return the factors of IA3's ``l``, which scales a layer's output, ``l ∘ W a``; if feed-forward, ``W (l ∘ a)``."""
     base: Any = module.base_layer
     if not module.is_feedforward:
         with torch.no_grad():
             return _column(_positions(base(inputs) * gradients).sum(1))
-    back = gradients @ (base.weight if isinstance(base, nn.Linear) else base.weight.T)
-    return _column(_positions(inputs * back.detach()).sum(1))
+    input_gradients = gradients @ (base.weight if isinstance(base, nn.Linear) else base.weight.T)
+    return _column(_positions(inputs * input_gradients.detach()).sum(1))
 
 
 def _positions(values: Tensor) -> Tensor:
-    """``[batch, …, width]`` → ``[batch, positions, width]``."""
+    """Reshape ``[batch, …, width]`` to ``[batch, positions, width]``."""
     return values.reshape(len(values), -1, values.shape[-1])
 
 
 def _column(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients ``[batch, rows]`` of a vector as factors: one position whose input is 1."""
+    """Return the gradients ``[batch, rows]`` of a vector as factors: one position whose input is 1."""
     return gradients.new_ones(len(gradients), 1, 1), gradients[:, None]
