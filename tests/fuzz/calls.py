@@ -1,0 +1,262 @@
+"""Wrong calls of every public function: each ends in an error of ours, in Python's own about the call, or succeeds.
+
+    python tests/fuzz/calls.py --calls 10000 --seed 0
+
+Runs without the tests' runtime type checker, which would refuse wrong types before the library sees them. Every call
+starts from a right one, of which one or two arguments are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import inspect
+import os
+import random
+import reprlib
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import simfluence as sf
+from simfluence.attribution import EKFAC, GradientCosine, GradientDot, TracInCP
+from simfluence.evaluation import metrics
+from simfluence.tasks.losses import cross_entropy
+
+SECONDS = 20  # of the processor, for one call
+GIBIBYTES = 1.0  # that one call may add to the process
+
+Call = tuple[str, Callable[..., Any], dict[str, Any]]
+
+
+class World:
+    """Small objects of every kind, of which right calls are made."""
+
+    def __init__(self, folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        X, y = rng.normal(size=(17, 3)).astype(np.float32), np.arange(17) % 2
+        table = pd.DataFrame({"label": y[:12], "group": list("abc" * 4)})
+        self.folder, self.X, self.y = folder, X, y
+        self.task = sf.tasks.from_arrays(
+            lambda: nn.Linear(3, 2), X[:12], y[:12], "cross_entropy", test=(X[12:], y[12:]), metadata=table
+        )
+        self.recipe = sf.Recipe(lr=0.3)
+        self.curricula = sf.random_curricula(n_train=12, runs=6, steps=8, batch_size=3, subset=0.8)
+        self.store = sf.RunStore(folder / "store")
+        self.runs = sf.record(self.task, self.recipe, self.curricula, self.store.path)
+        self.run = self.runs[0]
+        self.simulator = sf.AdditiveSimulator().fit(self.runs[:3])
+        self.saved = folder / "additive.safetensors"
+        self.simulator.save(self.saved)
+        self.model = sf.trained_model(self.task, self.run)
+        self.attributor = GradientDot().fit(self.model, self.task)
+        self.scores = self.attributor.scores()
+        self.forecast = sf.what_if(self.simulator, self.run, sf.Remove([0]), task=self.task)
+        self.forecasts = sf.what_if(self.simulator, self.runs[:2], {"no 0": sf.Remove([0])}, task=self.task)
+        self.verified = self.forecast.verify()
+
+    def axes(self) -> Any:
+        return Figure().subplots()
+
+    def wrong(self) -> list[Any]:
+        """Values of every kind, most of them wrong wherever they are put."""
+        return [
+            None, True, -1, 0, 1, 3, 10**6, 2**70, 0.5, -0.5, 1.5, float("nan"), float("inf"), 1e300, 1j, "", "x", "label",
+            "label == 0", "ünï\x1b[2J$x$", b"x", [], [0], [-1], [99], [0.5], ["a"], [[0]], [[[0]]], [None], (), {}, {"a": 1},
+            {"rows": [0]}, {"ids": ["0"]}, {1, 2}, range(3), iter([1]), object(), int, sf.LinearSimulator, len, lambda *a: a,
+            np.int64(2), np.float32(0.5), np.nan, np.array(3), np.zeros(0), np.zeros(3), np.zeros((5, 12)), np.zeros((12, 5)),
+            np.zeros((2, 3, 4)), np.full((5, 12), np.nan), np.array(["a"]), np.array([object()]), np.ones(12, bool),
+            np.ma.masked_all(3), torch.zeros(3), torch.zeros(5, 12), pd.DataFrame({"a": [1, 2]}), pd.Series([1, 0]),
+            pd.Index([1]), pd.NA, Path("x"), Path(), self.folder, self.saved, self.task, self.recipe, self.curricula, self.curricula[0],
+            self.runs, self.runs[:0], self.run, self.store, self.simulator, sf.LinearSimulator(), self.model, self.attributor,
+            GradientDot(), self.scores, self.forecast, self.forecasts, self.verified, sf.Remove([0]), [sf.Remove([0])],
+            self.task.train, self.task.train_data, self.run.losses, self.run.initial_losses, Figure(), self.axes(), self.X, self.y,
+        ]  # fmt: skip
+
+    def calls(self) -> list[Call]:
+        """Right calls of the public functions, by name."""
+        w, new = self, self.folder / "new"
+        run, runs, task, sim = w.run, w.runs, w.task, w.simulator
+        losses = run.losses.astype(float)
+        pairs: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+            (sf.Curriculum, dict(batches=[[0], [1]], n_train=3)),
+            (sf.Curriculum.from_flat, dict(indices=np.array([0, 1]), sizes=np.array([1, 1]), n_train=3)),
+            (sf.random_curricula, dict(n_train=9, runs=2, steps=3, batch_size=2, subset=0.5, seed=0, replacement=False,
+                                       sort_by=None, descending=False, stages=None)),
+            (sf.Examples, dict(ids=["a", "b"], metadata=None, features=None, targets=None)),
+            (sf.Examples.numbered, dict(count=3, metadata=None)), (task.train.select, dict(target=[0], rows=None, ids=None)),
+            (task.train.column, dict(name="label")), (task.train.with_features, dict(features=np.ones((12, 2)), targets=None)),
+            (sf.Remove, dict(target=[0], fill="shrink", seed=0, name=None)), (sf.Keep, dict(target=[0], fill="repack")),
+            (sf.Repeat, dict(target=[0], times=2, fill="shrink")), (sf.Insert, dict(target=[0], at=0, fill="shrink")),
+            (sf.Move, dict(target=[0], to=0, fill="shrink")), (sf.Reorder, dict(first=[0], then=None)),
+            (sf.Swap, dict(target=[0], by=[1])), (sf.Shuffle, dict(seed=0)), (sf.Truncate, dict(steps=2)),
+            (sf.Concatenate, dict(batches=[[0]])), (sf.Edit.from_dict, dict(content={"edit": "remove", "target": [0]})),
+            (sf.Remove([0]).apply, dict(curriculum=run.curriculum, examples=task.train)),
+            (sf.Recipe, dict(optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant", warmup=0, horizon=None,
+                             clip_norm=None, dtype="float32", micro_batch=None, seed=0)),
+            (w.recipe.learning_rates, dict(steps=3)), (sf.Observe, dict(every=1, measures=(), checkpoints=())),
+            (sf.Run, dict(id="a", curriculum=run.curriculum, losses=losses, learning_rates=None, recipe=None)),
+            (run.select, dict(name="loss")), (run.times_of, dict(name="loss")), (run.check_task, dict(task=task)),
+            (sf.Runs, dict(runs=[run])), (sf.Runs.from_arrays, dict(curricula=[[[0], [1]]], losses=np.zeros((1, 3, 2)), n_train=2,
+                                                                   train=None, test=None)),
+            (runs.with_examples, dict(train=None, test=None)), (runs.where, dict(text="steps > 1")), (runs.take, dict(indices=[0])),
+            (runs.select, dict(name="loss")), (runs.split, dict(held_out=2, seed=0)), (runs.usable, dict(purpose="fit")),
+            (runs.plot, dict(ax=w.axes(), title="")),
+            (sf.tasks.from_arrays, dict(model=w.model, X=w.X, y=w.y, loss="cross_entropy", test=0.25, metadata=None,
+                                        test_metadata=None, seed=0, name="a")),
+            (sf.Task, dict(name="a", model=w.model, train_data=task.train_data, test_data=task.test_data, loss=cross_entropy,
+                           train=task.train, test=task.test)),
+            (sf.tasks.digits, dict(n_train=20, n_test=5)), (sf.tasks.build, dict(name="digits", n_train=20, n_test=5)),
+            (sf.record, dict(task=task, recipe=w.recipe, curricula=w.curricula[:1], store=None, observe=sf.Observe(),
+                             engine="auto")),
+            (sf.estimate, dict(task=task, recipe=w.recipe, curricula=w.curricula[:1], store=None)),
+            (sf.replay, dict(task=task, run=run, steps=[0], store=None)), (sf.trained_model, dict(task=task, run=run, store=None)),
+            (sf.RunStore, dict(path=w.store.path)), (w.store.load, dict(recipe=None, where=None, verification=False, mapped=False)),
+            (w.store.read, dict(run_id=run.id)), (w.store.write, dict(run=run)), (w.store.add, dict(run=run)),
+            (w.store.merge, dict(other=w.store)), (w.store.copy, dict(path=new, where=None)), (w.store.checkpoints, dict(run_id=run.id)),
+            (w.store.recorder, dict(run="mine", train=None, test=None, task=None, recipe=None, measures=())),
+            (sf.Checkpoint.load, dict(path=w.saved)), (sf.LinearSimulator().fit, dict(runs=runs[:3])),
+            (sf.AdditiveSimulator(around="mean").fit, dict(runs=runs[:3])), (sf.BoostedSimulator(rounds=2).fit, dict(runs=runs[:3])),
+            (sf.ConformalSimulator(sf.AdditiveSimulator(), members=2, folds=2).fit, dict(runs=runs)),
+            (sf.MeanTrajectorySimulator().fit, dict(runs=runs)), (sf.PersistenceSimulator().fit, dict(runs=runs)),
+            (sim.simulate, dict(curricula=w.curricula[:2], initial_losses=run.initial_losses)), (sim.score, dict(runs=runs[3:])),
+            (sim.save, dict(path=w.folder / "again.safetensors")), (sf.Simulator.load, dict(path=w.saved)),
+            (sf.TangentKernelSimulator, dict(task=task)), (sf.AttributedSimulator(w.scores).fit, dict(runs=runs[:3])),
+            (sf.what_if, dict(simulator=sim, base=run, queries=sf.Remove([0]), task=None, confidence=0.9)),
+            (sf.what_if, dict(simulator=sim, base=runs[:2], queries={"a": sf.Remove([0])}, task=task)),
+            (sf.leave_one_out, dict(simulator=sim, run=run, method="simulate")), (sf.move_each, dict(simulator=sim, run=run, to=0)),
+            (sf.leave_group_out, dict(simulator=sim, run=run, groups="label")), (sf.show_again, dict(simulator=sim, run=run, at=-1)),
+            (sf.rank_suspects, dict(source=sim, base=run, test=None, by=None, examples=None, method="simulate")),
+            (sf.rank_suspects, dict(source=np.zeros((5, 12)), by="label", examples=task.train)),
+            (sf.forecast_removal, dict(simulator=sim, base=run, targets="label == 0", fill="shrink", seed=0)),
+            (sf.smallest_removal, dict(simulator=sim, run=run, test=0, past=1.0, exact=False, most=3)),
+            (sf.best_removal, dict(simulator=sim, run=run, test=0, k=2, exact=False)),
+            (w.forecast.by_group, dict(column="label")), (w.forecast.plot, dict(ax=w.axes(), title="", test=None)),
+            (w.forecast.verify, dict(recipe=None, task=task, store=None, seeds=1)), (w.forecast.against, dict(verification=w.verified)),
+            (w.forecast.to_parquet, dict(path=w.folder / "f.parquet")), (w.verified.hit_rate, dict(k=3)),
+            (w.forecasts.by_group, dict(column="label")), (w.forecasts.verify, dict(task=task, seeds=1)), (w.forecasts.plot, dict(title="")),
+            (sf.evaluate, dict(simulators={"a": sim}, held=runs[3:], baseline_runs=runs[:3], metrics=("skill",), bootstrap=10,
+                               confidence=0.9, seed=0)),
+            (sf.tune, dict(simulator="additive", runs=runs, trials=1, seed=0, folds=2, fixed=None, storage=None, progress=False)),
+            (sf.learning_curve, dict(simulator=sf.AdditiveSimulator(), runs=runs, sizes=[2], held_out=2, repeats=1, seed=0, progress=False)),
+            (sf.lds, dict(scores=w.scores, runs=runs, bootstrap=10, confidence=0.9, seed=0)), (sf.agreement, dict(scores=w.scores, truth=np.zeros((5, 12)))),
+            (sf.brittleness, dict(scores=w.scores, task=task, run=run, k=1, test=[0], seed=0)),
+            (metrics.relative_error, dict(predicted=np.zeros(4), actual=np.ones(4))),
+            (metrics.delta_correlation, dict(predicted=np.zeros(4), actual=np.ones(4))),
+            (GradientDot().fit, dict(model=w.model, data=task, loss=None)), (EKFAC().fit, dict(model=w.model, data=task)),
+            (GradientCosine().fit, dict(model=w.model, data=(task.train_data), loss=cross_entropy)),
+            (w.attributor.scores, dict(test_data=task.test_data, unit=None, by_layer=False, train=[0])),
+            (w.attributor.self_influence, {}), (w.attributor.top_k, dict(k=3)), (w.attributor.set_params, dict(batch_size=3)),
+            (TracInCP(checkpoints=[(w.model.state_dict(), 0.1)]).fit, dict(model=w.model, data=task)),
+            (sf.attribution.attributor_from_run, dict(method="grad-dot", task=task, run=run, checkpoints=2)),
+            (sf.plots.scatter, dict(predicted=np.zeros(4), actual=np.ones(4), ax=w.axes(), title="t", metrics={"a": 0.5}, groups=(), what="x")),
+            (sf.plots.recorded, dict(losses=np.ones((2, 4)), ax=w.axes(), title="t", mean=None, unit="loss")),
+            (sf.plots.changes, dict(names=["a"], predicted=np.ones(1), actual=None, ax=w.axes(), title="t")),
+            (sf.plots.fan, dict(losses={"a": np.ones(4)}, ax=w.axes(), title="t")),
+        ]  # fmt: skip
+        found = [(getattr(function, "__qualname__", str(function)), function, kwargs) for function, kwargs in pairs]
+        return [(name, function, _accepted(function, kwargs)) for name, function, kwargs in found]
+
+
+def _accepted(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Check that a right call names parameters that exist: a renamed one must not hide a function from the fuzzer."""
+    inspect.signature(function).bind(**kwargs)
+    return kwargs
+
+
+def mutated(rng: random.Random, kwargs: dict[str, Any], wrong: list[Any]) -> dict[str, Any]:
+    """Replace one or two arguments by wrong values, or swap two arguments."""
+    changed = dict(kwargs)
+    names = list(kwargs)
+    if len(names) > 1 and rng.random() < 0.15:
+        one, other = rng.sample(names, 2)
+        changed[one], changed[other] = changed[other], changed[one]
+        return changed
+    for name in rng.sample(names, min(len(names), 1 if rng.random() < 0.8 else 2)):
+        changed[name] = rng.choice(wrong)
+    return changed
+
+
+class OutOfTimeError(BaseException):
+    """A call took longer than ``SECONDS`` of the processor."""
+
+
+def _out_of_time(*_: Any) -> None:
+    raise OutOfTimeError
+
+
+def outcome(function: Callable[..., Any], kwargs: dict[str, Any]) -> str:
+    """Call a function; return "ok", "refused", "call" (Python's own error about the call) or what went wrong."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(**kwargs)
+        said = "ok"
+    except sf.SimfluenceError:
+        said = "refused"
+    except OutOfTimeError:
+        said = "more than 20 s"
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if "/simfluence/" in f.filename]
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else f"{Path(last.filename).name}"
+        said = f"{type(error).__name__} at {where}: {str(error)[:80]!r}"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return said if grown < GIBIBYTES else f"{grown:.1f} GiB"
+
+
+def main() -> int:
+    """Make the calls, print what went wrong, and return how many kinds of it there were."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGPROF, _out_of_time)
+    counts: collections.Counter[str] = collections.Counter()
+    wrong: dict[str, list[str]] = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        (Path(folder) / "work").mkdir()
+        world = World(Path(folder) / "work")
+        calls = [call for call in world.calls() if arguments.only in call[0]]
+        rng = random.Random(arguments.seed)
+        for number in range(arguments.calls):
+            name, function, right = calls[number % len(calls)]
+            kwargs = mutated(rng, right, world.wrong())
+            with open(os.devnull, "w") as quiet:
+                out, sys.stdout = sys.stdout, quiet
+                try:
+                    said = outcome(function, kwargs)
+                finally:
+                    sys.stdout = out
+            counts[said if said in ("ok", "refused") else "wrong"] += 1
+            if said not in ("ok", "refused"):
+                changed = {k: v for k, v in kwargs.items() if v is not right[k]}
+                wrong[f"{name}: {said}"].append(reprlib.repr(changed))
+    for place, examples in sorted(wrong.items()):
+        print(f"{len(examples):4d}  {place}\n        with {examples[0]}")
+    print(f"{arguments.calls} calls: {dict(counts)}")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 100))
