@@ -153,7 +153,7 @@ def test_bad_verifications(linear, runs, task):
         forecast.verify(task=sf.tasks.digits(n_train=12, n_test=5))
     with pytest.raises(InvalidInput, match="trained by another recipe"):
         forecast.verify(sf.Recipe(lr=9.0), task=task)
-    with pytest.raises(InvalidInput, match="seeds must be a whole number from 1 up"):
+    with pytest.raises(InvalidInput, match="seeds must be at least 1"):
         forecast.verify(task=task, seeds=0)
     bare = sf.Runs.from_arrays(runs.curricula, runs.losses)[0]
     with pytest.raises(InvalidInput, match="pass recipe="):

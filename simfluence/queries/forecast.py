@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from simfluence._internal.checked import checked
 from simfluence._internal.deprecation import with_old_columns
 from simfluence._internal.files import write_whole
 from simfluence._internal.html import card, picture
-from simfluence._internal.types import RunLosses, Target
+from simfluence._internal.types import Count, RunLosses, Target
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit
 from simfluence.errors import InvalidInput
@@ -111,6 +112,7 @@ class Forecast:
             table["low"], table["high"] = self.low[-1], self.high[-1]
         return described(table.rename_axis("test"), self.run.test)
 
+    @checked
     def by_group(self, column: str) -> pd.DataFrame:
         """Mean final losses over the test examples that share a value of a metadata column.
 
@@ -141,6 +143,7 @@ class Forecast:
             )
         return "\n".join(lines)
 
+    @checked
     def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
         """Plot the mean loss along training: base and edited as forecast (with the interval), and the base as recorded.
 
@@ -155,17 +158,19 @@ class Forecast:
         question, _, answer = str(self).partition("? ")
         return card(f"{question}?", {self.run.task_name or "forecast": answer}, picture(self.plot))
 
+    @checked
     def to_parquet(self, path: str | Path) -> None:
         """Write ``frame`` to a Parquet file."""
         write_whole(Path(path), self.frame.to_parquet(index=False))
 
+    @checked
     def verify(
         self,
         recipe: Recipe | None = None,
         *,
         task: Task | None = None,
         store: str | Path | None = None,
-        seeds: int = 1,
+        seeds: Count = 1,
     ) -> Verification:
         """Retrain under the edited curriculum and compare the result with the forecast.
 
@@ -184,6 +189,7 @@ class Forecast:
         after, noise = retrained([self.run], [[self.curriculum]], task, recipe, store, seeds)
         return Verification(self, after[0][0], None if noise is None else noise[0, 0])
 
+    @checked
     def against(self, verification: Verification) -> Verification:
         """Compare this forecast with the losses that another forecast of the same question was verified by.
 
@@ -262,7 +268,8 @@ class Verification:
         """
         return float("nan") if self.seed_changes is None else seed_share(self.seed_changes)
 
-    def hit_rate(self, k: int = 10) -> float:
+    @checked
+    def hit_rate(self, k: Count = 10) -> float:
         """Return the share of the ``k`` most changed test examples that were predicted to be among these."""
         return hit_rate(self.forecast.change, self.actual_change, k)
 
@@ -292,10 +299,12 @@ class Verification:
             lines.append(f"{self.seed_share:.1%} of the change is the seed's ({len(self.seed_changes)} seeds)")
         return "\n".join(lines)
 
+    @checked
     def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
         """Plot the forecast and the retrained losses; for arguments see ``Forecast.plot``."""
         return _plot_fan(self.forecast, self.actual, ax, title, test)
 
+    @checked
     def plot_changes(self, ax: Any = None, title: str = "") -> Any:
         """Plot forecast against retrained change of the final loss, a point per test example."""
         from simfluence import plots

@@ -13,8 +13,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from simfluence._internal.checked import checked
 from simfluence._internal.files import write_whole
 from simfluence._internal.html import card, picture
+from simfluence._internal.types import Count
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit
 from simfluence.errors import InvalidInput
@@ -91,6 +93,7 @@ class Forecasts(Sequence[Forecast]):
             columns |= {"low": self.low, "high": self.high}
         return pd.DataFrame(index | {name: values.ravel() for name, values in columns.items()})
 
+    @checked
     def by_group(self, column: str) -> pd.DataFrame:
         """Mean change of the final loss, a row per query, a column per value of a metadata column of the test examples.
 
@@ -119,6 +122,7 @@ class Forecasts(Sequence[Forecast]):
             lines.append(f"  {name}: {row['change']:+.3f}{nothing}")
         return "\n".join(lines)
 
+    @checked
     def plot(self, ax: Any = None, title: str = "") -> Any:
         """Plot the forecast change of the mean final loss, a row per query."""
         return _plot_changes(self, None, ax, title)
@@ -127,23 +131,26 @@ class Forecasts(Sequence[Forecast]):
         rows = 1.8 + 0.25 * min(len(self.queries), 40)
         return card(_about(self), {"Mean final loss": f"{self.base.mean():.3f}"}, picture(self.plot, 7, rows))
 
+    @checked
     def to_parquet(self, path: str | Path) -> None:
         """Write ``frame`` to a Parquet file."""
         write_whole(Path(path), self.frame.to_parquet(index=False))
 
+    @checked
     def verify(
         self,
         recipe: Recipe | None = None,
         *,
         task: Task | None = None,
         store: str | Path | None = None,
-        seeds: int = 1,
+        seeds: Count = 1,
     ) -> Verifications:
         """Retrain under every edited curriculum, many at a time; for arguments see ``Forecast.verify``."""
         after, noise = retrained(self.runs, self.curricula, task or self.task, recipe, store, seeds)
         final = np.array([[losses[-1] for losses in row] for row in after])
         return Verifications(self, after, final, noise)
 
+    @checked
     def against(self, verifications: Verifications) -> Verifications:
         """Compare these forecasts with the losses that other forecasts of the same queries were verified by.
 
@@ -254,10 +261,12 @@ class Verifications(Sequence[Verification]):
             f"delta correlation {scores['delta_correlation']:.3f}"
         )
 
+    @checked
     def plot(self, ax: Any = None, title: str = "") -> Any:
         """Plot forecast and retrained change of the mean final loss, a row per query."""
         return _plot_changes(self.forecasts, self.actual_change, ax, title)
 
+    @checked
     def plot_changes(self, ax: Any = None, title: str = "") -> Any:
         """Plot forecast against retrained change of the final loss: a point per base run and test example, a colour per
         query."""

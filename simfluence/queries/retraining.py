@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from simfluence._internal.validation import whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.recipe import Recipe
@@ -34,7 +33,6 @@ def retrained(
     if task is None or recipe is None:
         missing = "task" if task is None else "recipe"
         raise InvalidInput(f"verifying trains again, which needs the {missing}: pass {missing}=")
-    seeds = whole("seeds", seeds, least=1)
     for run in runs:
         run.check_task(task)
         if run.recipe not in (None, recipe):
