@@ -19,7 +19,7 @@ from simfluence.cli.options import METHOD_NAMES, SIMULATOR_NAMES
 from simfluence.errors import InvalidInput, StoreError
 from simfluence.evaluation import search
 from simfluence.recording import Estimate
-from simfluence.simulators import SIMULATORS
+from simfluence.simulators import SIMULATORS, check_simulator
 from simfluence.simulators.base import FORMAT, _checksum
 
 MINE = '''
@@ -75,6 +75,163 @@ def test_a_simulator_of_ones_own_goes_everywhere(mine, runs, task, tmp_path):
     assert np.asarray(sf.leave_one_out(fitted, held[0])).shape == (5, 12)
     low, high = sf.ConformalSimulator(mine(), members=2).fit(runs).interval(*everything(held))
     assert (low <= high).all()
+
+
+LIBRARY = [kind for kind in SIMULATORS.values() if kind.__module__.startswith("simfluence.")]
+
+
+#: Instances in place of a class whose defaults are slow.
+FAST = {
+    sf.TangentKernelSimulator: sf.TangentKernelSimulator(n_checkpoints=2, n_references=1, n_features=1),
+    sf.BoostedSimulator: sf.BoostedSimulator(rounds=5),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [*(FAST.get(kind, kind) for kind in LIBRARY), sf.ConformalSimulator, sf.LinearSimulator(l2=3.0, order=2)]
+)
+def test_every_simulator_keeps_its_promises(kind):
+    check_simulator(kind)
+
+
+def test_a_simulator_of_ones_own_keeps_its_promises(mine):
+    check_simulator(mine)
+    unfitted = mine(pull=0.5)
+    check_simulator(unfitted)
+    assert not hasattr(unfitted, "n_train_")
+
+
+class Sound(sf.Simulator):
+    """Its subclasses break one promise each."""
+
+    name = "sound"
+
+    def __init__(self, pull: float = 0.5) -> None:
+        self.pull = pull
+
+    def _fit(self, runs):
+        self.mean_ = runs.losses.astype(np.float64).mean(axis=0)
+
+    def _simulate(self, curricula, initial):
+        times = np.minimum(np.arange(max(map(len, curricula)) + 1), len(self.mean_) - 1)
+        return self.mean_[times] + self.pull * (initial - self.mean_[0])[:, None]
+
+
+class ChangesParameters(Sound):
+    def __init__(self, pull: float = 0.5) -> None:
+        self.pull = [pull]
+
+
+class RequiresArguments(Sound):
+    def __init__(self, pull: float) -> None:
+        self.pull = pull
+
+
+class FittedFromTheStart(Sound):
+    n_train_, n_test_ = 12, 4
+
+
+class ReturnsNothing(Sound):
+    def fit(self, runs, y=None):
+        super().fit(runs)
+
+
+class MisnamesItsMean(Sound):
+    def _fit(self, runs):
+        super()._fit(runs)
+        self.average = self.mean_
+
+
+class ChangesItsRuns(Sound):
+    def _fit(self, runs):
+        super()._fit(runs)
+        runs[0].losses[1:] -= 1
+
+
+class ForecastsTooShort(Sound):
+    def _simulate(self, curricula, initial):
+        return super()._simulate(curricula, initial)[:, :-1]
+
+
+class NotBeyondItsRuns(Sound):
+    def _simulate(self, curricula, initial):
+        losses = super()._simulate(curricula, initial)
+        losses[:, len(self.mean_) :] = np.nan
+        return losses
+
+
+class Random(Sound):
+    def _simulate(self, curricula, initial):
+        losses = super()._simulate(curricula, initial)
+        return losses + np.random.default_rng().normal(size=losses.shape)
+
+
+class LooksAtTheOthers(Sound):
+    def _simulate(self, curricula, initial):
+        losses = super()._simulate(curricula, initial)
+        return losses - losses.mean(axis=0)
+
+
+class LearnsFromDivergedRuns(Sound):
+    def fit(self, runs, y=None):
+        super().fit(runs)
+        self.mean_ = runs.losses.astype(np.float64).mean(axis=0)
+        return self
+
+
+class NoScore(Sound):
+    def score(self, runs, y=None):
+        return None
+
+
+class HidesAFunction(Sound):
+    name = "hides_a_function"
+
+    def _fit(self, runs):
+        super()._fit(runs)
+        self.function_ = np.mean
+
+
+class ForgetsInFiles(Sound):
+    name = "forgets_in_files"
+
+    def _state(self):
+        about, arrays = super()._state()
+        return about, {name: np.round(array, 2) for name, array in arrays.items()}
+
+
+class Nameless(Sound):
+    """It would be read as its base class."""
+
+
+def test_a_sound_simulator_passes():
+    check_simulator(Sound)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (ChangesParameters, "do not survive get_params, set_params and clone .*let __init__ store each argument"),
+        (RequiresArguments, "RequiresArguments cannot be built without arguments .*: give its parameters defaults"),
+        (FittedFromTheStart, "simulate before fit does not raise NotFittedError"),
+        (ReturnsNothing, "fit does not return the simulator itself"),
+        (MisnamesItsMean, "fit sets average, which save leaves out"),
+        (ChangesItsRuns, "fit changes the losses of its runs"),
+        (ForecastsTooShort, r"simulate returns float64 \[7, 16, 4\], not float64 \[7, 17, 4\]"),
+        (NotBeyondItsRuns, "forecasts of 16 steps are NaN or infinite, with fitting runs of 8 steps"),
+        (Random, "other losses the second time"),
+        (LooksAtTheOthers, "simulated alone has other losses"),
+        (LearnsFromDivergedRuns, "a diverged run among the fitting runs makes forecasts NaN"),
+        (NoScore, "score is None, not a finite number"),
+        (HidesAFunction, "cannot be saved and loaded .* learn only arrays, values that JSON can hold"),
+        (ForgetsInFiles, "a saved and loaded simulator gives other forecasts"),
+        (Nameless, "give Nameless a name of its own"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_broken_promise_is_named(broken, message):
+    with pytest.raises(InvalidInput, match=message):
+        check_simulator(broken)
 
 
 def everything(runs: sf.Runs):

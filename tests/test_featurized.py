@@ -62,16 +62,16 @@ def test_the_same_examples_in_another_order(runs):
 
 
 def test_examples_of_no_run_are_simulated():
-    """20 test digits and 30 training digits that no fitting run has, against the mean of the other trajectories."""
-    task, recipe = sf.tasks.digits(n_train=300, n_test=100), sf.Recipe(lr=0.1)
-    drawn = sf.random_curricula(n_train=270, runs=12, steps=100, batch_size=8, subset=0.5, seed=5)
-    curricula = [sf.Curriculum(each.tolist(), n_train=300) for each in drawn]
-    unseen = sf.random_curricula(n_train=300, runs=4, steps=100, batch_size=8, subset=0.5, seed=6)
+    """20 test digits and 15 training digits that no fitting run has, against the mean of the other trajectories."""
+    task, recipe = sf.tasks.digits(n_train=150, n_test=60), sf.Recipe(lr=0.1)
+    drawn = sf.random_curricula(n_train=135, runs=10, steps=60, batch_size=8, subset=0.5, seed=5)
+    curricula = [sf.Curriculum(curriculum.tolist(), n_train=150) for curriculum in drawn]
+    unseen = sf.random_curricula(n_train=150, runs=4, steps=60, batch_size=8, subset=0.5, seed=6)
     runs = sf.record(task, recipe, [*curricula, *unseen])
-    known, new = np.arange(80), np.arange(80, 100)
-    fit = sf.Runs.from_arrays(curricula, runs[:12].losses[:, :, known], train=task.train, test=some(task.test, known))
-    fitted = FeaturizedSimulator().fit(fit).for_examples(test=some(task.test, new))
-    true = runs[12:].losses[:, :, new].astype(np.float64)
+    known, new = np.arange(40), np.arange(40, 60)
+    fit = sf.Runs.from_arrays(curricula, runs[:10].losses[:, :, known], train=task.train, test=some(task.test, known))
+    fitted = FeaturizedSimulator(components=3).fit(fit).for_examples(test=some(task.test, new))
+    true = runs[10:].losses[:, :, new].astype(np.float64)
     simulated = fitted.simulate(unseen, true[:, 0])
     others = fit.losses.astype(np.float64).mean((0, 2))[:, None]  # [steps + 1, 1]
     skill = 1 - ((simulated - true)[:, 1:] ** 2).sum() / ((others - true)[:, 1:] ** 2).sum()

@@ -38,21 +38,27 @@ UNSAVED = {"attributed": ["attributor"], "tangent": ["task", "recipe"]}
 SCORES = np.random.default_rng(0).normal(size=(5, 12))
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *map(str, variant[1].values())]))
-def simulator(request):
-    name, parameters = request.param
+def unfitted(name, parameters, task):
     if name == "conformal":  # this one and the next wrap something, so they have no name on the command line
         return sklearn.base.clone(sf.ConformalSimulator(**parameters))
     if name == "attributed":
         return sf.AttributedSimulator(SCORES, **parameters)
     if name == "tangent":
-        return sf.TangentKernelSimulator(request.getfixturevalue("task"), **parameters)
+        return sf.TangentKernelSimulator(task, **parameters)
     return build(name, **parameters)
 
 
-def test_fit_returns_itself_and_simulates(simulator, runs):
-    fitted = simulator.fit(runs[:4])
-    assert fitted is simulator
+@pytest.fixture(
+    params=VARIANTS, ids=lambda variant: "-".join([variant[0], *map(str, variant[1].values())]), scope="module"
+)
+def fitted(request, runs, task):
+    """A simulator fitted on five of the six runs; no test may change it."""
+    simulator = unfitted(*request.param, task)
+    assert simulator.fit(runs[:5]) is simulator
+    return simulator
+
+
+def test_fit_returns_itself_and_simulates(fitted, runs):
     losses = fitted.simulate(runs.curricula, runs.initial_losses)
     assert losses.shape == runs.losses.shape
     assert losses.dtype == np.float64
@@ -60,99 +66,99 @@ def test_fit_returns_itself_and_simulates(simulator, runs):
     assert np.isfinite(losses).all()
 
 
-def test_runs_are_simulated_independently(simulator, runs):
-    simulator.fit(runs[:4])
-    together = simulator.simulate(runs.curricula, runs.initial_losses)
+def test_runs_are_simulated_independently(fitted, runs):
+    together = fitted.simulate(runs.curricula, runs.initial_losses)
     for index, run in enumerate(runs):
-        alone = simulator.simulate([run.curriculum], run.initial_losses)[0]
-        assert np.allclose(alone, together[index], rtol=1e-5 if simulator.name in SINGLE else 1e-12)
+        alone = fitted.simulate([run.curriculum], run.initial_losses)[0]
+        assert np.allclose(alone, together[index], rtol=1e-5 if fitted.name in SINGLE else 1e-12)
 
 
-def test_test_examples_are_simulated_independently(simulator, runs):
-    if simulator.name in SHARED or getattr(simulator, "rollout", 1) > 1:
+def test_test_examples_are_simulated_independently(fitted, runs):
+    if fitted.name in SHARED or getattr(fitted, "rollout", 1) > 1:
         pytest.skip("learns from all test examples together, or stops when all are good enough")
-    simulator.fit(runs)
-    fewer = sklearn.base.clone(simulator).fit(sf.Runs.from_arrays(runs.curricula, runs.losses[:, :, [3, 1]]))
-    whole = simulator.simulate(runs.curricula, runs.initial_losses)[:, :, [3, 1]]
+    fewer = sklearn.base.clone(fitted).fit(sf.Runs.from_arrays(runs.curricula[:5], runs.losses[:5, :, [3, 1]]))
+    whole = fitted.simulate(runs.curricula, runs.initial_losses)[:, :, [3, 1]]
     assert np.allclose(fewer.simulate(runs.curricula, runs.initial_losses[:, [3, 1]]), whole, rtol=1e-6, atol=1e-9)
 
 
-def test_shorter_curricula_end_in_nan(simulator, runs):
-    simulator.fit(runs)
+def test_shorter_curricula_end_in_nan(fitted, runs):
     short = sf.Curriculum(runs[0].curriculum.tolist()[:4], n_train=12)
-    losses = simulator.simulate([runs[0].curriculum, short], runs.initial_losses[:2])
+    losses = fitted.simulate([runs[0].curriculum, short], runs.initial_losses[:2])
     assert np.isnan(losses[1, 5:]).all()
-    assert np.allclose(losses[1, :5], simulator.simulate([short], runs.initial_losses[0])[0])
+    assert np.allclose(losses[1, :5], fitted.simulate([short], runs.initial_losses[0])[0])
     assert np.isfinite(losses[0]).all()
 
 
 @pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
-def test_longer_curricula_are_simulated(simulator, runs):
-    simulator.fit(runs)
+def test_longer_curricula_are_simulated(fitted, runs):
     longer = sf.Curriculum(runs[0].curriculum.tolist() * 3, n_train=12)
-    losses = simulator.simulate([longer], runs.initial_losses[0])[0]
+    losses = fitted.simulate([longer], runs.initial_losses[0])[0]
     assert losses.shape == (31, 5)
     assert np.isfinite(losses).all()
-    usual = simulator.simulate(runs.curricula[:1], runs.initial_losses[:1])[0]
+    usual = fitted.simulate(runs.curricula[:1], runs.initial_losses[:1])[0]
     assert np.allclose(losses[:11], usual)
 
 
-def test_save_and_load(simulator, runs, tmp_path):
-    simulator.fit(runs).save(tmp_path / "fitted.safetensors")
+def test_save_and_load(fitted, runs, tmp_path):
+    fitted.save(tmp_path / "fitted.safetensors")
+    expected = fitted.simulate(runs.curricula, runs.initial_losses)
     for loaded in (
         sf.Simulator.load(tmp_path / "fitted.safetensors"),
-        type(simulator).load(str(tmp_path / "fitted.safetensors")),
+        type(fitted).load(str(tmp_path / "fitted.safetensors")),
     ):
-        assert type(loaded) is type(simulator)
-        kept = simulator.get_params() | dict.fromkeys(UNSAVED.get(simulator.name, ()))
-        assert str(loaded.get_params()) == str(kept)  # a simulator within is equal by its own
-        expected = simulator.simulate(runs.curricula, runs.initial_losses)
+        assert type(loaded) is type(fitted)
+        saved = fitted.get_params() | dict.fromkeys(UNSAVED.get(fitted.name, ()))
+        assert str(loaded.get_params()) == str(saved)  # compares the parameters of an inner simulator too
         assert np.array_equal(loaded.simulate(runs.curricula, runs.initial_losses), expected)
 
 
-def test_scikit_learn_conventions(simulator, runs):
-    copy = sklearn.base.clone(simulator.fit(runs))
-    assert str(copy.get_params()) == str(simulator.get_params())
+def test_scikit_learn_conventions(fitted, runs):
+    copy = sklearn.base.clone(fitted)
+    assert str(copy.get_params()) == str(fitted.get_params())
     with pytest.raises(NotFittedError, match="call fit"):
         copy.simulate(runs.curricula, runs.initial_losses)
     with pytest.raises(sklearn.exceptions.NotFittedError):
         copy.save("nowhere")
-    learned = {name for name in vars(simulator) if name not in simulator.get_params()}
+    learned = {name for name in vars(fitted) if name not in fitted.get_params()}
     assert all(name.endswith("_") for name in learned)
     with pytest.raises(InvalidInput, match="has no parameter 'l3'"):
-        simulator.with_parameters(l3=1.0)
+        copy.with_parameters(l3=1.0)
 
 
-def test_bad_input(simulator, runs, known):
+def test_bad_input(fitted, runs, known):
     with pytest.raises(InvalidInput, match="no run to fit"):
-        simulator.fit(runs[:0])
-    simulator.fit(runs)
+        sklearn.base.clone(fitted).fit(runs[:0])
     with pytest.raises(InvalidInput, match="8 training examples, but this simulator was fitted on 12"):
-        simulator.simulate(known.runs.curricula, runs.initial_losses)
+        fitted.simulate(known.runs.curricula, runs.initial_losses)
     for initial in (runs.initial_losses[:, :4], runs.initial_losses[:2], 1.0):
         with pytest.raises(InvalidInput, match="initial losses must be"):
-            simulator.simulate(runs.curricula, initial)
+            fitted.simulate(runs.curricula, initial)
     with pytest.raises(InvalidInput, match="no curriculum"):
-        simulator.simulate([], runs.initial_losses)
+        fitted.simulate([], runs.initial_losses)
 
 
-def test_diverged_runs_are_left_out_with_a_warning(simulator, runs):
+def test_diverged_runs_are_left_out_with_a_warning(fitted, runs):
+    simulator = sklearn.base.clone(fitted)
     losses = runs[5].losses.copy()
     losses[4:, 2] = np.inf
     diverged = sf.Run("broken", runs[5].curriculum, losses)
     with pytest.warns(DivergedWarning, match="left out 1 diverged run: broken"):
         simulator.fit(sf.Runs([*runs[:5], diverged]))
-    clean = sklearn.base.clone(simulator).fit(runs[:5])
     args = runs.curricula, runs.initial_losses
-    assert np.array_equal(simulator.simulate(*args), clean.simulate(*args))
+    assert np.array_equal(simulator.simulate(*args), fitted.simulate(*args))
     with pytest.warns(DivergedWarning), pytest.raises(InvalidInput, match="all 1 diverged"):
         simulator.fit(sf.Runs([diverged]))
 
 
-def test_runs_of_several_recipes_are_refused(simulator, runs, task, recipe):
-    other = sf.record(task, recipe.replace(lr=0.1), runs.curricula[:1])
+@pytest.fixture(scope="module")
+def other(runs, task, recipe):
+    """A run of another recipe."""
+    return sf.record(task, recipe.replace(lr=0.1), runs.curricula[:1])
+
+
+def test_runs_of_several_recipes_are_refused(fitted, runs, other):
     with pytest.raises(InvalidInput, match="several recipes"):
-        simulator.fit(sf.Runs([*runs, *other]))
+        sklearn.base.clone(fitted).fit(sf.Runs([*runs, *other]))
 
 
 def test_unknown_names():
@@ -180,7 +186,10 @@ def test_files_that_are_no_simulators(runs, tmp_path):
             sf.Simulator.load(path)
     about, arrays = sf.AdditiveSimulator().fit(runs)._state()
     crafted = json.dumps(about).replace("n_train_", "__dict__")
-    for text, said in ((crafted, "it sets '__dict__'"), ('{"simulator": ' + "[" * 100_000, "damaged or no simulator")):
+    for text, said in (
+        (crafted, "it sets '__dict__'"),
+        ('{"simulator": ' + "[" * 100_000, "damaged or holds no simulator"),
+    ):
         signed = {"simfluence": text, "sha256": _checksum(text, arrays)}
         path.write_bytes(safetensors.numpy.save(arrays, signed))
         with pytest.raises(StoreError, match=said):

@@ -61,7 +61,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", [*METHODS, None])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("l2", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_equals_dense_least_squares(method, l2, channels):
@@ -69,8 +69,14 @@ def test_equals_dense_least_squares(method, l2, channels):
     assert_close(ridge(given, l2, method=method), dense(given, l2)[0])
 
 
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_the_default_method_equals_dense_least_squares(channels):
+    given = problem(channels)
+    assert_close(ridge(given, 1.0), dense(given, 1.0)[0])
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("l2", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("l2", [1e-4, 1e4])
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize(("centre", "free"), [(True, 0), (False, 1), (True, 1), (True, 3)])
 def test_centre_and_free_columns_equal_dense_least_squares(method, l2, channels, centre, free):
@@ -101,12 +107,12 @@ def test_a_path_is_that_of_separate_solutions(method, channels, free):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_blocks_of_any_size_give_the_same(method, threads):
-    given = problem("linear", centre=True, free=1, tests=50)
-    whole, *others = (ridge(given, 0.1, method=method, memory=memory) for memory in (1e9, 1e6, 1))
+    given = problem("linear", centre=True, free=1, tests=12)
+    whole, *others = (ridge(given, 0.1, method=method, memory=memory) for memory in (1e9, 1e5, 1))
     for other in others:
         assert_close(other, whole)
     blocks = list(ridge_path(given, [0.1, 1.0], method=method, memory=1))
-    assert [some.start for some, _ in blocks] == list(range(50))
+    assert [some.start for some, _ in blocks] == list(range(12))
     assert_close(np.concatenate([found[0] for _, found in blocks], axis=-1), whole)
     assert_close(free_coefficients(given, whole, memory=1), free_coefficients(given, whole))
 
@@ -166,8 +172,8 @@ def test_channels_that_say_the_same(method):
 
 def test_methods_agree_where_unknowns_are_many():
     rng = np.random.default_rng(1)
-    weights = scipy.sparse.random_array((400, 120), density=0.05, rng=rng, format="csr")
-    before = 1 + 0.2 * rng.normal(size=(400, 20))
+    weights = scipy.sparse.random_array((250, 120), density=0.05, rng=rng, format="csr")
+    before = 1 + 0.2 * rng.normal(size=(250, 4))
     given = Problem(weights, [before, None], rng.normal(size=before.shape), np.full(120, 0.05), [before])
     for l2 in (1e-2, 1.0, 100.0):
         assert_close(ridge(given, l2, method="iterative"), ridge(given, l2, method="direct"), 1e-6)
@@ -185,8 +191,8 @@ def test_the_cheaper_method_is_chosen():
 
 @pytest.mark.parametrize("solve", [ridge, path])
 def test_no_convergence_is_said(solve, threads):
-    with pytest.raises(SimfluenceError, match=r"did not converge to -1; a larger l2 than 1e-12"):
-        solve(problem(), np.full(TESTS, 1e-12), method="iterative", tolerance=-1.0)
+    with pytest.raises(SimfluenceError, match=r"did not converge to -1: use a larger l2 than 1e-12"):
+        solve(problem("additive"), np.full(TESTS, 1e-12), method="iterative", tolerance=-1.0)
 
 
 def test_singular_equations_are_said():

@@ -1,8 +1,8 @@
-"""Pictures: functions ``(data, ax=None) → ax``. They draw what they are given and compute nothing.
+"""Plots: functions ``(data, ax=None) → ax``. They draw their data and compute nothing.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers and in grey print; lines differ in their dashes too.
-Without ``ax`` a figure of pyplot's is opened, as notebooks show it; with ``ax`` pyplot is never touched. What there is
-too much of is drawn in part, and the picture says so. Names may hold anything: nothing in them is read as markup.
+Colours are Okabe and Ito's, distinct to colour-blind readers and in grey print; lines also differ in their dashes.
+Without ``ax`` a new pyplot figure is opened, which notebooks show; with ``ax`` pyplot is never used. Large data are
+drawn in part, and the plot says so. Names may contain any characters: none is read as markup.
 """
 
 from simfluence.plots.comparison import changes, evaluation, heading, scatter

@@ -1,4 +1,4 @@
-"""Forecasts beside the truth: point by point, query by query, simulator by simulator."""
+"""Plots of forecasts against the truth: by point, by query, by simulator."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from simfluence.errors import InvalidInput, did_you_mean
-from simfluence.plots.style import COLOURS, MARKERS, empty, finished, legend, named, of, opened, some
+from simfluence.plots.style import COLOURS, MARKERS, count_label, empty, finished, legend, named, opened, spread
 
-_POINTS = 2000  # of a group
-_ROWS = 40
-_LEAST = -1.0  # the worst skill that is drawn to scale
+__all__ = ["changes", "evaluation", "heading", "scatter"]
+
+_POINTS = 2000  # points drawn per group
+_ROWS = 40  # queries drawn
+_LEAST = -1.0  # lowest skill drawn to scale
 
 
 def scatter(
@@ -26,15 +28,20 @@ def scatter(
     groups: Sequence[str] = (),
     what: str = "change of the final loss",
 ) -> Axes:
-    """Predicted against retrained values, on the diagonal where they agree.
+    """Plot forecast against retrained values, with the diagonal on which they agree.
 
     Args:
-        predicted, actual: ``[points]``, or ``[groups, points]``, a row per run or query.
-        metrics: numbers to stand in the picture, by name.
+        predicted, actual: values ``[points]``, or ``[groups, points]``, a row per run or query.
+        ax: axes to draw on; by default those of a new figure.
+        title: title of the plot.
+        metrics: numbers to show under the title, by name.
         groups: names of the rows; up to six have a colour and a marker of their own.
-        what: is predicted; its unit, where it has one.
+        what: name of the values, with their unit, if any.
 
-    Of more than 2,000 points of a group some are drawn, evenly spread, and the picture says so.
+    Of more than 2,000 points of a group, 2,000 evenly spread ones are drawn, and the plot says so.
+
+    Raises:
+        InvalidInput: predicted and actual values differ in shape.
 
     >>> from matplotlib.figure import Figure
     >>> ax = scatter(np.array([0.1, 0.4]), np.array([0.2, 0.3]), Figure().subplots(), metrics={"r": 1.0})
@@ -43,11 +50,11 @@ def scatter(
     """
     ax = opened(ax)
     if predicted.shape != actual.shape:
-        raise InvalidInput(f"predicted {predicted.shape} and actual {actual.shape} values differ in shape")
+        raise InvalidInput(f"predicted and actual values differ in shape: {predicted.shape} and {actual.shape}")
     if predicted.size == 0:
         return empty(ax, title, "points")
     rows = list(zip(np.atleast_2d(predicted), np.atleast_2d(actual), strict=True))
-    chosen = some(len(rows[0][0]), _POINTS)
+    chosen = spread(len(rows[0][0]), _POINTS)
     several = 1 < len(rows) <= len(COLOURS)
     names = named(groups) if several and groups else [None] * len(rows)
     for index, ((x, y), name) in enumerate(zip(rows, names, strict=True)):
@@ -57,7 +64,7 @@ def scatter(
     ax.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
     ax.set(xlim=ends, ylim=ends, aspect="equal")
     notes = [f"{name} {value:.3g}" for name, value in (metrics or {}).items()]
-    notes += [f"{of(len(chosen), len(rows[0][0]), 'points')} drawn"] if len(chosen) < len(rows[0][0]) else []
+    notes += [f"{count_label(len(chosen), len(rows[0][0]), 'points')} drawn"] if len(chosen) < len(rows[0][0]) else []
     if names[0] is not None:
         legend(ax)
     lines = [title.replace("\n", " "), *([", ".join(notes)] if notes else [])]
@@ -71,7 +78,13 @@ def changes(
     ax: Axes | None = None,
     title: str = "",
 ) -> Axes:
-    """Changes of a loss by query, forecast and, if known, retrained: a row each; the first 40 of more.
+    """Plot the change of a loss by query, forecast and, if known, retrained: a row per query, 40 at most.
+
+    Args:
+        names: names of the queries.
+        predicted, actual: changes ``[queries]``.
+        ax: axes to draw on; by default those of a new figure.
+        title: title of the plot.
 
     >>> from matplotlib.figure import Figure
     >>> ax = changes(["no 3s"], np.array([0.4]), np.array([0.5]), Figure().subplots())
@@ -91,21 +104,23 @@ def changes(
         legend(ax)
     ax.set_yticks(rows, named(list(names)[:shown]))
     ax.invert_yaxis()
-    label = "" if shown == len(names) else of(shown, len(names), "queries")
+    label = "" if shown == len(names) else count_label(shown, len(names), "queries")
     return finished(ax, title, xlabel="change of the mean final loss", ylabel=label)
 
 
 def evaluation(table: pd.DataFrame, ax: Axes | None = None, title: str = "", *, metric: str = "skill") -> Axes:
-    """A bar per simulator, with its interval (or ± a standard deviation) where the table has one, and its number.
+    """Plot a bar per simulator, with its value and, if the table has one, its interval or standard deviation.
 
-    A bar of skill that is worse than −1 is cut there, and its number says how bad it is.
+    A bar of skill below −1 is cut there; its value is still shown.
 
     Args:
-        table: as ``evaluate`` gives it. Without a title, the table's task and numbers of runs are it.
-        metric: a column of it.
+        table: table from ``evaluate``.
+        ax: axes to draw on; by default those of a new figure.
+        title: title of the plot; by default the table's task and numbers of runs.
+        metric: column of the table.
 
     Raises:
-        InvalidInput: there is no such column.
+        InvalidInput: the table has no such column.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"skill": [0.5], "skill_low": [0.4], "skill_high": [0.6]}, index=["linear"])
@@ -120,7 +135,7 @@ def evaluation(table: pd.DataFrame, ax: Axes | None = None, title: str = "", *, 
     if known.empty:
         return empty(ax, title, metric.replace("_", " "))
     least = _LEAST if "skill" in metric else -np.inf
-    values, ends = known[metric].to_numpy(np.float64), _spread(known, metric)
+    values, ends = known[metric].to_numpy(np.float64), _intervals(known, metric)
     shown = np.maximum(values, least)
     rows = np.arange(len(known))
     ax.barh(rows, shown, color=COLOURS[0], alpha=0.8)
@@ -138,7 +153,7 @@ def evaluation(table: pd.DataFrame, ax: Axes | None = None, title: str = "", *, 
 
 
 def heading(table: pd.DataFrame) -> str:
-    """What a table of an evaluation is about: its task, and how many runs went in.
+    """Return a title for a table of an evaluation: its task and its numbers of runs.
 
     >>> table = pd.DataFrame()
     >>> table.attrs |= {"task": "digits", "fit": 24, "held": 8}
@@ -151,8 +166,8 @@ def heading(table: pd.DataFrame) -> str:
     return f"{parts[0]}: {', '.join(parts[1:])}" if len(parts) > 1 else "".join(parts)
 
 
-def _spread(table: pd.DataFrame, metric: str) -> np.ndarray:
-    """Lower and upper ends ``[2, rows]``; NaN where there are none."""
+def _intervals(table: pd.DataFrame, metric: str) -> np.ndarray:
+    """Return the intervals' lower and upper ends ``[2, rows]``; NaN if the table has none."""
     if f"{metric}_low" in table and f"{metric}_high" in table:
         return table[[f"{metric}_low", f"{metric}_high"]].to_numpy(np.float64).T
     if f"{metric}_sd" in table:
@@ -162,9 +177,9 @@ def _spread(table: pd.DataFrame, metric: str) -> np.ndarray:
 
 
 def _ends(predicted: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
-    """Where both axes begin and end."""
-    both = np.concatenate([predicted.ravel(), actual.ravel()])
-    both = both[np.isfinite(both)]
-    low, high = (float(both.min()), float(both.max())) if both.size else (0.0, 1.0)
-    room = 0.05 * (high - low) or 0.5
-    return low - room, high + room
+    """Return the limits of both axes."""
+    values = np.concatenate([predicted.ravel(), actual.ravel()])
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin

@@ -1,4 +1,4 @@
-"""Skill and losses against how far, how many and how much."""
+"""Plots of skill and losses against steps, numbers of runs and removals."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from simfluence.plots.comparison import heading
 from simfluence.plots.style import COLOURS, DASHES, empty, finished, legend, named, opened, plain
 
-_LEAST = -1.0  # the worst skill that is drawn
+__all__ = ["learning_curve", "removal_curve", "skill_over_steps"]
+
+_LEAST = -1.0  # lowest skill drawn
 
 
 def skill_over_steps(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
-    """Skill at each step, a line per simulator, with its interval where the table has ``low`` and ``high``.
+    """Plot the skill at each step, a line per simulator, with its interval if the table has ``low`` and ``high``.
 
     Args:
-        table: as ``evaluation.skill_over_steps`` gives it: columns simulator, step, skill, low, high. Without a title,
-            its task and numbers of runs are it.
+        table: table from ``evaluation.skill_over_steps``, with columns simulator, step, skill, low, high.
+        ax: axes to draw on; by default those of a new figure.
+        title: title of the plot; by default the table's task and numbers of runs.
 
-    What is below −1 is not drawn, and the axis says so.
+    Values below −1 are not drawn, and the axis says so.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"simulator": "linear", "step": [1, 2], "skill": [0.5, 0.6]})
@@ -43,7 +46,12 @@ def skill_over_steps(table: pd.DataFrame, ax: Axes | None = None, title: str = "
 
 
 def learning_curve(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
-    """Skill and final skill against the number of fitting runs, as ``simfluence.learning_curve`` gives them.
+    """Plot skill and final skill against the number of fitting runs.
+
+    Args:
+        table: table from ``simfluence.learning_curve``.
+        ax: axes to draw on; by default those of a new figure.
+        title: title of the plot; by default the table's task and numbers of runs.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"runs": [2, 4], "skill": [0.5, 0.6], "skill_low": [0.4, 0.5], "skill_high": [0.6, 0.7]})
@@ -72,7 +80,13 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None, title: str = "")
 
 
 def removal_curve(losses: np.ndarray, past: float | None = None, ax: Axes | None = None, title: str = "") -> Axes:
-    """A forecast loss after 0, 1, 2, … removals, and the loss that was to be passed.
+    """Plot a forecast loss after 0, 1, 2, … removals, and the loss to exceed.
+
+    Args:
+        losses: forecast losses, ``[removals + 1]``.
+        past: loss to exceed; by default none is drawn.
+        ax: axes to draw on; by default those of a new figure.
+        title: title of the plot.
 
     >>> from matplotlib.figure import Figure
     >>> removal_curve(np.array([1.0, 1.5]), 1.4, Figure().subplots()).lines[0].get_ydata().tolist()

@@ -1,4 +1,4 @@
-"""Influence: how it is spread over examples, over layers, over the tokens of a text."""
+"""Plots of influence: its distribution over examples, over layers, and over the tokens of a text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from simfluence._internal.html import Html
-from simfluence.plots.style import COLOURS, empty, finished, named, of, opened, some
+from simfluence.plots.style import COLOURS, count_label, empty, finished, named, opened, spread
 
-_POINTS = 5000
-_LAYERS = 40
-_TOKENS = 1000
+__all__ = ["by_layer", "distribution", "tokens"]
+
+_POINTS = 5000  # scores drawn
+_LAYERS = 40  # layers drawn
+_TOKENS = 1000  # tokens shown
 
 
 def distribution(
@@ -29,15 +31,17 @@ def distribution(
     start: float | None = None,
     unit: str = "raw",
 ) -> Axes:
-    """How rare large positive scores are: the share of scores above each value, on logarithmic axes.
+    """Plot the share of scores above each positive value, on logarithmic axes.
 
     Args:
-        scores: of any shape; those above 0 are drawn, 5,000 of them at most.
-        share: of the sum of positive scores that the top 1 % carry, to stand in the picture.
-        exponent, start: of a power law ``P(score > s) ∝ s^−exponent`` from ``start`` up, drawn as a line.
-        unit: of the scores.
+        scores: scores of any shape; those above 0 are drawn, 5,000 at most.
+        ax: axes to draw on; by default those of a new figure.
+        title: title of the plot.
+        share: share of the sum of positive scores in the top 1 %, to show in the legend.
+        exponent, start: a power law ``P(score > s) ∝ s^−exponent`` for scores above ``start``, drawn as a line.
+        unit: unit of the scores.
 
-    ``Scores.tail()`` gives all three.
+    ``Scores.tail()`` returns share, exponent and start.
 
     >>> from matplotlib.figure import Figure
     >>> ax = distribution(np.array([1.0, 2.0, -1.0, 4.0]), Figure().subplots(), share=0.5)
@@ -49,9 +53,9 @@ def distribution(
     if descending.size == 0:
         return empty(ax, title, "positive scores")
     above = np.arange(1, len(descending) + 1) / scores.size
-    tail = min(len(descending), _POINTS // 2)  # all of the largest, some of the rest
-    chosen = np.unique(np.concatenate([np.arange(tail), some(len(descending), _POINTS // 2)]))
-    label = of(len(chosen), len(descending), "positive scores")
+    tail = min(len(descending), _POINTS // 2)  # all of the largest, an even sample of the rest
+    chosen = np.unique(np.concatenate([np.arange(tail), spread(len(descending), _POINTS // 2)]))
+    label = count_label(len(chosen), len(descending), "positive scores")
     ax.loglog(descending[chosen], above[chosen], ".", color=COLOURS[0], markersize=3, label=label)
     if exponent is not None and start is not None and np.isfinite(exponent):
         first = above[np.searchsorted(-descending, -start, side="right") - 1]
@@ -65,7 +69,13 @@ def distribution(
 
 
 def by_layer(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
-    """Each layer's share of the influence, as ``Scores.by_layer()`` gives it: ``share`` with ``low`` and ``high``.
+    """Plot each layer's share of the influence.
+
+    Args:
+        table: table from ``Scores.by_layer()``, with columns share, low, high; of more than 40 rows, the first 40 are
+            drawn.
+        ax: axes to draw on; by default those of a new figure.
+        title: title of the plot.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"share": [0.3, 0.7]}, index=["0", "2"])
@@ -82,20 +92,21 @@ def by_layer(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Ax
         ax.hlines(rows, first["low"], first["high"], color="black", linewidth=1.5)
     ax.set_yticks(rows, named(first.index))
     ax.invert_yaxis()
-    layers = "layer" if len(first) == len(table) else f"layer ({of(len(first), len(table), 'layers')})"
-    return finished(ax, title, xlabel="share of the scores' sizes", ylabel=layers)
+    layers = "layer" if len(first) == len(table) else f"layer ({count_label(len(first), len(table), 'layers')})"
+    return finished(ax, title, xlabel="share of the absolute scores", ylabel=layers)
 
 
 def tokens(
     texts: Sequence[str], values: np.ndarray, title: str = "", *, largest: float | None = None, unit: str = "raw"
 ) -> Html:
-    """A text as HTML, its tokens coloured by their influence: orange: above 0, purple: below. Everything is escaped.
+    """Return a text as HTML, its tokens coloured by influence: orange above 0, purple below. All text is escaped.
 
     Args:
-        texts: the tokens, in order; the first 1,000 are shown.
-        values: of each of them; where there are fewer tokens than values, the rest is padding.
-        largest: the size that has the full colour; by default the largest there is.
-        unit: of the values, which a pointer shows.
+        texts: tokens in order; the first 1,000 are shown.
+        values: influence of each token; values beyond the last token are padding.
+        title: title above the text.
+        largest: absolute value with the full colour; by default the largest one.
+        unit: unit of the values, which are shown on hovering.
 
     >>> str(tokens(["<b>", "dog"], np.array([0.5, -1.0]))).count("<b>")
     0
@@ -104,7 +115,7 @@ def tokens(
     sizes = np.abs(values[:shown][np.isfinite(values[:shown])])
     top = (largest if largest is not None else float(sizes.max()) if sizes.size else 0.0) or 1.0
     spans = [_token(text, float(value), top, unit) for text, value in zip(texts, values[:shown], strict=False)]
-    more = "" if shown == len(texts) else f"<i> … {of(shown, len(texts), 'tokens')}</i>"
+    more = "" if shown == len(texts) else f"<i> … {count_label(shown, len(texts), 'tokens')}</i>"
     head = f"<b>{html.escape(title)}</b><br>" if title else ""
     body = "".join(spans) or "<i>no tokens to draw</i>"
     return Html(f'<div style="line-height:1.8; white-space:pre-wrap; font-family:monospace">{head}{body}{more}</div>')
@@ -114,6 +125,6 @@ def _token(text: str, value: float, largest: float, unit: str) -> str:
     if not np.isfinite(value):
         return f"<span>{html.escape(text)}</span>"
     place = 0.5 + 0.5 * float(np.clip(value / largest, -1, 1))
-    colour = to_hex(colormaps["PuOr_r"](0.15 + 0.7 * place))  # without the darkest ends, on which black is not read
+    colour = to_hex(colormaps["PuOr_r"](0.15 + 0.7 * place))  # on the darkest ends black is illegible
     style = f"background:{colour}; color:black; border-radius:2px"
     return f'<span style="{style}" title="{value:.3g} ({html.escape(unit)})">{html.escape(text)}</span>'

@@ -7,6 +7,7 @@ from simfluence.simulators.attributed import AttributedSimulator
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import MeanTrajectorySimulator, PersistenceSimulator
 from simfluence.simulators.boosted import BoostedSimulator
+from simfluence.simulators.checks import check_simulator
 from simfluence.simulators.conformal import ConformalSimulator
 from simfluence.simulators.featurized import FeaturizedSimulator
 from simfluence.simulators.markov.simulators import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
@@ -15,7 +16,11 @@ from simfluence.simulators.tangent.simulator import TangentKernelSimulator
 
 
 def build(name: str, **parameters: object) -> Simulator:
-    """Return an unfitted simulator by its name.
+    """Build an unfitted simulator from its name.
+
+    Args:
+        name: name of a simulator in ``SIMULATORS``.
+        parameters: its parameters, by default those of the class.
 
     Raises:
         InvalidInput: no simulator has that name, or it has no such parameter.
@@ -43,4 +48,5 @@ __all__ = [
     "Simulator",
     "TangentKernelSimulator",
     "build",
+    "check_simulator",
 ]

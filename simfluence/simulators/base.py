@@ -1,4 +1,4 @@
-"""What every simulator shares: checked input, the round trip to disk, scikit-learn's habits."""
+"""The base class of all simulators: input checks, saving and loading, and scikit-learn's conventions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import optuna
 import safetensors
 import safetensors.numpy
-import sklearn.base
 from jaxtyping import Bool, Float
 
 from simfluence._internal.files import check_format, write_whole
@@ -27,30 +26,44 @@ from simfluence.runs import Run, Runs
 from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.registry import register, registered
 
-#: Version of the files written here. Files without one are of version 0, and are read; newer ones are refused.
+if TYPE_CHECKING:  # scikit-learn has no type hints
+
+    class BaseEstimator:
+        """scikit-learn's base class."""
+
+        def get_params(self, deep: bool = True) -> dict[str, Any]: ...
+
+        def set_params(self, **parameters: Any) -> Any: ...
+else:
+    from sklearn.base import BaseEstimator
+
+__all__ = ["FORMAT", "Simulator", "SimulatorT"]
+
+#: Version of the file format. Files without a version count as version 0 and are read; newer ones are refused.
 FORMAT = 1
 
-_AT_ONCE = 50  # edited curricula that are simulated together
+_AT_ONCE = 50  # edited curricula simulated at a time
 
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
 SimulatorT = TypeVar("SimulatorT", bound="Simulator")
 
 
-class Simulator(sklearn.base.BaseEstimator, ABC):
-    """Predicts the test losses of a training run from its curriculum and the losses before it.
+class Simulator(BaseEstimator, ABC):
+    """Predicts the test losses of a training run from its curriculum and the losses before training.
 
-    Subclasses implement ``_fit(runs)``, which sets arrays whose names end in an underscore, and
+    Subclasses implement ``_fit(runs)``, which sets attributes whose names end in an underscore, and
     ``_simulate(curricula, initial)``. A class with a ``name`` of its own is registered under it when it is defined:
-    files, ``tune`` and the command line know it from then on.
+    files, ``tune`` and the command line then accept that name. ``simfluence.simulators.check_simulator`` tests a
+    subclass.
     """
 
-    #: What files and the command line call it.
+    #: Name in files and on the command line.
     name: ClassVar[str] = ""
-    #: Whether it wraps something that is given as a parameter, so that a name alone does not build it.
+    #: Whether it wraps another object, given as a parameter, so that it cannot be built from its name alone.
     is_wrapper: ClassVar[bool] = False
-    #: Whether it needs the task besides the runs, as a parameter ``task``.
+    #: Whether it needs the task as well as the runs, as a parameter ``task``.
     needs_task: ClassVar[bool] = False
-    #: Whether ``interval`` gives the ends of intervals of the losses.
+    #: Whether ``interval`` returns intervals of the losses.
     gives_intervals: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -59,14 +72,14 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
             register(cls)
 
     def fit(self: SimulatorT, runs: Runs | Sequence[Run], y: None = None) -> SimulatorT:
-        """Learn from recorded runs; leave out diverged ones with a warning. An interrupted fit changes nothing.
+        """Learn from recorded runs, leaving out diverged ones with a warning. A fit that fails changes nothing.
 
         Args:
-            runs: of one task and one recipe.
+            runs: runs of one task and one recipe.
             y: ignored; scikit-learn's pipelines and searches pass it.
 
         Raises:
-            InvalidInput: there is no run left to learn from, or the runs are of several recipes.
+            InvalidInput: no run is left to learn from, or the runs have several recipes.
         """
         self._check_parameters()
         runs = (runs if isinstance(runs, Runs) else Runs(runs)).usable("fit")
@@ -88,7 +101,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         Sums go over the runs, the steps after time 0 and the test examples. ``evaluate`` gives intervals too.
 
         Args:
-            runs: not among those that the simulator was fitted on.
+            runs: held-out runs.
             y: ignored.
 
         Raises:
@@ -98,7 +111,7 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         simulated = self.simulate(held_out.curricula, held_out.initial_losses)
         if not hasattr(self, "baseline_"):
             raise InvalidInput(
-                "an older version fitted this simulator and did not keep the mean trajectory: fit it again"
+                "an older version fitted this simulator, without the mean trajectory to compare with: fit it again"
             )
         times = np.minimum(np.arange(simulated.shape[1]), len(self.baseline_) - 1)
         true = held_out.losses.astype(np.float64)
@@ -107,24 +120,24 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
 
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
-        """Parameters to try, drawn from an Optuna trial; none where there is nothing to tune.
+        """Draw parameters to try from an Optuna trial; by default none, if there is nothing to tune.
 
-        The defaults must be among what can be drawn: ``tune`` tries them first.
+        The ranges must include the defaults, which ``tune`` tries first.
         """
         return {}
 
     def simulate(self, curricula: Sequence[Curriculum], initial_losses: Any) -> Losses:
-        """The losses under each curriculum, ``[runs, steps + 1, test]``, float64.
+        """Simulate the losses under each curriculum, ``[runs, steps + 1, test]``, float64.
 
         Rows after the end of a curriculum shorter than the longest are NaN.
 
         Args:
-            curricula: of the training examples that the simulator was fitted on.
-            initial_losses: before any update, ``[runs, test]``, or ``[test]`` for all curricula alike.
+            curricula: curricula of the training examples that the simulator was fitted on.
+            initial_losses: losses before any update, ``[runs, test]``, or ``[test]`` for all curricula alike.
 
         Raises:
             NotFittedError: before ``fit``.
-            InvalidInput: other numbers of examples or curricula.
+            InvalidInput: numbers of examples or curricula do not match.
         """
         self._check_fitted()
         curricula = list(curricula)
@@ -138,14 +151,14 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
     def changes(
         self, base: Curriculum, edited: Sequence[Curriculum], initial_losses: Any
     ) -> Float[np.ndarray, "edited test"]:
-        """Change of the final losses from the ``base`` curriculum to each edited one.
+        """Simulate the change of the final losses from the ``base`` curriculum to each edited one.
 
         Args:
-            base, edited: of the training examples that the simulator was fitted on.
-            initial_losses: before any update, ``[test]``.
+            base, edited: curricula of the training examples that the simulator was fitted on.
+            initial_losses: losses before any update, ``[test]``.
 
         Raises:
-            NotFittedError, InvalidInput: as ``simulate``.
+            NotFittedError, InvalidInput: see ``simulate``.
         """
         self._check_fitted()
         edited = list(edited)
@@ -155,37 +168,37 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
     def changes_without(
         self, base: Curriculum, groups: Bool[np.ndarray, "groups train"], initial_losses: Any
     ) -> Float[np.ndarray, "groups test"]:
-        """Change of the final losses had each group of training examples never been shown; batches shrink.
+        """Simulate the change of the final losses without each group of training examples; batches shrink.
 
         Args:
-            base: of the training examples that the simulator was fitted on.
-            groups: who is in each group; one that the base does not show changes nothing.
-            initial_losses: before any update, ``[test]``.
+            base: curriculum of the training examples that the simulator was fitted on.
+            groups: membership in each group; a group that the base does not show changes nothing.
+            initial_losses: losses before any update, ``[test]``.
 
         Raises:
-            NotFittedError, InvalidInput: as ``simulate``; a group is all that the base shows.
+            NotFittedError, InvalidInput: see ``simulate``; also if a group holds every example that the base shows.
         """
         self._check_fitted()
         initial = self._check_initial([base], initial_losses)[0]
-        _check_some_left(base, groups)
+        _check_remaining(base, groups)
         return self._changes_without(base, groups, initial)
 
     def derivatives_without(self, base: Curriculum, initial_losses: Any) -> Float[np.ndarray, "train test"]:
-        """Derivatives of the final losses as each training example leaves: estimates of ``changes_without`` it.
+        """Estimate ``changes_without`` each training example by a derivative of the final losses.
 
-        The shares of examples in a batch go in a straight line from those with it, where the derivatives are taken, to
-        those without it, ``1 / |c|`` to ``1 / (|c| − 1)`` for the others.
+        The weights in a batch change linearly as the example leaves, from ``1 / |c|`` to ``1 / (|c| − 1)`` for the
+        others; the derivative is taken at the full batch.
 
         Args:
-            base: of the training examples that the simulator was fitted on.
-            initial_losses: before any update, ``[test]``.
+            base: curriculum of the training examples that the simulator was fitted on.
+            initial_losses: losses before any update, ``[test]``.
 
         Raises:
-            NotFittedError, InvalidInput: as ``changes_without``; this kind of simulator has no derivatives.
+            NotFittedError, InvalidInput: see ``changes_without``; also if the simulator has no derivatives.
         """
         self._check_fitted()
         initial = self._check_initial([base], initial_losses)[0]
-        _check_some_left(base, np.eye(self.n_train_, dtype=bool))
+        _check_remaining(base, np.eye(self.n_train_, dtype=bool))
         return self._derivatives_without(base, initial)
 
     def interval(
@@ -194,20 +207,20 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         """Return the lower and upper ends of the interval of each loss, each ``[runs, steps + 1, test]``.
 
         Raises:
-            InvalidInput: simulators of this kind give no intervals (``gives_intervals`` is False).
+            InvalidInput: the simulator gives no intervals (``gives_intervals`` is False).
         """
-        raise InvalidInput(f"simulator {self.name!r} gives no intervals: wrap it, ConformalSimulator({self!r})")
+        raise InvalidInput(f"simulator {self.name!r} gives no intervals: wrap it as ConformalSimulator({self!r})")
 
     def with_parameters(self: SimulatorT, **parameters: object) -> SimulatorT:
-        """Set parameters like ``set_params``, but checked at once.
+        """Set parameters like ``set_params``, and check them.
 
         Raises:
             InvalidInput: there is no such parameter, or its value is out of range.
         """
-        known = self.get_params()
+        options = self.get_params()
         for name in parameters:
-            if name not in known:
-                raise InvalidInput(f"simulator {self.name!r} has no parameter {name!r}, {did_you_mean(name, known)}")
+            if name not in options:
+                raise InvalidInput(f"simulator {self.name!r} has no parameter {name!r}, {did_you_mean(name, options)}")
         self.set_params(**parameters)
         self._check_parameters()
         return self
@@ -225,19 +238,23 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         write_whole(Path(path), safetensors.numpy.save(arrays, content))
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return what is saved, as JSON and as arrays by name. Simulators within this one have its name as a prefix.
+        """Return the state to save, as JSON and as arrays by name; arrays of an inner simulator have a prefix.
 
         Raises:
-            InvalidInput: the class has no name of its own, by which a file could be read again.
+            InvalidInput: the class has no name of its own, so that a file could not be loaded.
         """
         if registered(self.name) is not type(self):
-            raise InvalidInput(f"files name simulators by their class: give {type(self).__name__} a name of its own")
+            raise InvalidInput(
+                f"cannot save, because a file identifies a simulator by its class's name: give {type(self).__name__} "
+                "a name of its own"
+            )
         parameters = self.get_params(deep=False)
         learned = {name: value for name, value in vars(self).items() if name.endswith("_")}
-        arrays = {name: np.ascontiguousarray(v) for name, v in learned.items() if isinstance(v, np.ndarray)}
+        arrays = {name: np.ascontiguousarray(value) for name, value in learned.items() if isinstance(value, np.ndarray)}
         about: dict[str, Any] = {"simulator": self.name, "parts": {}}
         about["parameters"] = {
-            n: v._state()[0] if isinstance(v, Simulator) else _plain(v) for n, v in parameters.items()
+            name: value._state()[0] if isinstance(value, Simulator) else _plain(value)
+            for name, value in parameters.items()
         }
         for name, value in learned.items():
             if isinstance(value, list) and value and isinstance(value[0], Simulator):
@@ -252,32 +269,34 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
         """Read a fitted simulator of this class; ``Simulator.load`` reads one of any class.
 
         Raises:
-            StoreError: the file is damaged, no simulator, or one of another class.
+            StoreError: the file is missing or damaged, or holds no simulator or one of another class.
         """
         try:
             with safetensors.safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if metadata["sha256"] != _checksum(metadata["simfluence"], arrays):
-                raise ValueError("its checksum does not hold")
+                raise ValueError("its checksum does not match its content")
             about = json.loads(metadata["simfluence"])
             check_format(about.get("format", 0), FORMAT, path)
             simulator = _restored(about, arrays, about.get("format", 0))
         except FileNotFoundError:
-            raise StoreError(f"no simulator at {path}") from None
+            raise StoreError(f"no simulator at {path}: the file does not exist") from None
         except (
             safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError
         ) as error:  # fmt: skip
-            raise StoreError(f"{path} is damaged or no simulator: {error}") from None
+            raise StoreError(f"{path} is damaged or holds no simulator: {error}") from None
         if not isinstance(simulator, cls):
-            raise StoreError(f"{path} holds a simulator {simulator.name!r}, not one of {cls.__name__}")
+            raise StoreError(
+                f"{path} holds a simulator {simulator.name!r}, not one of {cls.__name__}: load it with Simulator.load"
+            )
         return simulator
 
     @classmethod
     def _from_format_0(
         cls, parameters: dict[str, Any], learned: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Parameters and learned arrays of a file of format 0, by the names that they have now."""
+        """Rename the parameters and learned arrays of a file of format 0."""
         return parameters, learned
 
     @abstractmethod
@@ -285,30 +304,32 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
 
     @abstractmethod
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
-        """Losses ``[runs, longest + 1, test]``; what stands at time 0 and after a curriculum's end is ignored."""
+        """Simulate losses ``[runs, longest + 1, test]``; time 0 and rows after a curriculum's end are overwritten."""
 
     def _changes(self, base: Curriculum, edited: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
-        """As ``changes``: by simulating them, some at a time."""
+        """Simulate the base and the edited curricula, a chunk of them at a time, for ``changes``."""
         before = self.simulate([base], initial)[0, -1]
         after = np.empty((len(edited), self.n_test_))
         with bar("Simulating", len(edited), shown=len(edited) > _AT_ONCE) as advance:
             for start in range(0, len(edited), _AT_ONCE):
-                some = edited[start : start + _AT_ONCE]
-                losses = self.simulate(some, initial)
-                after[start : start + len(some)] = losses[np.arange(len(some)), [len(each) for each in some]]
-                advance(len(some))
-        return after - before
+                chunk = edited[start : start + _AT_ONCE]
+                losses = self.simulate(chunk, initial)
+                last = [len(curriculum) for curriculum in chunk]
+                after[start : start + len(chunk)] = losses[np.arange(len(chunk)), last]
+                advance(len(chunk))
+        changes: np.ndarray = after - before
+        return changes
 
     def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
         changes = np.zeros((len(groups), self.n_test_))
         shown = np.flatnonzero(groups[:, np.unique(base.indices)].any(axis=1))
         if len(shown):
-            edited = [Remove(np.flatnonzero(group)).apply(base) for group in groups[shown]]
+            edited = [Remove(rows=np.flatnonzero(group)).apply(base) for group in groups[shown]]
             changes[shown] = self._changes(base, edited, initial)
         return changes
 
     def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:
-        raise InvalidInput(f"simulator {self.name!r} has no derivatives: leave each example out by method='simulate'")
+        raise InvalidInput(f"simulator {self.name!r} has no derivatives: use method='simulate'")
 
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""
@@ -319,25 +340,25 @@ class Simulator(sklearn.base.BaseEstimator, ABC):
 
     def _check_initial(self, curricula: list[Curriculum], initial_losses: Any) -> np.ndarray:
         if not curricula:
-            raise InvalidInput("no curriculum to simulate")
+            raise InvalidInput("no curriculum to simulate: give at least one")
         for curriculum in curricula:
             if curriculum.n_train != self.n_train_:
                 raise InvalidInput(
-                    f"a curriculum of {curriculum.n_train} training examples, but this simulator was fitted on "
+                    f"a curriculum is of {curriculum.n_train} training examples, but this simulator was fitted on "
                     f"{self.n_train_}"
                 )
         initial = np.asarray(initial_losses, np.float64)
         if initial.shape not in ((self.n_test_,), (len(curricula), self.n_test_)):
             raise InvalidInput(
-                f"initial losses must be [{len(curricula)} runs, {self.n_test_} test examples] as fitted, "
-                f"or [{self.n_test_}]; got {list(initial.shape)}"
+                f"initial losses must be [{len(curricula)} runs, {self.n_test_} test examples] or [{self.n_test_}], "
+                f"as the simulator was fitted; got {list(initial.shape)}"
             )
         return np.broadcast_to(initial, (len(curricula), self.n_test_))
 
 
-def _check_some_left(base: Curriculum, groups: np.ndarray) -> None:
+def _check_remaining(base: Curriculum, groups: np.ndarray) -> None:
     if groups[:, np.unique(base.indices)].all(axis=1).any():
-        raise InvalidInput("a group is all that the base shows: removing it would leave no example")
+        raise InvalidInput("a group holds every example that the base shows: removing it would leave none to train on")
 
 
 def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:
@@ -348,32 +369,38 @@ def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:
 
 
 def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], version: int) -> Simulator:
-    """Build the simulator of which ``_state`` was saved in a format of that version.
+    """Build a simulator from its saved ``_state``.
 
     Raises:
-        KeyError, ValueError, TypeError, AttributeError: ``_state`` gives nothing like this.
+        KeyError, ValueError, TypeError, AttributeError: this is no saved state.
     """
     kind = registered(str(about["simulator"]))
     if kind is None:
         raise ValueError(
-            f"unknown simulator {about['simulator']!r}; if it is your own, import the module that defines it first"
+            f"unknown simulator {about['simulator']!r}: if it is your own, first import the module that defines it"
         )
-    own: dict[str, Any] = {name: value for name, value in arrays.items() if "." not in name}
-    parameters = {n: _restored(v, {}, version) if isinstance(v, dict) else v for n, v in about["parameters"].items()}
+    learned: dict[str, Any] = {name: value for name, value in arrays.items() if "." not in name}
+    parameters = {
+        name: _restored(value, {}, version) if isinstance(value, dict) else value
+        for name, value in about["parameters"].items()
+    }
     if version < FORMAT:
-        parameters, own = kind._from_format_0(parameters, own)
+        parameters, learned = kind._from_format_0(parameters, learned)
     simulator: Simulator = kind().with_parameters(**parameters)
     for name, states in about["parts"].items():
         prefixes = [f"{name}.{index}." for index in range(len(states))]
-        inner = [{key.removeprefix(p): v for key, v in arrays.items() if key.startswith(p)} for p in prefixes]
-        own[name] = [_restored(*pair, version) for pair in zip(states, inner, strict=True)]
-    for name, value in (about["learned"] | own).items():
+        inner = [
+            {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            for prefix in prefixes
+        ]
+        learned[name] = [_restored(*pair, version) for pair in zip(states, inner, strict=True)]
+    for name, value in (about["learned"] | learned).items():
         if not name.isidentifier() or name.startswith("_") or not name.endswith("_"):
-            raise ValueError(f"it sets {name!r}")
+            raise ValueError(f"it sets {name!r}, which is no learned attribute")
         setattr(simulator, name, value)
     return simulator
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's scalars as Python's own, which JSON can say."""
+    """Convert a NumPy scalar to a Python one, for JSON."""
     return value.item() if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""Forecasts that cost nothing. A simulator worth having beats them."""
+"""Baseline forecasts that ignore the curriculum. A useful simulator beats them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.mean import mean_trajectory
 
+__all__ = ["MeanTrajectorySimulator", "PersistenceSimulator"]
+
 
 class PersistenceSimulator(Simulator):
-    """The losses stay as they started: ``L_t = L_0``.
+    """Constant losses: ``L_t = L_0``.
 
     >>> runs = Runs.from_arrays([[[0], [1]]], [[[3.0], [2.0], [1.0]]])
     >>> PersistenceSimulator().fit(runs).simulate(runs.curricula, [5.0]).ravel()
@@ -30,12 +32,12 @@ class PersistenceSimulator(Simulator):
 
 
 class MeanTrajectorySimulator(Simulator):
-    """The mean of the fitting runs at each step, whatever the curriculum: ``L_t = m_t``.
+    """The mean of the fitting runs at each step, for any curriculum: ``L_t = m_t``.
 
-    Beyond the longest fitting run the last mean is held.
+    Beyond the longest fitting run the last mean is repeated.
 
     Attributes:
-        mean_: ``[steps + 1, test]``, over the runs that have that step.
+        mean_: mean over the runs that recorded the step, ``[steps + 1, test]``.
 
     >>> runs = Runs.from_arrays([[[0], [1]], [[1], [1]]], [[[3.0], [2.0], [1.0]], [[3.0], [2.5], [2.0]]])
     >>> MeanTrajectorySimulator().fit(runs).simulate(runs.curricula[:1], [3.0]).ravel()

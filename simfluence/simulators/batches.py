@@ -1,4 +1,4 @@
-"""Batches of curricula as weights of training examples, which every simulator that goes step by step starts from."""
+"""Batches of curricula as weights of training examples, from which step-by-step simulators start."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import scipy.sparse
 
 from simfluence.curriculum import Curriculum
 
+__all__ = ["batch_weights", "usual_batch_size", "weights_of_batches"]
+
 
 def batch_weights(
     curricula: Sequence[Curriculum], longest: int, batch_size: int
 ) -> tuple[scipy.sparse.csr_array, np.ndarray]:
-    """``w_i = count · B/|c|`` of all steps ``[runs · longest, train]``, and which steps are updates.
+    """Return ``w_i = count · B/|c|`` of all steps ``[runs · longest, train]``, and whether each step is an update.
 
-    Steps after a curriculum's end are empty rows. An example that is twice in a batch may stand there twice.
+    Steps after a curriculum's end are empty rows. An example that is twice in a batch may have two entries in its row.
     """
     ends = np.cumsum([0, *(len(curriculum.indices) for curriculum in curricula)])
     offsets = np.repeat(ends[1:, None], longest + 1, axis=1)  # [runs, longest + 1]
@@ -29,13 +31,13 @@ def batch_weights(
 def weights_of_batches(
     indices: np.ndarray, offsets: np.ndarray, n_train: int, batch_size: int
 ) -> scipy.sparse.csr_array:
-    """Batches laid end to end as rows ``[batches, train]``, each example with the weight B/|c|."""
+    """Return batches laid end to end as rows ``[batches, train]``, each example with the weight B/|c|."""
     sizes = np.diff(offsets)
     values = np.repeat(batch_size / np.maximum(sizes, 1), sizes)
     return scipy.sparse.csr_array((values, indices, offsets), (len(sizes), n_train))
 
 
 def usual_batch_size(curricula: Sequence[Curriculum]) -> int:
-    """The most frequent size of a batch that is not empty."""
+    """Return the most frequent size of the batches that are not empty."""
     sizes = np.concatenate([curriculum.sizes for curriculum in curricula])
     return int(np.bincount(sizes[sizes > 0]).argmax())

@@ -1,4 +1,4 @@
-"""Boosted trees on what surrogate learners say of a curriculum (ours)."""
+"""Boosted trees on the losses of surrogate learners (a method of this library)."""
 
 from __future__ import annotations
 
@@ -17,42 +17,44 @@ from simfluence.simulators.base import Simulator
 from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.surrogates import KERNELS, Batches, Kernel, Sides, best_speed, surrogate_losses
 
-#: Speeds of the surrogates of one kernel, relative to the best alone.
+__all__ = ["BoostedSimulator"]
+
+#: Speeds of the surrogates of one kernel, relative to the kernel's best single speed.
 _PACES = (0.5, 1.0, 2.0)
-_RIDGE = 1e-3  # relative to each deviation's own mean square
-_FIT_ROWS = 200_000  # of (run, step, test example) that trees are grown on
-_MOST_LEAVES = 131_072  # LightGBM's own limit
-_CHUNK_ENTRIES = 1_000_000  # of [runs, steps, test] that are simulated at a time
-_LARGEST = 1e6  # a surrogate that overflows says as much as one that is very wrong
+_RIDGE = 1e-3  # relative to each deviation's mean square
+_FIT_ROWS = 200_000  # (run, step, test example) that trees are grown on
+_MOST_LEAVES = 131_072  # LightGBM's limit
+_CHUNK_ENTRIES = 1_000_000  # of [runs, steps, test] simulated at a time
+_LARGEST = 1e6  # an overflowing surrogate is as informative as a very wrong one
 
 
 class BoostedSimulator(Simulator):
-    """The mean trajectory, plus what the curriculum changes, read off surrogate learners.
+    """The mean trajectory, plus deviations predicted from the losses of surrogate learners.
 
-    Kernel machines on the examples' features go through each curriculum (see ``surrogates``): three kernels, each at
-    its best speed on the fitting runs, half and twice that. With ``s_k`` the loss of surrogate k and ``s̄_k`` its mean
-    over the fitting runs, all at time t,
+    Kernel machines on the examples' features are trained on each curriculum (see ``surrogates``): three kernels, each
+    at its best speed on the fitting runs, half and twice that. With ``s_k`` the loss of surrogate k and ``s̄_k`` its
+    mean over the fitting runs, all at time t,
 
         L_t(z) = m_t(z) + Σ_k w_k (s_k − s̄_k) + trees(s − s̄, s̄, m_t, t)
 
-    where w is a ridge regression, which carries on beyond what the fitting runs show, and the trees (LightGBM) learn
-    what it leaves. A forecast at t is made from the curriculum up to t alone, never from a forecast at t − 1, so that
-    errors cannot feed on themselves. For the same reason losses may have been recorded with gaps.
+    where w is a ridge regression, which extrapolates beyond the fitting runs, and the trees (LightGBM) learn its
+    residuals. A forecast at t depends on the curriculum up to t alone, never on a forecast at t − 1, so errors do not
+    accumulate. For the same reason losses may have been recorded with gaps.
 
-    Beyond the longest fitting run, m and s̄ are held at their ends while the surrogates go on learning at the last
+    Beyond the longest fitting run, m and s̄ keep their last values while the surrogates continue to learn at the last
     learning rate.
-    Needs examples with features and targets; no gradient, and no model.
+    Needs examples with features and targets, but no gradient and no model.
 
     Args:
-        rounds: number of trees; 0 leaves the ridge regression alone.
-        learning_rate: of the boosting.
-        leaves: of a tree, at most.
-        min_rows: of a leaf, at least: rows are (run, step, test example).
-        seed: of the sampled rows and columns.
+        rounds: number of trees; 0 is the ridge regression alone.
+        learning_rate: learning rate of the boosting.
+        leaves: maximum number of leaves of a tree.
+        min_rows: minimum number of rows of a leaf; a row is a (run, step, test example).
+        seed: seed of the sampled rows and columns.
 
     Attributes:
         mean_: m, ``[steps + 1, test]``.
-        speeds_: of the kernels, each the best alone, ``[kernels]``.
+        speeds_: best single speed of each kernel, ``[kernels]``.
         surrogate_mean_: s̄, ``[steps + 1, test, surrogates]``.
         weights_: w, ``[surrogates]``.
         trees_: the model in LightGBM's text form.
@@ -91,27 +93,27 @@ class BoostedSimulator(Simulator):
         for name, least in (("rounds", 0), ("leaves", 2), ("min_rows", 1), ("seed", 0)):
             whole(name, getattr(self, name), least)
         if self.leaves > _MOST_LEAVES:
-            raise InvalidInput(f"leaves can be {_MOST_LEAVES} at most, got {self.leaves}")
+            raise InvalidInput(f"leaves must be at most {_MOST_LEAVES}, got {self.leaves}")
         if number("learning_rate", self.learning_rate, above=0) > 1:
             raise InvalidInput(f"learning_rate must be above 0 and at most 1, got {self.learning_rate!r}")
 
     def _fit(self, runs: Runs) -> None:
-        runs = Runs(sorted(runs, key=lambda run: run.id))  # their order is to make no difference
+        runs = Runs(sorted(runs, key=lambda run: run.id))  # so that their order makes no difference
         sides = Sides.of(runs.train, runs.test, "the boosted simulator")
-        self._keep(sides)
+        self._store(sides)
         self.schedule_ = _relative_rates(runs)
         kernels = [Kernel(kind, sides) for kind in KERNELS]
         self.speeds_ = np.array([best_speed(kernel, sides, runs, self.schedule_) for kernel in kernels])
-        said = self._surrogates(runs.curricula)
+        surrogates = self._surrogates(runs.curricula)
         lengths = np.array([run.steps for run in runs])
-        going = np.arange(said.shape[1]) <= lengths[:, None]  # [runs, times]
+        within = np.arange(surrogates.shape[1]) <= lengths[:, None]  # [runs, times]
         self.mean_ = mean_trajectory(runs)
-        self.surrogate_mean_ = (said * going[:, :, None, None]).sum(0) / going.sum(0)[:, None, None]
-        missing = runs.losses.astype(np.float64) - self.mean_
-        missing[:, 0] = np.nan  # nothing to forecast there
-        self.weights_ = _ridge(said - self.surrogate_mean_, missing)
-        missing -= (said - self.surrogate_mean_) @ self.weights_
-        self.trees_ = self._grow(said, missing)
+        self.surrogate_mean_ = (surrogates * within[:, :, None, None]).sum(0) / within.sum(0)[:, None, None]
+        residuals = runs.losses.astype(np.float64) - self.mean_
+        residuals[:, 0] = np.nan  # the losses at time 0 are given
+        self.weights_ = _ridge(surrogates - self.surrogate_mean_, residuals)
+        residuals -= (surrogates - self.surrogate_mean_) @ self.weights_
+        self.trees_ = self._grow(surrogates, residuals)
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         longest = max(len(curriculum) for curriculum in curricula)
@@ -119,45 +121,48 @@ class BoostedSimulator(Simulator):
         chunk = max(1, _CHUNK_ENTRIES // ((longest + 1) * self.n_test_))
         trees = lightgbm.Booster(model_str=self.trees_) if self.trees_ else None
         for start in range(0, len(curricula), chunk):
-            said = self._surrogates(curricula[start : start + chunk])
-            times = np.minimum(np.arange(said.shape[1]), len(self.mean_) - 1)
-            found = self.mean_[times] + (said - self.surrogate_mean_[times]) @ self.weights_
+            surrogates = self._surrogates(curricula[start : start + chunk])
+            times = np.minimum(np.arange(surrogates.shape[1]), len(self.mean_) - 1)
+            forecasts = self.mean_[times] + (surrogates - self.surrogate_mean_[times]) @ self.weights_
             if trees:
-                rows = self._rows(said.reshape(-1, *said.shape[2:]), np.tile(times, len(said)))
-                found += np.asarray(trees.predict(rows, num_threads=1)).reshape(found.shape)
-            losses[start : start + chunk, : found.shape[1]] = found
+                rows = self._rows(surrogates.reshape(-1, *surrogates.shape[2:]), np.tile(times, len(surrogates)))
+                forecasts += np.asarray(trees.predict(rows, num_threads=1)).reshape(forecasts.shape)
+            losses[start : start + chunk, : forecasts.shape[1]] = forecasts
         return losses
 
     def _surrogates(self, curricula: Sequence[Curriculum]) -> np.ndarray:
-        """What every surrogate's losses are, ``[runs, steps + 1, test, surrogates]``."""
+        """Return the losses of every surrogate, ``[runs, steps + 1, test, surrogates]``."""
         sides, batches = self._sides(), Batches.of(curricula)
         steps = batches.indices.shape[1]
         rates = self.schedule_[np.minimum(np.arange(steps), len(self.schedule_) - 1)]
-        said = []
+        surrogates = []
         with np.errstate(all="ignore"):
             for kind, speed in zip(KERNELS, self.speeds_, strict=True):
                 kernel = Kernel(kind, sides)
-                said += [surrogate_losses(kernel, sides, batches, pace * speed * rates) for pace in _PACES]
-        return np.nan_to_num(np.stack(said, axis=-1), nan=_LARGEST, posinf=_LARGEST).clip(-_LARGEST, _LARGEST)
+                surrogates += [surrogate_losses(kernel, sides, batches, pace * speed * rates) for pace in _PACES]
+        losses: np.ndarray = np.nan_to_num(np.stack(surrogates, axis=-1), nan=_LARGEST, posinf=_LARGEST)
+        return losses.clip(-_LARGEST, _LARGEST)
 
-    def _rows(self, said: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """What the trees see at some times ``[k]`` of some runs: rows ``[k · test, columns]``.
+    def _rows(self, surrogates: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Return the trees' input at times ``[k]``, rows ``[k · test, columns]``.
 
-        ``said`` is what the surrogates' losses are then, ``[k, test, surrogates]``.
+        Args:
+            surrogates: losses of the surrogates at these times, ``[k, test, surrogates]``.
+            times: times of these losses, of any runs.
         """
-        usual, mean = self.surrogate_mean_[times], self.mean_[times][:, :, None]
+        surrogate_mean, mean = self.surrogate_mean_[times], self.mean_[times][:, :, None]
         step = np.broadcast_to(times[:, None, None], mean.shape)
-        columns = np.concatenate([said - usual, usual, mean, step], axis=2)
+        columns = np.concatenate([surrogates - surrogate_mean, surrogate_mean, mean, step], axis=2)
         return columns.reshape(-1, columns.shape[2])
 
-    def _grow(self, said: np.ndarray, missing: np.ndarray) -> str:
-        """Trees that predict ``missing`` where it is known, on a random sample if there are many rows."""
+    def _grow(self, surrogates: np.ndarray, residuals: np.ndarray) -> str:
+        """Fit trees to the residuals that are not NaN, on a random sample if there are many rows."""
         if self.rounds == 0:
             return ""
-        known = np.argwhere(~np.isnan(missing).any(axis=2))  # [k, run and time]
+        known = np.argwhere(~np.isnan(residuals).any(axis=2))  # [k, run and time]
         if not len(known):
-            raise InvalidInput("no loss after time 0 was read in any of these runs: record with Observe(every=…)")
-        count = min(len(known), max(1, _FIT_ROWS // missing.shape[2]))
+            raise InvalidInput("none of these runs recorded a loss after time 0: record with Observe(every=…)")
+        count = min(len(known), max(1, _FIT_ROWS // residuals.shape[2]))
         rng = np.random.default_rng(self.seed)
         run, time = known[np.sort(rng.choice(len(known), count, replace=False))].T
         parameters = {
@@ -166,10 +171,10 @@ class BoostedSimulator(Simulator):
             "seed": self.seed, "deterministic": True, "force_row_wise": True, "verbose": -1,
             "num_threads": 1,
         }  # fmt: skip
-        rows = lightgbm.Dataset(self._rows(said[run, time], time), missing[run, time].ravel())
+        rows = lightgbm.Dataset(self._rows(surrogates[run, time], time), residuals[run, time].ravel())
         return lightgbm.train(parameters, rows, self.rounds).model_to_string()
 
-    def _keep(self, sides: Sides) -> None:
+    def _store(self, sides: Sides) -> None:
         self.train_features_, self.test_features_ = sides.train, sides.test
         self.train_targets_, self.test_targets_ = sides.train_targets, sides.test_targets
         self.classes_ = sides.classes
@@ -181,18 +186,20 @@ class BoostedSimulator(Simulator):
 
 
 def _relative_rates(runs: Runs) -> np.ndarray:
-    """The longest run's learning rates relative to their peak, ``[steps]``; 1 where they are not known."""
+    """Return the longest run's learning rates relative to their peak, ``[steps]``; 1 if they are unknown."""
     longest = max(runs, key=lambda run: run.steps)
     rates = longest.learning_rates
     if rates is None or not np.isfinite(rates).all() or rates.max() <= 0:
         return np.ones(longest.steps)
-    return rates / rates.max()
+    relative: np.ndarray = rates / rates.max()
+    return relative
 
 
-def _ridge(deviations: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """Weights ``[surrogates]`` of their deviations that best explain what is known of ``missing``."""
-    known = ~np.isnan(missing)
-    rows, wanted = deviations[known], missing[known]
+def _ridge(deviations: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """Return the weights ``[surrogates]`` of a ridge regression of the residuals, where known, on the deviations."""
+    known = ~np.isnan(residuals)
+    rows, targets = deviations[known], residuals[known]
     gram = rows.T @ rows
     penalty = _RIDGE * np.diag(gram)
-    return np.linalg.solve(gram + np.diag(np.where(penalty > 0, penalty, 1.0)), rows.T @ wanted)
+    weights: np.ndarray = np.linalg.solve(gram + np.diag(np.where(penalty > 0, penalty, 1.0)), rows.T @ targets)
+    return weights

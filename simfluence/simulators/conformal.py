@@ -1,4 +1,4 @@
-"""Forecasts with intervals, for any simulator."""
+"""Intervals around any simulator's forecasts."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.markov.simulators import LinearSimulator
 
-_LEVELS = np.linspace(0.5, 0.99, 50)  # of confidence, between which an interval's width is interpolated
-_BORROWED = 0.5  # runs' worth of residuals that a test example borrows from the others: few runs may miss some
+__all__ = ["ConformalSimulator"]
+
+_LEVELS = np.linspace(0.5, 0.99, 50)  # confidences at which quantiles are stored; others are interpolated
+_BORROWED = 0.5  # weight, in runs, of the median variance in each test example's: few runs may miss its errors
 
 
 class ConformalSimulator(Simulator):
-    """A simulator's forecasts, with intervals that are as wide as its errors were on runs left out of the fit.
+    """Add intervals to a simulator's forecasts, as wide as its errors on held-out runs.
 
-    With r the residuals of cross-validation, v_t(z) their mean square over runs (a little drawn to the median of all
+    With r the residuals of cross-validation, v_t(z) their mean square over runs (shrunk slightly to the median of all
     test examples) and s the standard deviation of forecasts by simulators fitted on bootstrap resamples of the runs,
 
         interval = forecast ± q_t(confidence) · √(v_t(z) + s²)
 
     where q_t is the quantile, over runs and test examples, of |r| / √(v + s²), with v taken without the run itself
     (split conformal prediction with a local scale: Lei et al. 2018; cross-validated: Barber et al. 2021). v is the
-    error that such curricula always leave, s grows for one that the runs say little of. Coverage is that of runs
-    like the recorded ones; a curriculum far from all of them may be outside more often.
+    usual error for curricula like those of the runs; s grows for a curriculum unlike them. Coverage holds for runs
+    like the recorded ones; for a curriculum far from all of them, intervals may miss more often.
 
     Args:
-        simulator: what to fit; it is not changed.
+        simulator: the simulator to fit, which is cloned; by default a linear one around the mean.
         members: number of bootstrap resamples.
-        folds: parts of the runs that are left out in turn.
-        seed: of the resamples and the folds.
+        folds: number of folds in cross-validation.
+        seed: seed of the resamples and the folds.
 
     Attributes:
-        fitted_: the simulator fitted on all runs, then on each resample.
+        fitted_: simulators fitted on all runs, then on each resample.
         variance_: v, ``[steps + 1, test]``.
         quantiles_: q at confidences of 0.50, 0.51, … 0.99, ``[steps + 1, levels]``.
 
@@ -67,24 +69,26 @@ class ConformalSimulator(Simulator):
     def interval(
         self, curricula: Sequence[Curriculum], initial_losses: Any, confidence: float = 0.9
     ) -> tuple[Losses, Losses]:
-        """Lower and upper ends ``[runs, steps + 1, test]`` of the interval of each loss; at time 0 they are the losses.
+        """Return the lower and upper ends of each loss's interval, each ``[runs, steps + 1, test]``.
+
+        At time 0 both are the initial losses.
 
         Args:
-            curricula, initial_losses: as of ``simulate``.
-            confidence: share of losses that is to lie within, from 0.5 to 0.99.
+            curricula, initial_losses: see ``simulate``.
+            confidence: fraction of the losses that the intervals should contain, from 0.5 to 0.99.
 
         Raises:
             NotFittedError: before ``fit``.
-            InvalidInput: a confidence out of range, or what ``simulate`` refuses.
+            InvalidInput: the confidence is out of range, or ``simulate`` refuses the curricula or losses.
         """
         self._check_fitted()
         if not _LEVELS[0] <= confidence <= _LEVELS[-1]:
             raise InvalidInput(f"confidence must be from {_LEVELS[0]} to {_LEVELS[-1]}, got {confidence}")
         forecast = self.simulate(curricula, initial_losses)
         times = np.minimum(np.arange(forecast.shape[1]), len(self.variance_) - 1)
-        wide = [np.interp(confidence, _LEVELS, quantiles) for quantiles in self.quantiles_[times]]
+        factors = [np.interp(confidence, _LEVELS, quantiles) for quantiles in self.quantiles_[times]]
         spread = self._spread(curricula, initial_losses)
-        half = np.array(wide)[:, None] * np.sqrt(self.variance_[times] + spread)
+        half = np.array(factors)[:, None] * np.sqrt(self.variance_[times] + spread)
         half[:, 0] = 0.0
         return forecast - half, forecast + half
 
@@ -97,25 +101,25 @@ class ConformalSimulator(Simulator):
     def _fit(self, runs: Runs) -> None:
         if len(runs) < self.folds:
             raise InvalidInput(
-                f"{len(runs)} runs cannot be left out in {self.folds} folds: give more runs, or folds={len(runs)}"
+                f"{len(runs)} runs cannot be split into {self.folds} folds: fit on more runs, or pass a smaller folds="
             )
         rng = np.random.default_rng(self.seed)
         draws = [rng.integers(len(runs), size=len(runs)) for _ in range(self.members)]
-        parts = [runs, *(runs.take(draw) for draw in draws)]
-        with _quiet():  # parts of the runs need not show what all of them do
-            self.fitted_ = [self._base().fit(part) for part in parts]
+        samples = [runs, *(runs.take(draw) for draw in draws)]
+        with _quiet():  # samples and folds need not show all examples
+            self.fitted_ = [self._base().fit(sample) for sample in samples]
             squares = self._residuals(runs, rng) ** 2  # [runs, times, test]
-        known = ~np.isnan(squares)
-        read = np.flatnonzero(known.any(axis=(0, 2)))  # where none was, a straight line joins what is around
-        squares, known = squares[:, read], known[:, read]
+        observed = ~np.isnan(squares)
+        read = np.flatnonzero(observed.any(axis=(0, 2)))  # other times are interpolated
+        squares, observed = squares[:, read], observed[:, read]
         sums = np.nansum(squares, axis=0)
-        borrowed = _BORROWED * np.median(sums / np.maximum(known.sum(0), 1), axis=1, keepdims=True)
-        variance = (borrowed + sums) / (_BORROWED + known.sum(0))
-        without = np.maximum(borrowed + sums - squares, 0.0) / (_BORROWED + known.sum(0) - 1)  # each run
+        borrowed = _BORROWED * np.median(sums / np.maximum(observed.sum(0), 1), axis=1, keepdims=True)
+        variance = (borrowed + sums) / (_BORROWED + observed.sum(0))
+        variance_without = np.maximum(borrowed + sums - squares, 0.0) / (_BORROWED + observed.sum(0) - 1)  # each run
         spread = self._spread(runs.curricula, runs.initial_losses)
-        scale = np.sqrt(without + spread[:, read])
+        scale = np.sqrt(variance_without + spread[:, read])
         scores = np.divide(np.sqrt(squares), scale, out=np.zeros_like(scale), where=scale > 0)
-        scores[~known] = np.nan
+        scores[~observed] = np.nan
         times = np.arange(runs.losses.shape[1])
         quantiles = np.nanquantile(scores, _LEVELS, axis=(0, 2)).T
         self.variance_, self.quantiles_ = (
@@ -127,22 +131,22 @@ class ConformalSimulator(Simulator):
         return LinearSimulator(around="mean") if self.simulator is None else sklearn.base.clone(self.simulator)
 
     def _residuals(self, runs: Runs, rng: np.random.Generator) -> np.ndarray:
-        """Of forecasts by simulators fitted without the run, ``[runs, times, test]``; NaN where not recorded."""
+        """Return the residuals of cross-validation, ``[runs, times, test]``; NaN where no loss was recorded."""
         fold_of = rng.permutation(len(runs)) % self.folds
         residuals = np.full(runs.losses.shape, np.nan)
         for fold in range(self.folds):
-            held = np.flatnonzero(fold_of == fold)
-            fitted = self._base().fit(Runs(run for run, part in zip(runs, fold_of, strict=True) if part != fold))
-            left = runs.take(held)
-            simulated = fitted.simulate(left.curricula, left.initial_losses)
-            residuals[held, : simulated.shape[1]] = simulated - left.losses
+            rows = np.flatnonzero(fold_of == fold)
+            fitted = self._base().fit(runs.take(np.flatnonzero(fold_of != fold)))
+            held_out = runs.take(rows)
+            simulated = fitted.simulate(held_out.curricula, held_out.initial_losses)
+            residuals[rows, : simulated.shape[1]] = simulated - held_out.losses
         return residuals
 
     def _spread(self, curricula: Sequence[Curriculum], initial_losses: Any) -> np.ndarray:
-        """Variance of the members' forecasts, ``[runs, times, test]``."""
+        """Return the variance of the members' forecasts, ``[runs, times, test]``."""
         with _quiet():
             forecasts = [member.simulate(curricula, initial_losses) for member in self.fitted_[1:]]
-        return np.var(forecasts, axis=0, ddof=1)
+        return np.asarray(np.var(forecasts, axis=0, ddof=1))
 
     def _changes(self, base: Curriculum, edited: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         return self.fitted_[0].changes(base, edited, initial)
@@ -159,7 +163,7 @@ class ConformalSimulator(Simulator):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing is said of what parts of the runs do not show."""
+    """Silence warnings about what a sample of the runs does not cover."""
     with warnings.catch_warnings():
         for kind in (UnseenWarning, BeyondReferenceWarning):
             warnings.simplefilter("ignore", kind)

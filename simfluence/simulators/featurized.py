@@ -1,10 +1,10 @@
-"""Effects as functions of what examples are, so that examples never seen can be simulated (after Chai et al. 2024)."""
+"""Effects as functions of the examples' features, to simulate unseen examples (after Chai et al. 2024)."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -24,32 +24,35 @@ from simfluence.simulators.markov.transitions import Transitions, check_every_st
 from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.surrogates import Sides
 
+__all__ = ["FeaturizedSimulator"]
+
 _ITERATIONS = 600
 _TOLERANCE = 1e-7
 _MEAN_PENALTIES = np.logspace(-3, 4, 22)
 
 
 class FeaturizedSimulator(Simulator):
-    """A linear simulator around the mean trajectory whose effects are bilinear in the examples' features:
+    """Linear simulator around the mean trajectory, with effects bilinear in the examples' features.
 
         L_{t+1} − m_{t+1} = (1 + a + τ a')(L_t − m_t) + Σ_i (w_i − c̄_i)(A_i L_t + B_i + τ A'_i L_t + τ B'_i)
-        A_i(z) = h_iᵀ W h_z, and so for B, A', B'
+        A_i(z) = h_iᵀ W h_z, with other W for B, A', B'
 
-    with τ the share of training gone by, and h the products of (1, target) and (1, principal components of the
-    features); targets are one column per class. W and a are shared by all test examples, so they are learned from all
-    of them, and hold for others: ``for_examples`` gives the simulator of training or test examples that no run has.
-    The mean trajectory of a test example that no run has is a ridge regression on h, over the recorded test examples.
+    τ is the time as a share of the longest fitting run, and h the products of (1, target) and (1, principal components
+    of the features), where classes have one target column each. All test examples share W and a, which therefore also
+    apply to examples of no run: ``for_examples`` returns their simulator. The mean trajectory of such a test example is
+    predicted from h by a ridge regression over the recorded test examples.
 
     Args:
         l2: penalty on the squared entries of every W.
-        components: how many principal components of the features.
+        components: number of principal components of the features.
 
     Attributes:
         W_: ``[4, h, h]`` for A, B, A', B'.
         lasting_: a and a', ``[2]``.
-        mean_: m of the test examples at hand, ``[steps + 1, test]``.
-        mean_weights_: of the regression of m on h, with the constant last, ``[h + 1, steps + 1]``.
-        train_h_, test_h_: of the examples at hand, ``[examples, h]``; ``usual_h_``: h of a usual batch per example.
+        mean_: m of the current test examples, ``[steps + 1, test]``.
+        mean_weights_: coefficients of the regression of m on h, with the constant last, ``[h + 1, steps + 1]``.
+        train_h_, test_h_: h of the current examples, ``[examples, h]``.
+        usual_h_: mean h of the examples of a batch, ``[h]``.
 
     >>> from simfluence import Examples
     >>> rng = np.random.default_rng(0)
@@ -76,19 +79,23 @@ class FeaturizedSimulator(Simulator):
         }
 
     def for_examples(self, train: Examples | None = None, test: Examples | None = None) -> FeaturizedSimulator:
-        """The simulator of other examples: of curricula of the given training side, and losses of the given test side.
+        """Return the simulator of other examples.
+
+        Args:
+            train: training examples of its curricula; by default those of the fitting runs.
+            test: test examples of its losses; by default those of the fitting runs.
 
         Raises:
             NotFittedError: before ``fit``.
-            InvalidInput: the examples have no features or targets, or those of another width or other classes.
+            InvalidInput: the examples have no features or targets, or features of another width, or other classes.
         """
         self._check_fitted()
         other = copy.copy(self)
-        other.fingerprint_ = None  # it is of another task than the fitting runs
+        other.fingerprint_ = None  # the examples are those of another task
         if train is not None:
-            other.train_h_, other.n_train_ = self._described(train, "training"), len(train)
+            other.train_h_, other.n_train_ = self._h_of(train, "training"), len(train)
         if test is not None:
-            other.test_h_, other.n_test_ = self._described(test, "test"), len(test)
+            other.test_h_, other.n_test_ = self._h_of(test, "test"), len(test)
             other.mean_ = (_with_one(other.test_h_) @ self.mean_weights_).T
         return other
 
@@ -97,16 +104,16 @@ class FeaturizedSimulator(Simulator):
         whole("components", self.components, 0)
 
     def _fit(self, runs: Runs) -> None:
-        Sides.of(runs.train, runs.test, "the featurized simulator")  # says what is missing
+        Sides.of(runs.train, runs.test, "the featurized simulator")  # checks that features and targets are present
         check_every_step(runs, str(self))
-        assert runs.train is not None and runs.test is not None  # noqa: S101, PT018 (for the type checker)
-        self._choose_h(runs.train, runs.test)
-        self.train_h_ = self._described(runs.train, "training")
-        self.test_h_ = self._described(runs.test, "test")
+        train, test = cast(Examples, runs.train), cast(Examples, runs.test)
+        self._choose_h(train, test)
+        self.train_h_ = self._h_of(train, "training")
+        self.test_h_ = self._h_of(test, "test")
         self.batch_size_ = usual_batch_size(runs.curricula)
         self.horizon_ = max(run.steps for run in runs)
         rows = Transitions.of(runs, self.batch_size_)
-        # Every batch has weights that sum to B, so a usual batch can be taken off example by example.
+        # The weights of every batch sum to B, so the mean batch can be subtracted from h example by example.
         self.usual_h_ = rows.weights.mean(axis=0) @ self.train_h_ / self.batch_size_
         self.mean_ = mean_trajectory(runs)
         regression = RidgeCV(_MEAN_PENALTIES).fit(self.test_h_, self.mean_.T)
@@ -114,61 +121,69 @@ class FeaturizedSimulator(Simulator):
         self._fit_effects(rows)
 
     def _choose_h(self, train: Examples, test: Examples) -> None:
-        """How features and targets become h: from the training side's features, and both sides' classes."""
+        """Choose how features and targets become h, from the training features and all examples' classes."""
         features, targets = np.asarray(train.features, np.float64), np.asarray(train.targets)
         self.centre_ = features.mean(0)
         _, sizes, directions = np.linalg.svd(features - self.centre_, full_matrices=False)
-        kept = slice(0, min(self.components, int((sizes > 1e-9 * max(sizes[0], 1e-300)).sum())))
-        length = np.sqrt((sizes[kept] ** 2).sum() / len(features)) or 1.0
-        self.directions_ = directions[kept].T / length  # [features, components]
-        whole = targets.ndim == 1 and targets.dtype.kind in "iub"
-        both = np.concatenate([targets, np.asarray(test.targets)])
-        self.classes_ = np.unique(both) if whole else np.empty(0)
+        components = slice(0, min(self.components, int((sizes > 1e-9 * max(sizes[0], 1e-300)).sum())))
+        length = np.sqrt((sizes[components] ** 2).sum() / len(features)) or 1.0
+        self.directions_ = directions[components].T / length  # [features, components]
+        are_classes = targets.ndim == 1 and targets.dtype.kind in "iub"
+        all_targets = np.concatenate([targets, np.asarray(test.targets)])
+        self.classes_ = np.unique(all_targets) if are_classes else np.empty(0)
         flat = targets.reshape(len(targets), -1)
         self.target_shape_ = list(targets.shape[1:])
-        self.target_scale_ = np.ones(1) if whole else np.maximum(np.abs(flat).max(0), 1e-300)
+        self.target_scale_ = np.ones(1) if are_classes else np.maximum(np.abs(flat).max(0), 1e-300)
 
-    def _described(self, examples: Examples, side: str) -> np.ndarray:
-        """h, ``[examples, h]``."""
+    def _h_of(self, examples: Examples, role: str) -> np.ndarray:
+        """Return h of the training or test examples, ``[examples, h]``."""
         if examples.features is None or examples.targets is None:
-            raise InvalidInput(f"the {side} examples have no features or targets: Examples(ids, features=…, targets=…)")
+            raise InvalidInput(
+                f"the {role} examples have no features or targets: give Examples(ids, features=…, targets=…)"
+            )
         if examples.features.shape[1] != len(self.centre_):
-            raise InvalidInput(f"{side} features have {examples.features.shape[1]} columns, not {len(self.centre_)}")
+            raise InvalidInput(
+                f"{role} features have {examples.features.shape[1]} columns, not {len(self.centre_)} as in the runs"
+            )
         if list(examples.targets.shape[1:]) != self.target_shape_:
-            raise InvalidInput(f"{side} targets have shape {examples.targets.shape}, not [n, *{self.target_shape_}]")
+            raise InvalidInput(
+                f"{role} targets have shape {list(examples.targets.shape)}, not [n, *{self.target_shape_}] as in the "
+                "runs"
+            )
         components = (examples.features - self.centre_) @ self.directions_
         targets = examples.targets.reshape(len(examples), -1)
         if len(self.classes_):
             unknown = np.setdiff1d(targets, self.classes_)
             if len(unknown):
                 raise InvalidInput(
-                    f"{side} target {unknown[0]} is none of the classes that the simulator was fitted on"
+                    f"{role} target {unknown[0]} is none of the classes that the simulator was fitted on"
                 )
             targets = (targets == self.classes_).astype(np.float64)
         else:
             targets = targets / self.target_scale_
         one = np.ones((len(examples), 1))
         products = np.hstack([one, targets])[:, :, None] * np.hstack([one, components])[:, None]
-        return products.reshape(len(examples), -1)
+        h: np.ndarray = products.reshape(len(examples), -1)
+        return h
 
     def _fit_effects(self, rows: Transitions) -> None:
-        """W and a by conjugate gradients: each test example's row of the regression is (batch's h) ⊗ h_z."""
-        every, share = slice(0, self.n_test_), torch.as_tensor(rows.times / self.horizon_)[:, None]
-        before, after = (torch.as_tensor(losses) for losses in (rows.before(1, every), rows.after(every)))
+        """Fit W and a by conjugate gradients: each test example's row of the regression is (batch's h) ⊗ h_z."""
+        tests, share = slice(0, self.n_test_), torch.as_tensor(rows.times / self.horizon_)[:, None]
+        before, after = (torch.as_tensor(losses) for losses in (rows.before(1, tests), rows.after(tests)))
         deviation = before - torch.as_tensor(self.mean_[rows.times])
-        wanted = after - torch.as_tensor(self.mean_[rows.times + 1]) - deviation
+        targets = after - torch.as_tensor(self.mean_[rows.times + 1]) - deviation
         batch_h = torch.as_tensor(rows.weights @ (self.train_h_ - self.usual_h_))  # [rows, h]
         multipliers = [before, torch.ones_like(before), before * share, share.expand_as(before)]
         columns = torch.stack([deviation.ravel(), (deviation * share).ravel()], 1)
         problem = _Bilinear(batch_h, torch.as_tensor(self.test_h_), multipliers, torch.linalg.qr(columns).Q)
-        W = problem.solved(wanted, float(self.l2))
-        left = wanted - problem.predicted(W)
+        W = problem.solved(targets, float(self.l2))
+        residual = targets - problem.predicted(W)
         self.W_ = W.numpy()
-        self.lasting_ = torch.linalg.lstsq(columns, left.ravel()[:, None]).solution[:, 0].numpy()
+        self.lasting_ = torch.linalg.lstsq(columns, residual.ravel()[:, None]).solution[:, 0].numpy()
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         effects = (self.train_h_ - self.usual_h_) @ self.W_ @ self.test_h_.T
-        lasting = np.repeat(self.lasting_[:, None], self.n_test_, axis=1)
+        slopes = np.repeat(self.lasting_[:, None], self.n_test_, axis=1)
         dynamics = Dynamics(
             terms=self._terms,
             effects=torch.as_tensor(effects),
@@ -177,7 +192,7 @@ class FeaturizedSimulator(Simulator):
             order=1,
             fixed_slope=1.0,
             mean=torch.as_tensor(self.mean_.copy()),
-            lasting=torch.as_tensor(lasting),
+            deviation_slopes=torch.as_tensor(slopes),
         )
         return dynamics.simulate(curricula, initial)
 
@@ -185,14 +200,14 @@ class FeaturizedSimulator(Simulator):
 class _Bilinear:
     """Least squares of ``Σ_k v_k ∘ (G W_k Hᵀ)`` with G ``[rows, h]``, H ``[test, h]``, multipliers v ``[rows, test]``.
 
-    What the orthonormal columns ``free`` ``[rows · test, free]`` explain is set aside.
+    The orthonormal columns ``free`` ``[rows · test, free]`` are projected out.
     """
 
     def __init__(self, G: Tensor, H: Tensor, multipliers: Sequence[Tensor], free: Tensor) -> None:
         self.G, self.H, self.multipliers, self.free = G, H, multipliers, free
 
     def predicted(self, W: Tensor) -> Tensor:
-        products = (v * (self.G @ (each @ self.H.T)) for v, each in zip(self.multipliers, W, strict=True))
+        products = (v * (self.G @ (weights @ self.H.T)) for v, weights in zip(self.multipliers, W, strict=True))
         return torch.stack(list(products)).sum(0)
 
     def transposed(self, values: Tensor) -> Tensor:
@@ -202,11 +217,11 @@ class _Bilinear:
         flat = values.ravel()
         return (flat - self.free @ (self.free.T @ flat)).reshape(values.shape)
 
-    def solved(self, wanted: Tensor, l2: float) -> Tensor:
-        """W ``[multipliers, h, h]`` by conjugate gradients with a Jacobi preconditioner."""
+    def solved(self, targets: Tensor, l2: float) -> Tensor:
+        """Solve for W ``[multipliers, h, h]`` by conjugate gradients with a Jacobi preconditioner."""
         squares = [(self.G**2).T @ ((v**2) @ self.H**2) for v in self.multipliers]
         scale = 1 / (torch.stack(squares) + l2)
-        residual = self.transposed(self.projected(wanted))
+        residual = self.transposed(self.projected(targets))
         W, direction = torch.zeros_like(residual), scale * residual
         slope = (residual * direction).sum()
         goal = _TOLERANCE**2 * slope
@@ -218,8 +233,8 @@ class _Bilinear:
             W += length * direction
             residual -= length * image
             scaled = scale * residual
-            before, slope = slope, (residual * scaled).sum()
-            direction = scaled + slope / before * direction
+            last_slope, slope = slope, (residual * scaled).sum()
+            direction = scaled + slope / last_slope * direction
         return W
 
 

@@ -1,4 +1,4 @@
-"""Every kind of simulator by its name: a class that has a ``name`` of its own is registered when it is defined."""
+"""Every simulator class by its name: a class with a ``name`` of its own is registered when it is defined."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import Any
 
 from simfluence.errors import InvalidInput
 
+__all__ = ["SIMULATORS", "register", "registered"]
+
 _ALL: dict[str, type[Any]] = {}
 _BUILT_BY_NAME: dict[str, type[Any]] = {}
 
-#: The simulators that can be built by name alone, the library's own and others, in the order of their definition.
+#: Simulator classes that can be built from their name alone, the library's and the user's, in order of definition.
 SIMULATORS: Mapping[str, type[Any]] = MappingProxyType(_BUILT_BY_NAME)
 
 
 def register(kind: type[Any]) -> None:
-    """Remember a class under its ``name``. The same class defined again, as in a notebook, takes its place.
+    """Register a class under its ``name``. A class defined again, as in a notebook, replaces its earlier definition.
 
     Raises:
-        InvalidInput: another class has that name.
+        InvalidInput: another class already has that name.
     """
     name: str = kind.name
     other = _ALL.get(name)
     if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
         raise InvalidInput(
-            f"{kind.__qualname__} cannot be called {name!r}: {other.__module__}.{other.__qualname__} has that name. "
-            "Give the class a name of its own"
+            f"{kind.__qualname__} cannot be called {name!r}, because {other.__module__}.{other.__qualname__} already "
+            "has that name: choose another"
         )
     _ALL[name] = kind
     if not kind.is_wrapper:
@@ -34,5 +36,5 @@ def register(kind: type[Any]) -> None:
 
 
 def registered(name: str) -> type[Any] | None:
-    """The class of that name; None where no class has it."""
+    """Return the class with that name, or None."""
     return _ALL.get(name)

@@ -2,24 +2,24 @@
 
     L_{t+1}(z) = α(c_t) · L_t(z) + β(c_t),    α(c) = Σ_{i∈c} w A_i(z),    β(c) = Σ_{i∈c} w B_i(z)
 
-with ``w = B/|c|`` for a batch of size |c| and fitting runs of batch size B, so that effects are those of an
+with ``w = B/|c|`` for a batch of size |c| and fitting runs of batch size B, so that A_i and B_i are effects of an
 example in a full batch; at |c| = B this is the paper's equation. An empty batch is a step without an update.
 
     additive          α = 1
     multiplicative    β = 0
     linear            both
 
-Around the mean trajectory m of the fitting runs (``around="mean"``, ours), effects are those of a batch that differs
-from the usual one, with c̄ the mean weights of a fitting step:
+Around the mean trajectory m of the fitting runs (``around="mean"``, not in the paper), effects are those of a batch's
+difference from c̄, the mean weights of a fitting step:
 
     L_{t+1} − m_{t+1} = (1 + a)(L_t − m_t) + Σ_i (w_i − c̄_i)(A_i L_t + B_i)
 
-where a, how deviations last, is not penalised. Beyond the longest fitting run m is held at its end. Rollouts stay
-affine in the losses, with α = 1 + a + Σ (w − c̄) A and β = m_{t+1} − (1 + a) m_t + Σ (w − c̄) B.
+where a, the slope of deviations, is not penalised. Beyond the longest fitting run m keeps its last value. Rollouts are
+still affine in the losses, with α = 1 + a + Σ (w − c̄) A and β = m_{t+1} − (1 + a) m_t + Σ (w − c̄) B.
 
 Options of both forms: ``order`` n lets a step depend on n earlier losses, each with slopes of its own (Chai et al.
-2024), which follows an optimizer's momentum; ``varying`` lets effects change in proportion to the share τ of training
-that has gone by, A_i + τ A'_i; ``rollout`` k trains on rollouts of k steps instead of one.
+2024), which follows an optimizer's momentum; ``varying`` lets effects change linearly in τ, the time as a share of the
+longest fitting run, A_i + τ A'_i; ``rollout`` k trains on rollouts of k steps instead of one.
 """
 
 from __future__ import annotations
@@ -47,28 +47,40 @@ from simfluence.simulators.markov.ridge import free_coefficients, ridge, ridge_p
 from simfluence.simulators.markov.transitions import Transitions, check_every_step
 from simfluence.simulators.mean import mean_trajectory
 
+__all__ = [
+    "AROUND",
+    "L2_PATH",
+    "PRIORS",
+    "AdditiveSimulator",
+    "LinearSimulator",
+    "MarkovSimulator",
+    "MultiplicativeSimulator",
+]
+
 PRIORS = ("identity", "zero")
 AROUND = (None, "mean")
-#: What ``l2="auto"`` chooses from, for each test example.
+#: Penalties that ``l2="auto"`` chooses from, for each test example.
 L2_PATH = tuple(float(10**power) for power in np.arange(-1, 4.5, 0.5))
 
 _FOLDS = 4
 
 
 class MarkovSimulator(Simulator):
-    """The family's common part. Fits squared one-step errors from the true previous loss, plus ``l2`` times the
-    squared parameters; simulates by rolling out from the losses before training.
+    """Common part of the family: a least-squares fit, and simulation by rollout.
+
+    Fitting minimises squared one-step errors from the true previous loss, plus ``l2`` times the squared effects.
+    Simulating rolls the equation out from the losses before training.
 
     Attributes:
-        effects_: of the training examples, for each of ``terms``, ``[terms, train, test]``. ``A_`` and ``B_`` are
-            those on the slope of the last loss and on the intercept, ``[train, test]``.
-        l2_: the penalty of each test example, ``[test]``.
-        seen_: which training examples some fitting run has, ``[train]``; the others have the prior's effects.
-        batch_size_: the fitting runs' (the most frequent, if they have several).
+        effects_: effects of the training examples, one set for each of ``terms``, ``[terms, train, test]``. ``A_`` and
+            ``B_`` are those on the slope of the last loss and on the intercept, ``[train, test]``.
+        l2_: penalty of each test example, ``[test]``.
+        seen_: whether each training example is in a fitting run, ``[train]``; the others have the prior's effects.
+        batch_size_: batch size of the fitting runs, the most frequent if they have several.
         horizon_: steps of the longest fitting run.
         mean_, centre_: around the mean only: m ``[steps + 1, test]``, c̄ ``[train]``.
-        deviation_slopes_: around the mean only: a of each earlier loss and, if ``varying``, what the first gains,
-            ``[free, test]``.
+        deviation_slopes_: around the mean only: a of each earlier loss and, if ``varying``, the change of the first
+            with τ, ``[free, test]``.
     """
 
     l2: Any
@@ -83,7 +95,7 @@ class MarkovSimulator(Simulator):
 
     @property
     def terms(self) -> list[Term]:
-        """The terms that a step sums: those of ``A_`` and ``B_`` first, where they are learned."""
+        """The terms that a step sums, those of ``A_`` and ``B_`` first if they are learned."""
         lags = [*range(1, self.order + 1)] if self.learns_slope else []
         first = lags[:1] + ([0] if self.learns_intercept else [])
         return [Term(lag) for lag in first + lags[1:]] + ([Term(lag, 1) for lag in first] if self.varying else [])
@@ -115,8 +127,10 @@ class MarkovSimulator(Simulator):
         return effects
 
     def effects(self, curricula: Sequence[Curriculum]) -> tuple[Float[np.ndarray, "order runs steps test"], Any]:
-        """α ``[order, runs, steps, test]`` and β ``[runs, steps, test]`` of every step; steps after a curriculum's end
-        are α=1, β=0. ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``."""
+        """Return α ``[order, runs, steps, test]`` and β ``[runs, steps, test]`` of every step.
+
+        ``L_{t+1} = Σ_j α_j L_{t+1−j} + β``; steps after a curriculum's end have α = 1, β = 0.
+        """
         self._check_fitted()
         alphas, beta = self._dynamics().affine(Steps.of(curricula, self.batch_size_))
         return alphas.numpy().swapaxes(1, 2), beta.numpy().swapaxes(0, 1)
@@ -137,9 +151,11 @@ class MarkovSimulator(Simulator):
         if self.prior not in PRIORS:
             raise InvalidInput(f"unknown prior {self.prior!r}, {did_you_mean(str(self.prior), PRIORS)}")
         if self.around not in AROUND:
-            raise InvalidInput(f"around={self.around!r}: it can be None or 'mean'")
+            raise InvalidInput(f"around must be None or 'mean', got {self.around!r}")
         if self.around == "mean" and self.prior != "identity":
-            raise InvalidInput("prior says what α shrinks to; around='mean' shrinks to the mean trajectory: choose one")
+            raise InvalidInput(
+                f"prior={self.prior!r} shrinks α to 0, but around='mean' shrinks losses to the mean: choose one"
+            )
 
     def _fit(self, runs: Runs) -> None:
         rows = self._prepare(runs)
@@ -153,8 +169,8 @@ class MarkovSimulator(Simulator):
         if self.rollout > 1:
             fitted = trained_on_rollouts(fitted, runs, self.l2_, self._prior, self.rollout)
         self.effects_ = fitted.effects.numpy()
-        if fitted.lasting is not None:
-            self.deviation_slopes_ = fitted.lasting.numpy()
+        if fitted.deviation_slopes is not None:
+            self.deviation_slopes_ = fitted.deviation_slopes.numpy()
 
     def _prepare(self, runs: Runs) -> Transitions:
         """Set batch size, horizon and, for around="mean", the mean trajectory and the mean weights."""
@@ -170,49 +186,54 @@ class MarkovSimulator(Simulator):
 
     @property
     def _prior(self) -> np.ndarray:
-        """What effects shrink to, ``[terms, 1, 1]``: A = 1/B makes α = 1."""
+        """The effects that the penalty shrinks to, ``[terms, 1, 1]``: A = 1/B makes α = 1."""
         prior = np.zeros((len(self.terms), 1, 1))
         if self.learns_slope and self.around is None and self.prior == "identity":
             prior[0] = 1 / self.batch_size_
         return prior
 
     def _problem(self, rows: Transitions) -> Problem:
-        """The least-squares problem of one step, whose columns are made block by block."""
+        """Return the least-squares problem of one step, with columns computed block by block."""
         around = self.around == "mean"
 
-        def deviation(lag: int, some: slice) -> np.ndarray:
-            return rows.before(lag, some) - self.mean_[np.maximum(rows.times + 1 - lag, 0), some]
+        def deviation(lag: int, span: slice) -> np.ndarray:
+            mean = self.mean_[np.maximum(rows.times + 1 - lag, 0), span]
+            values: np.ndarray = rows.before(lag, span) - mean
+            return values
 
-        def target(some: slice) -> np.ndarray:
+        def target(span: slice) -> np.ndarray:
+            values = rows.after(span)
             if around:
-                return rows.after(some) - self.mean_[rows.times + 1, some] - deviation(1, some)
-            changes = self.prior == "identity" or not self.learns_slope
-            return rows.after(some) - rows.before(1, some) if changes else rows.after(some)
+                values = values - self.mean_[rows.times + 1, span] - deviation(1, span)
+            elif self.prior == "identity" or not self.learns_slope:
+                values = values - rows.before(1, span)
+            return values
 
         def multiplier(term: Term) -> Columns | None:
             if term == Term(0):
                 return None
             loss = partial(rows.before, term.lag) if term.lag else rows.ones
-            return rows.lazy(lambda some: loss(some) * self._share(rows.times, term))
+            return rows.lazy(lambda span: loss(span) * self._share(rows.times, term))
 
         def free(term: Term) -> Lazy:
-            return rows.lazy(lambda some: deviation(term.lag, some) * self._share(rows.times, term))
+            return rows.lazy(lambda span: deviation(term.lag, span) * self._share(rows.times, term))
 
         columns = [free(term) for term in free_terms(self.order, self.varying)] if around else []
         multipliers = [multiplier(term) for term in self.terms]
         return Problem(rows.weights, multipliers, rows.lazy(target), self.centre_ if around else None, columns)
 
     def _share(self, times: np.ndarray, term: Term) -> np.ndarray:
-        """τ of each row to the term's power, ``[rows, 1]``."""
-        return (times[:, None] / self.horizon_) ** term.power
+        """Return τ of each row to the term's power, ``[rows, 1]``."""
+        share: np.ndarray = (times[:, None] / self.horizon_) ** term.power
+        return share
 
     def _dynamics(
         self,
         effects: np.ndarray | None = None,
         deviation_slopes: np.ndarray | None = None,
-        some: slice = slice(None),
+        span: slice = slice(None),
     ) -> Dynamics:
-        """Return the process for ``some`` of the test examples, by default as fitted. Arrays are not copied."""
+        """Return the process for a slice of the test examples, by default as fitted. Arrays are not copied."""
         around = self.around == "mean"
         effects = self.effects_ if effects is None else effects
         if around and deviation_slopes is None:
@@ -226,15 +247,15 @@ class MarkovSimulator(Simulator):
             fixed_slope=1.0 if around or not self.learns_slope else 0.0,
             guard=self.guard,
             centre=torch.as_tensor(self.centre_) if around else None,
-            mean=torch.as_tensor(np.ascontiguousarray(self.mean_[:, some])) if around else None,
-            lasting=torch.as_tensor(deviation_slopes) if around else None,
+            mean=torch.as_tensor(np.ascontiguousarray(self.mean_[:, span])) if around else None,
+            deviation_slopes=torch.as_tensor(deviation_slopes) if around else None,
         )
 
     @classmethod
     def _from_format_0(
         cls, parameters: dict[str, Any], learned: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Join the arrays A_, B_ and further_, which had files of their own names."""
+        """Join A_, B_ and further_, which were separate arrays."""
         first = [learned.pop(name)[None] for name in ("A_", "B_") if name in learned]
         if first:  # a file of unfitted parameters has none
             learned["effects_"] = np.concatenate([*first, learned.pop("further_")])
@@ -243,31 +264,32 @@ class MarkovSimulator(Simulator):
         return parameters, learned
 
     def _best_l2(self, runs: Runs) -> np.ndarray:
-        """For each test example, that of ``L2_PATH`` whose rollouts of held-out runs are best, ``[test]``."""
-        ids = list(dict.fromkeys(runs.ids))  # a run that is there twice, as in a bootstrap, is left out as one
+        """Choose for each test example the value of ``L2_PATH`` with the best rollouts of held-out runs, ``[test]``."""
+        ids = list(dict.fromkeys(runs.ids))  # copies of a run, as in a bootstrap, are held out together
         folds = min(_FOLDS, len(ids))
         if folds < 2:
-            raise InvalidInput("l2='auto' is chosen on runs left out of the fit: give 2 runs or more, or a number")
+            raise InvalidInput("l2='auto' needs held-out runs: give 2 runs or more, or set l2 to a number")
         errors = np.zeros((len(L2_PATH), runs.n_test))
         for fold in range(folds):
-            left_out = set(ids[fold::folds])
-            held = Runs(run for run in runs if run.id in left_out)
-            part = Runs(run for run in runs if run.id not in left_out)
-            errors += sklearn.base.clone(self)._path_errors(part, held)
-        return np.array(L2_PATH)[np.argmin(errors, axis=0)]
+            held_ids = set(ids[fold::folds])
+            held = Runs(run for run in runs if run.id in held_ids)
+            fit = Runs(run for run in runs if run.id not in held_ids)
+            errors += sklearn.base.clone(self)._path_errors(fit, held)
+        best: np.ndarray = np.array(L2_PATH)[np.argmin(errors, axis=0)]
+        return best
 
-    def _path_errors(self, part: Runs, held: Runs) -> np.ndarray:
-        """Squared errors of rollouts of ``held`` under ``L2_PATH`` fitted on ``part``, ``[path, test]``."""
-        problem, true = self._problem(self._prepare(part)), held.losses.astype(np.float64)
+    def _path_errors(self, fit: Runs, held: Runs) -> np.ndarray:
+        """Return squared errors of rollouts of ``held`` under ``L2_PATH`` fitted on ``fit``, ``[path, test]``."""
+        problem, true = self._problem(self._prepare(fit)), held.losses.astype(np.float64)
         errors = np.empty((len(L2_PATH), held.n_test))
-        for some, solutions in ridge_path(problem, L2_PATH):
+        for span, solutions in ridge_path(problem, L2_PATH):
             for index, solution in enumerate(solutions):
-                lasting = free_coefficients(problem.block(some), solution)
-                fitted = self._dynamics(solution + self._prior, lasting, some)
+                slopes = free_coefficients(problem.block(span), solution)
+                fitted = self._dynamics(solution + self._prior, slopes, span)
                 with np.errstate(all="ignore"):
-                    wrong = fitted.simulate(held.curricula, true[:, 0, some]) - true[:, :, some]
-                    wrong[np.isnan(true[:, :, some])] = 0.0
-                    errors[index, some] = (wrong**2).sum((0, 1))
+                    residuals = fitted.simulate(held.curricula, true[:, 0, span]) - true[:, :, span]
+                    residuals[np.isnan(true[:, :, span])] = 0.0
+                    errors[index, span] = (residuals**2).sum((0, 1))
         return np.nan_to_num(errors, nan=np.inf)
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
@@ -290,19 +312,19 @@ class MarkovSimulator(Simulator):
         if unseen := int((shown & ~self.seen_).sum()):
             warnings.warn(
                 f"{unseen} training examples of these curricula are in no run that the {self.name} simulator was "
-                "fitted on: their effects are the prior's",
+                "fitted on: their effects are those of the prior",
                 UnseenWarning,
                 stacklevel=5,
             )
 
 
 class AdditiveSimulator(MarkovSimulator):
-    """``L_{t+1} = L_t + β(c_t)``: what an ideal TracIn could reach (Guu et al. 2023, section 3).
+    """Additive effects, ``L_{t+1} = L_t + β(c_t)``: the best that TracIn could reach (Guu et al. 2023, section 3).
 
     Args:
         l2: penalty on the squared effects, or "auto": for each test example the best on held-out runs.
         around: "mean" for effects around the mean trajectory of the fitting runs.
-        rollout: train on rollouts of so many steps.
+        rollout: number of steps of the rollouts to train on.
 
     >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
     >>> AdditiveSimulator(l2=1e-6).fit(runs).B_.round(3).ravel()
@@ -320,11 +342,11 @@ class AdditiveSimulator(MarkovSimulator):
 
 
 class MultiplicativeSimulator(MarkovSimulator):
-    """``L_{t+1} = α(c_t) · L_t`` (Guu et al. 2023, section 3).
+    """Multiplicative effects, ``L_{t+1} = α(c_t) · L_t`` (Guu et al. 2023, section 3).
 
     Args:
         l2, around, rollout: see ``AdditiveSimulator``.
-        prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
+        prior: "identity" shrinks to α = 1, which leaves losses unchanged; "zero", the paper's, to α = 0.
 
     >>> runs = Runs.from_arrays([[[0], [1], [0]]], [[[4.0], [2.0], [3.0], [1.5]]])
     >>> MultiplicativeSimulator(l2=1e-6).fit(runs).A_.round(3).ravel()
@@ -345,16 +367,16 @@ class MultiplicativeSimulator(MarkovSimulator):
 
 
 class LinearSimulator(MarkovSimulator):
-    """``L_{t+1} = α(c_t) · L_t + β(c_t)`` (Guu et al. 2023, equations 1–3), and of order n.
+    """Linear effects, ``L_{t+1} = α(c_t) · L_t + β(c_t)`` (Guu et al. 2023, equations 1–3), of order 1 or higher.
 
     Args:
         l2, around, rollout: see ``AdditiveSimulator``.
-        prior: "identity" shrinks to α = 1 (nothing learned, nothing changes); "zero", the paper's, to α = 0.
-        order: how many earlier losses a step depends on, ``L_{t+1} = Σ_j α_j(c_t) L_{t+1−j} + β(c_t)``; before
-            training the loss is taken to have stood still. 2 follows a momentum.
+        prior: "identity" shrinks to α = 1, which leaves losses unchanged; "zero", the paper's, to α = 0.
+        order: number of earlier losses that a step depends on, ``L_{t+1} = Σ_j α_j(c_t) L_{t+1−j} + β(c_t)``; losses
+            before time 0 are those of time 0. 2 follows a momentum.
         varying: whether effects change along training.
-        guard: scale the slopes of a step down where they sum to more than 1 in size, so that no loss (around the
-            mean: no deviation) grows of itself. It depends on the curriculum alone: rollouts stay affine.
+        guard: whether to scale the slopes of a step down where they sum to more than 1 in size, so that no loss (around
+            the mean: no deviation) grows by itself. The scale depends on the curriculum alone, so rollouts stay affine.
 
     >>> rng = np.random.default_rng(0)
     >>> curricula = [rng.integers(3, size=(50, 1)) for _ in range(4)]

@@ -1,1 +1,1 @@
-"""Training simulated in function space, under the tangent kernels of recorded runs."""
+"""Simulation of training in function space, under the tangent kernels of recorded runs."""

@@ -1,4 +1,4 @@
-"""The head of a model: the linear layer that gives its outputs, bilinear in its weight and in what it reads."""
+"""The head of a model: the linear layer that gives its outputs, which are bilinear in its weight and its inputs."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from simfluence.attribution.gradients.hooks import evaluating
-from simfluence.task import forward, take
+from simfluence.task import forward, take, tensors
+
+#: Number of examples on which a head is tried.
+_TRIED = 8
+
+__all__ = ["Head"]
 
 
 @dataclass(frozen=True)
 class Head:
-    """Which layer is the head.
+    """The layer that gives a model's outputs.
 
     Args:
-        name: of the ``nn.Linear``; None where the outputs come from no trained linear layer. Then the outputs
+        name: name of the ``nn.Linear``; None if the outputs come from no trained linear layer. Then the outputs
             themselves are the features, and the head is the identity.
-        bias: whether it has one.
+        bias: whether the layer has a bias.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> head = Head.of(model, torch.ones(5, 4))
     >>> features, weight = head.read(model, torch.ones(5, 4))
-    >>> head.name, features.shape, weight.shape  # three features, and the 1 that the bias is multiplied with
+    >>> head.name, features.shape, weight.shape  # three features, and a 1 for the bias
     ('2', torch.Size([5, 4]), torch.Size([2, 4]))
     >>> torch.allclose(features @ weight.T, model(torch.ones(5, 4)))
     True
@@ -36,31 +41,32 @@ class Head:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any) -> Head:
-        """The trained linear layer, called once, whose output is the model's own on the first few examples."""
-        few = take(inputs, torch.arange(2))
+        """Find the trained linear layer, called once, whose output is the model's own, whatever values it has.
+
+        A few examples from all over the inputs are tried, in two orders: a model may sort its batch inside.
+        """
+        count = len(tensors(inputs)[0])
+        rows = torch.linspace(0, count - 1, min(_TRIED, count)).round().long()
+        orders = [take(inputs, rows), take(inputs, rows.flip(0))]
         uses = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
             if not all(p.requires_grad and uses.count(id(p)) == 1 for p in module.parameters()):
                 continue
-            outputs, calls = _outputs_of(model, few, module)
-            if len(calls) == 1 and calls[0].ndim == 2 and len(calls[0]) == len(outputs):
-                with torch.no_grad():
-                    given = module(calls[0])
-                if given.shape == outputs.shape and torch.equal(given, outputs):
-                    return cls(name, module.bias is not None)
+            if all(_is_last(model, module, few) for few in orders):
+                return cls(name, module.bias is not None)
         return cls(None)
 
     def layer(self, model: nn.Module) -> nn.Linear | None:
-        """The head itself."""
-        found = None if self.name is None else model.get_submodule(self.name)
-        return found if isinstance(found, nn.Linear) else None
+        """Return the head's module, or None."""
+        module = None if self.name is None else model.get_submodule(self.name)
+        return module if isinstance(module, nn.Linear) else None
 
     def read(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
-        """What the head reads of each example, ``[examples, width]``, and its weight, ``[outputs, width]``.
+        """Return the head's input features, ``[examples, width]``, and its weight, ``[outputs, width]``.
 
-        The last column is a bias's.
+        With a bias, the last column of the features is 1 and that of the weight is the bias.
         """
         layer = self.layer(model)
         outputs, calls = _outputs_of(model, inputs, layer)
@@ -70,42 +76,49 @@ class Head:
         return features, self.joined({name: parameter.detach() for name, parameter in model.named_parameters()})
 
     def joined(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The head's weight and bias, of parameters by name, as one matrix ``[outputs, width]``."""
+        """Join the head's weight and bias, looked up by name, into one matrix ``[outputs, width]``."""
         prefix = f"{self.name}." if self.name else ""
         weight = parameters[prefix + "weight"]
         return torch.cat([weight, parameters[prefix + "bias"][:, None]], 1) if self.bias else weight.clone()
 
     def n_tracked(self, weight: Tensor, further: int) -> int:
-        """How many features move: those that the outputs read at first, and ``further`` ones."""
+        """Return the number of tracked features: those that the outputs first depend on, and ``further`` ones."""
         outputs, width = weight.shape
         return outputs if self.name is None else min(width - self.bias, outputs + further)
 
     def basis(self, features: Tensor, weight: Tensor) -> Tensor:
-        """Orthonormal directions of the features, ``[width, width]``, by their importance to the outputs: those that
-        the first weight reads, then what is left of the features by its size. A bias's column stays the last.
+        """Return orthonormal directions of the features, ``[width, width]``, the most important to the outputs first.
+
+        The rows of the initial weight come first, then the principal directions of the features' remainder. The
+        column of a bias stays the last.
 
         Args:
-            features: at a few times, ``[times, examples, width]``.
-            weight: before training, ``[outputs, width]``.
+            features: features at a few steps, ``[times, examples, width]``.
+            weight: the weight before training, ``[outputs, width]``.
         """
         if self.name is None:
             return torch.eye(features.shape[-1], dtype=features.dtype)
         width = features.shape[-1] - self.bias
-        read = weight[:, :width].T.double()  # [width, outputs]
         rows = features[..., :width].flatten(0, 1).double()
-        own = torch.linalg.qr(read)[0]
-        left = rows - rows @ own @ own.T
-        by_size = torch.linalg.eigh(left.T @ left)[1].flip(1)
-        found = torch.linalg.qr(torch.cat([own, by_size], 1))[0].T
-        return torch.block_diag(found, *[torch.ones(1, 1).double()] * self.bias).to(features.dtype)
+        read = torch.linalg.qr(weight[:, :width].T.double())[0]  # [width, outputs]
+        remainder = rows - rows @ read @ read.T
+        principal = torch.linalg.eigh(remainder.T @ remainder)[1].flip(1)
+        basis = torch.eye(features.shape[-1], dtype=torch.float64)
+        basis[:width, :width] = torch.linalg.qr(torch.cat([read, principal], 1))[0].T
+        return basis.to(features.dtype)
 
     def body(self, model: nn.Module, directions: Tensor) -> nn.Module:
-        """A module that gives the features along ``directions`` ``[some, width]``; the head of ``model`` is frozen."""
+        """Freeze the head of ``model``; return the module of the features along ``directions``.
+
+        Args:
+            model: changed in place; the module that is returned runs it.
+            directions: the first rows of ``basis``, ``[n_tracked, width]``.
+        """
         return _Body(model, self.layer(model), directions[:, : directions.shape[1] - self.bias])
 
 
 class _Body(nn.Module):
-    """What the head reads, along some directions; the outputs, where there is no head."""
+    """The head's input features along some directions, or the outputs if there is no head."""
 
     directions: Tensor
 
@@ -117,7 +130,7 @@ class _Body(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         read: list[Tensor] = []
-        handles = [head.register_forward_pre_hook(lambda _, given: read.append(given[0])) for head in self._head]
+        handles = [head.register_forward_pre_hook(lambda _, args: read.append(args[0])) for head in self._head]
         try:
             outputs = self.model(*args, **kwargs)
         finally:
@@ -127,12 +140,36 @@ class _Body(nn.Module):
         return features @ self.directions.T
 
 
+def _is_last(model: nn.Module, layer: nn.Linear, inputs: Any) -> bool:
+    """Decide whether the layer's output becomes the model's unchanged, and nothing trained comes after it.
+
+    Random numbers take the place of the output: with its own values, a scale that is still 1 would not be noticed.
+    """
+    given: list[Tensor] = []
+
+    def replaced(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.detach())
+        given.append(drawn)
+        return drawn.clone()  # the model may change it in place
+
+    handle = layer.register_forward_hook(replaced)
+    try:
+        with evaluating(model), torch.enable_grad():
+            outputs = forward(model, inputs)
+    finally:
+        handle.remove()
+    if len(given) != 1 or given[0].ndim != 2 or not isinstance(outputs, Tensor) or outputs.requires_grad:
+        return False
+    flat = outputs.reshape(len(outputs), -1)
+    return flat.shape == given[0].shape and torch.equal(flat, given[0])
+
+
 def _outputs_of(model: nn.Module, inputs: Any, layer: nn.Linear | None) -> tuple[Tensor, list[Tensor]]:
-    """``[examples, outputs]`` in evaluation mode, and what ``layer`` reads meanwhile."""
+    """Return the outputs, ``[examples, outputs]``, in evaluation mode, and the input of each call of ``layer``."""
     read: list[Tensor] = []
     layers = [] if layer is None else [layer]
     handles = [
-        each.register_forward_pre_hook(lambda _, given: read.append(given[0].detach().clone())) for each in layers
+        module.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().clone())) for module in layers
     ]
     try:
         with evaluating(model), torch.no_grad():

@@ -1,20 +1,20 @@
-"""Training in function space: what a model's head reads moves under the tangent kernel of a few recorded runs.
+"""Training in function space: the inputs of a model's head move under the tangent kernels of a few recorded runs.
 
-The outputs are ``f(x) = W h(x)``, of the head's weight W and the features h that it reads. With ``r_i = ∂ℓ/∂f`` at
+The outputs are ``f(x) = W h(x)``, with W the head's weight and h the features that it reads. With ``r_i = ∂ℓ/∂f`` at
 ``f(i)``, K the tangent kernel of the *features* at a reference run's parameters, and SGD,
 
     W_{t+1} = W_t − η_t / |c| Σ_{i∈c_t} r_i h_t(i)ᵀ,      h_{t+1} = h_t − η_t / |c| Σ_{i∈c_t} K_t(·, i) W_tᵀ r_i
 
-so that the head learns as it does in training, and only what is below it is linearised around the reference. That a
-larger W lets the features move faster, and larger features W, is what a kernel of the outputs does not know. Where no
-trained linear layer gives the outputs they are the features, and W is the identity.
+so the head learns as it does in training, and only the layers below it are linearised around the reference. A larger
+W makes the features move faster, and larger features W; a kernel of the outputs would miss both. If no trained linear
+layer gives the outputs, they are the features, and W is the identity.
 
-K is computed at a few checkpoints of the reference, in between interpolated, and for a few directions of the features:
-those that the outputs read at first, and the largest of the others. W and h are *anchored*: the reference's true path
-carries what both curricula have in common, and the equations only the difference, so that the reference's own
-curriculum gives the reference's own losses. Momentum, weight decay and clipping have their counterparts; a model that
-is linear in its parameters is simulated exactly. Under Adam W takes Adam's own steps, and the kernel is ``J P Jᵀ``, P
-from the second moments that are expected of random batches along the reference.
+K is computed at a few checkpoints of the reference and interpolated in between. It covers a few directions of the
+features: those that the outputs first depend on, and the largest of the others. W and h are *anchored*: they follow the
+reference's true path, and the equations add only the difference between the curricula. So the reference's own
+curriculum gives the reference's own losses. Momentum, weight decay and clipping have their counterparts, and a model
+that is linear in its parameters is simulated exactly. Under Adam, W takes Adam's own steps, and the kernel is
+``J P Jᵀ``, with P from the second moments in expectation over random batches along the reference.
 """
 
 from __future__ import annotations
@@ -48,39 +48,43 @@ from simfluence.simulators.tangent.reference_weights import reference_weights, r
 from simfluence.task import Task, convert, forward, take, tensors
 from simfluence.tasks.losses import BY_NAME, token_cross_entropy
 
+__all__ = ["COVERED", "STRENGTHS", "TangentKernelSimulator", "check_covered"]
+
 #: Optimizers whose update has a counterpart in function space.
 COVERED = ("sgd", "adam", "adamw")
+#: Fractions of the mean error that the correction may add back; the best in leave-one-out is chosen.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _AT_ONCE = 100  # curricula simulated together
 
 
 class TangentKernelSimulator(Simulator):
-    """Simulates any curriculum from one recorded run, or a few: see the module's equations.
+    """Simulate any curriculum from one recorded run or a few; the module has the equations.
 
     Args:
-        task, recipe: what the runs trained, and how; by default the recipe that the runs know.
-        n_checkpoints: number of kernels for each reference, evenly spread over its steps.
-        n_references: number of fitting runs that kernels are computed along; the others correct the kernels' errors.
-        n_features: number of feature directions that are tracked, beside those that the outputs read before training.
-        landmarks: number of random training examples that stand for all in a kernel (Nyström's approximation: memory
-            and time grow with the number of examples, not with its square); None for the whole kernel.
-        memory: the most GiB that the kernels may take.
+        task: the task that the runs trained.
+        recipe: the runs' recipe; by default the one recorded with them.
+        n_checkpoints: number of kernels per reference, evenly spread over its steps.
+        n_references: number of fitting runs that get kernels; the other runs correct the kernels' errors.
+        n_features: number of tracked feature directions besides those that the outputs first depend on.
+        landmarks: number of random training examples that a Nyström approximation of each kernel uses, so that memory
+            and time are linear in the number of examples, not quadratic; None for whole kernels.
+        memory: GiB that the kernels may take.
 
     Attributes:
-        kernels_: ``[references, checkpoints, train, moving, train + test, moving]``, or, with landmarks, factors
-            ``[references, checkpoints, train + test, moving, landmarks · moving]``.
+        kernels_: ``[references, checkpoints, train, n_tracked, train + test, n_tracked]``, or, with landmarks, factors
+            ``[references, checkpoints, train + test, n_tracked, landmarks · n_tracked]``.
         times_: steps of the checkpoints.
-        features_: what the head reads of all examples along the references, in each one's own basis,
+        features_: input features of the head for all examples along the references, each in its own basis,
             ``[references, steps + 1, train + test, width]``.
-        heads_: the head's weight along them, ``[references, steps + 1, outputs, width]``.
-        bases_: ``[references, width, width]``.
-        correction_, scale_, centre_: learned from the runs that are no references: a forecast L becomes
+        heads_: the head's weight along the references, ``[references, steps + 1, outputs, width]``.
+        bases_: the references' bases of the features, ``[references, width, width]``.
+        correction_, scale_, centre_: learned from the runs that are not references: a forecast L becomes
             ``L + correction + (scale − 1)(L − centre)``; ``[steps + 1, test]``, the scale ``[steps + 1]``.
 
     Raises:
-        InvalidInput: by ``fit``, a recipe that the update does not cover, a model whose outputs depend on the batch or
-            on chance, kernels larger than ``memory``.
+        InvalidInput: from ``fit``, if the simulator does not cover the recipe, the model's outputs depend on the batch
+            or are random in training, or the kernels take more than ``memory``.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=30, n_test=10)
@@ -89,7 +93,7 @@ class TangentKernelSimulator(Simulator):
     >>> fitted = sf.TangentKernelSimulator(task).fit(runs[:1])
     >>> simulated = fitted.simulate(runs.curricula, runs.initial_losses)
     >>> errors = [((forecast - runs.losses) ** 2).mean() for forecast in (simulated, runs[0].losses)]
-    >>> bool(errors[0] < 0.05 * errors[1])  # of taking the first run for the others
+    >>> bool(errors[0] < 0.05 * errors[1])  # the error of taking the first run's losses for all
     True
     """
 
@@ -116,7 +120,7 @@ class TangentKernelSimulator(Simulator):
         self.memory = memory
 
     def __sklearn_clone__(self) -> TangentKernelSimulator:
-        """A clone shares the task."""
+        """Clone the parameters, but share the task."""
         return type(self)(**self.get_params(deep=False))
 
     @classmethod
@@ -135,91 +139,96 @@ class TangentKernelSimulator(Simulator):
         number("memory", self.memory, above=0)
 
     def disagreement(self, curricula: Sequence[Curriculum]) -> Losses:
-        """Standard deviation of the references' own forecasts around the one given, ``[runs, steps + 1, test]``.
+        """Return the standard deviation of the references' forecasts around their mean, ``[runs, steps + 1, test]``.
 
-        It tells which curricula to doubt: over 18 of digits, with four references, its root mean square had a rank
-        correlation with the error's of 0.89 (with two 0.66). Over test examples it tells little that the height of the
-        loss does not. It is no bound: it was 1.7 times too small, with two references 2.7 times. Rows after a
-        curriculum's end are NaN.
+        It tells which curricula to doubt: over 18 curricula of digits, its root mean square and that of the error had
+        a rank correlation of 0.89 with four references, and 0.66 with two. Between test examples it tells little more
+        than the height of the loss does. It is not a bound: it was 1.7 times too small with four references, and 2.7
+        times with two. Rows after a curriculum's end are NaN.
+
+        Args:
+            curricula: curricula of the training examples that the simulator was fitted on.
 
         Raises:
             NotFittedError: before ``fit``.
-            InvalidInput: fitted with one reference, or curricula of other examples.
+            InvalidInput: the simulator has one reference, or the curricula are of other examples.
         """
         self._check_fitted()
         curricula = list(curricula)
         self._check_initial(curricula, np.zeros(self.n_test_))
         if len(self.reference_steps_) == 1:
-            raise InvalidInput("one reference cannot disagree with others: fit with n_references=4, on as many runs")
-        found = []
+            raise InvalidInput(
+                "one reference cannot disagree with others: fit with n_references=4 on at least four runs"
+            )
+        deviations = []
         longest = max(len(curriculum) for curriculum in curricula)
         for start in range(0, len(curricula), _AT_ONCE):
             parts = list(self._by_reference(curricula[start : start + _AT_ONCE], longest))
-            mean = sum(share * losses for share, losses in parts)
-            found.append(np.sqrt(sum(share * (losses - mean) ** 2 for share, losses in parts)))
+            mean = sum(weight * losses for weight, losses in parts)
+            deviations.append(np.sqrt(sum(weight * (losses - mean) ** 2 for weight, losses in parts)))
         times = np.minimum(np.arange(longest + 1), len(self.scale_) - 1)
-        spread: np.ndarray = np.concatenate(found) * np.abs(self.scale_[times, None])
+        spread: np.ndarray = np.concatenate(deviations) * np.abs(self.scale_[times, None])
         for row, curriculum in enumerate(curricula):
             spread[row, len(curriculum) + 1 :] = np.nan
         return spread
 
     def _fit(self, runs: Runs) -> None:
         if self.task is None:
-            raise InvalidInput("the tangent kernel is of the task's model: give task=")
+            raise InvalidInput("task is required: the kernels are those of the task's model")
         recipe = self.recipe or runs[0].recipe
         if recipe is None:
-            raise InvalidInput("how were these runs trained? Give recipe=")
+            raise InvalidInput("these runs were recorded without a recipe: pass recipe=")
         check_covered(self.task, recipe)
         self.recipe_ = recipe.model_dump(mode="json")
         setup = TrainingSetup.of(self.task, recipe)
         self.targets_ = torch.cat([setup.train_data[1], setup.test_data[1]]).numpy()
         self.loss_, self.l2_ = _loss_name(self.task), self.task.l2
         self.shape_ = _output_shape(self.task, recipe, setup)
-        chosen = list(runs[: self.n_references])
-        self._take_references(chosen, setup)
-        rest = Runs(run for run in runs if run.id not in {each.id for each in chosen})
+        references = list(runs[: self.n_references])
+        self._collect_references(references, setup)
+        reference_ids = {reference.id for reference in references}
+        others = Runs(run for run in runs if run.id not in reference_ids)
         self.correction_, self.centre_ = np.zeros((1, runs.n_test)), np.zeros((1, runs.n_test))
         self.scale_ = np.ones(1)
-        if len(rest) > 2:
-            self._learn_from(rest)
+        if len(others) > 2:
+            self._fit_correction(others)
 
-    def _take_references(self, runs: list[Run], setup: TrainingSetup) -> None:
-        """Train each reference again, and take its outputs and kernels on the way."""
+    def _collect_references(self, runs: list[Run], setup: TrainingSetup) -> None:
+        """Retrain each reference and store its features, heads and kernels."""
         steps = max(run.steps for run in runs)
         self.times_ = np.unique(np.linspace(0, steps, self.n_checkpoints, endpoint=False).astype(int))
-        data = _both_sides(setup)
-        most = self.memory * GIB / len(runs)
+        data = _train_and_test(setup)
+        memory = self.memory * GIB / len(runs)
         landmarks = None if self.landmarks is None else min(self.landmarks, len(setup.task.train))
         with bar("Kernels", len(runs) * len(self.times_), shown=True) as advance:
-            found = [
-                collect_reference(setup.task, run, data, self.times_, self.n_features, landmarks, most, advance)
+            references = [
+                collect_reference(setup.task, run, data, self.times_, self.n_features, landmarks, memory, advance)
                 for run in runs
             ]
-        self.learned_ = found[0].learned
-        self.kernels_ = np.stack([each.kernels for each in found])
-        self.bases_ = np.stack([each.basis for each in found])
-        self.features_ = np.stack([_lengthened(each.features, steps + 1) for each in found])
-        self.heads_ = np.stack([_lengthened(each.heads, steps + 1) for each in found])
+        self.learned_ = references[0].learned
+        self.kernels_ = np.stack([reference.kernels for reference in references])
+        self.bases_ = np.stack([reference.basis for reference in references])
+        self.features_ = np.stack([_padded(reference.features, steps + 1) for reference in references])
+        self.heads_ = np.stack([_padded(reference.heads, steps + 1) for reference in references])
         self.reference_indices_ = np.concatenate([run.curriculum.indices for run in runs])
-        self.reference_sizes_ = np.stack([_lengthened(run.curriculum.sizes, steps) for run in runs])
+        self.reference_sizes_ = np.stack([_padded(run.curriculum.sizes, steps) for run in runs])
         self.reference_steps_ = np.array([run.steps for run in runs])
 
-    def _learn_from(self, rest: Runs) -> None:
-        """The mean error and a scale per step, as far as leaving each of the runs out says that they help."""
-        simulated = self._uncorrected(rest.curricula)
-        true = rest.losses.astype(np.float64)
-        pairs = simulated[:, : true.shape[1]], true
-        left: dict[tuple[float, bool], float] = {}
+    def _fit_correction(self, runs: Runs) -> None:
+        """Fit the correction whose strength and scaling do best in leave-one-out over the runs."""
+        true = runs.losses.astype(np.float64)
+        simulated = self._uncorrected(runs.curricula)[:, : true.shape[1]]
+        errors: dict[tuple[float, bool], float] = {}
         for strength in STRENGTHS:
             for scaled in (False, True):
-                errors = 0.0
-                for out in range(len(rest)):
-                    others = np.arange(len(rest)) != out
-                    found = _Correction.of(pairs[0][others], pairs[1][others], strength, scaled)
-                    errors += float(np.nansum((found.applied(pairs[0][out]) - pairs[1][out]) ** 2))
-                left[strength, scaled] = errors
-        found = _Correction.of(*pairs, *min(left, key=lambda choice: left[choice]))
-        self.correction_, self.scale_, self.centre_ = found.shift, found.scale, found.centre
+                total = 0.0
+                for left_out in range(len(runs)):
+                    others = np.arange(len(runs)) != left_out
+                    correction = _Correction.of(simulated[others], true[others], strength, scaled)
+                    total += float(np.nansum((correction.applied(simulated[left_out]) - true[left_out]) ** 2))
+                errors[strength, scaled] = total
+        correction = _Correction.of(simulated, true, *min(errors, key=lambda choice: errors[choice]))
+        self.correction_, self.scale_, self.centre_ = correction.shift, correction.scale, correction.centre
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         self._warn_beyond(curricula)
@@ -229,40 +238,41 @@ class TangentKernelSimulator(Simulator):
         longest = max(len(curriculum) for curriculum in curricula)
         losses = np.zeros((len(curricula), longest + 1, self.n_test_))
         for start in range(0, len(curricula), _AT_ONCE):
-            some = slice(start, start + _AT_ONCE)
-            losses[some] = self._rolled(curricula[some], longest)
+            chunk = slice(start, start + _AT_ONCE)
+            losses[chunk] = self._mean_forecast(curricula[chunk], longest)
         return losses
 
-    def _rolled(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
-        """Mean over references, nearer ones counting more, ``[runs, steps + 1, test]``."""
-        return np.asarray(sum(share * losses for share, losses in self._by_reference(curricula, longest)))
+    def _mean_forecast(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
+        """Return the references' weighted mean forecast, ``[runs, steps + 1, test]``."""
+        return np.asarray(sum(weight * losses for weight, losses in self._by_reference(curricula, longest)))
 
     def _by_reference(self, curricula: Sequence[Curriculum], longest: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """How much each counts, ``[runs, steps + 1, 1]``, and its own forecasts, ``[runs, steps + 1, test]``."""
+        """Yield each reference's weight, ``[runs, steps + 1, 1]``, and forecasts, ``[runs, steps + 1, test]``."""
         references = self._reference_curricula()
-        shares = reference_weights(curricula, references, longest)  # [runs, references, times]
+        weights = reference_weights(curricula, references, longest)  # [runs, references, times]
         for index, reference in enumerate(references):
-            yield shares[:, index, :, None], self._space(index, reference).roll(curricula, longest)
+            yield weights[:, index, :, None], self._space(index, reference).roll(curricula, longest)
 
     def _warn_beyond(self, curricula: Sequence[Curriculum]) -> None:
-        longest, known = max(map(len, curricula)), int(self.reference_steps_.max())
-        if longest > known:
+        longest, longest_reference = max(map(len, curricula)), int(self.reference_steps_.max())
+        if longest > longest_reference:
             warnings.warn(
-                f"a curriculum of {longest} steps, but no reference has more than {known}: what comes after them is "
-                "forecast with the last kernels, and less well; record a run as long, and fit with it first",
+                f"a curriculum has {longest} steps, but no reference has more than {longest_reference}: later steps "
+                "are simulated with the last kernels, less accurately; record a run of that length and put it first in "
+                "fit(runs)",
                 BeyondReferenceWarning,
                 stacklevel=4,
             )
 
     def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:
-        """By one pass backwards along each reference; how near it is changes as well."""
+        """Run one backward pass per reference; the references' weights are differentiated too."""
         self._warn_beyond([base])
         references = self._reference_curricula()
-        shares, moved = reference_weights_without(base, references)
+        weights, weight_changes = reference_weights_without(base, references)
         changes = np.zeros((self.n_train_, self.n_test_))
         for index, reference in enumerate(references):
             final, derivatives = final_derivatives(self._space(index, reference), base)
-            changes += shares[index] * derivatives + moved[index][:, None] * final
+            changes += weights[index] * derivatives + weight_changes[index][:, None] * final
         changes *= self.scale_[min(len(base), len(self.scale_) - 1)]
         return changes
 
@@ -296,7 +306,7 @@ class TangentKernelSimulator(Simulator):
             return self.task.loss
         if self.loss_ is None:
             raise InvalidInput(
-                "its task's loss is a function of its own, which no file holds: set simulator.task = task"
+                "the task's loss is a function of your own, which files do not hold: set simulator.task = task"
             )
         return BY_NAME[self.loss_]
 
@@ -304,13 +314,13 @@ class TangentKernelSimulator(Simulator):
     def _from_format_0(
         cls, parameters: dict[str, Any], learned: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Rename parameters that are counts."""
+        """Rename the parameters that are counts."""
         for name in ("checkpoints", "references", "features"):
             parameters[f"n_{name}"] = parameters.pop(name)
         return parameters, learned
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Task and recipe are not kept as parameters: what is needed of them is learned."""
+        """Leave out task and recipe: the learned attributes hold what simulation needs of them."""
         about, arrays = super()._state()
         about["parameters"] |= {"task": None, "recipe": None}
         return about, arrays
@@ -318,7 +328,7 @@ class TangentKernelSimulator(Simulator):
 
 @dataclass(frozen=True, eq=False)
 class _Correction:
-    """``L + shift + (scale − 1)(L − centre)``, held at its end.
+    """``L + shift + (scale − 1)(L − centre)``; later times use the last shift, scale and centre.
 
     Args:
         shift, centre: ``[times, test]``.
@@ -331,40 +341,43 @@ class _Correction:
 
     @classmethod
     def of(cls, simulated: np.ndarray, true: np.ndarray, strength: float, scaled: bool) -> _Correction:
-        """Of forecasts and truths ``[runs, times, test]``: ``strength`` times the mean error, and, if ``scaled``, the
-        slope at each step of the truth's deviations from the mean by the forecast's."""
-        known = np.isfinite(true)
-        count = np.maximum(known.sum(axis=0), 1)  # where nothing was read there is nothing to correct
-        centre, mean = (np.where(known, losses, 0.0).sum(axis=0) / count for losses in (simulated, true))
+        """Fit simulated to true losses, both ``[runs, times, test]``.
+
+        The shift is ``strength`` times the mean error. If ``scaled``, the scale at each step is the least-squares slope
+        from simulated to true deviations from the mean.
+        """
+        observed = np.isfinite(true)
+        count = np.maximum(observed.sum(axis=0), 1)  # without a reading the correction is 0
+        centre, mean = (np.where(observed, losses, 0.0).sum(axis=0) / count for losses in (simulated, true))
         scale = np.ones(true.shape[1])
         if scaled:
-            ours, theirs = np.where(known, simulated - centre, 0.0), np.where(known, true - mean, 0.0)
-            size = (ours**2).sum((0, 2))
-            scale = np.divide((ours * theirs).sum((0, 2)), size, out=scale, where=size > 0)
+            predictor, response = np.where(observed, simulated - centre, 0.0), np.where(observed, true - mean, 0.0)
+            variance = (predictor**2).sum((0, 2))
+            scale = np.divide((predictor * response).sum((0, 2)), variance, out=scale, where=variance > 0)
         return cls(strength * (mean - centre), scale, centre)
 
     def applied(self, losses: np.ndarray) -> np.ndarray:
-        """To losses ``[…, times, test]``."""
+        """Correct losses ``[…, times, test]``."""
         times = np.minimum(np.arange(losses.shape[-2]), len(self.scale) - 1)
-        moved = (self.scale[times, None] - 1) * (losses - self.centre[times])
-        corrected: np.ndarray = losses + self.shift[times] + moved
+        scaled = (self.scale[times, None] - 1) * (losses - self.centre[times])
+        corrected: np.ndarray = losses + self.shift[times] + scaled
         return corrected
 
 
-def _both_sides(setup: TrainingSetup) -> Any:
-    """Training and test data, one after the other."""
-    rest = iter(tensors(setup.test_data[0]))
-    inputs = convert(lambda tensor: torch.cat([tensor, next(rest)]), setup.train_data[0])
+def _train_and_test(setup: TrainingSetup) -> Any:
+    """Concatenate training and test data."""
+    test_inputs = iter(tensors(setup.test_data[0]))
+    inputs = convert(lambda tensor: torch.cat([tensor, next(test_inputs)]), setup.train_data[0])
     return inputs, torch.cat([setup.train_data[1], setup.test_data[1]])
 
 
-def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
-    """With zeros after its end."""
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """Append rows of zeros."""
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
 
 
 def _output_shape(task: Task, recipe: Recipe, setup: TrainingSetup) -> list[int]:
-    """Of one example's outputs."""
+    """Return the shape of one example's outputs."""
     model = task.build_model(recipe.seed).to(recipe.torch_dtype)
     with evaluating(model), torch.no_grad():
         outputs = one_tensor(forward(model, take(setup.train_data[0], torch.arange(1))))
@@ -372,23 +385,27 @@ def _output_shape(task: Task, recipe: Recipe, setup: TrainingSetup) -> list[int]
 
 
 def _loss_name(task: Task) -> str | None:
-    """The name of a loss of the library's own."""
+    """Return the name of the task's loss if the library defines it."""
     return next((name for name, loss in BY_NAME.items() if loss is task.loss), None)
 
 
 def check_covered(task: Task, recipe: Recipe) -> None:
-    """Whether training has a counterpart in function space.
+    """Check that the simulator covers this way of training.
+
+    Args:
+        task: gives model, loss and l2.
+        recipe: gives the optimizer and its options.
 
     Raises:
-        InvalidInput: it has none; says what is in the way.
+        InvalidInput: it does not; the message names the reasons.
     """
     problems = []
     if task.loss is token_cross_entropy:
-        problems.append("language modelling, whose outputs at every token are too many (choices by rank are covered)")
+        problems.append("language modelling, which has too many outputs per example (choices by rank are covered)")
     if recipe.optimizer not in COVERED:
         problems.append(f"optimizer {recipe.optimizer!r} (covered: {', '.join(COVERED)})")
     if recipe.optimizer == "adam" and recipe.weight_decay:
-        problems.append("Adam's weight decay, which goes through its second moments (AdamW's is covered)")
+        problems.append("Adam's weight decay, which enters the second moments (AdamW's is covered)")
     if recipe.optimizer_args.get("amsgrad"):
         problems.append("amsgrad")
     if recipe.optimizer_args.get("maximize"):
@@ -400,8 +417,8 @@ def check_covered(task: Task, recipe: Recipe) -> None:
     for name, module in task.build_model(recipe.seed).named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, nn.LayerNorm):
             raise InvalidInput(
-                f"layer {name!r} ({type(module).__name__}) mixes the examples of a batch while training, so an output "
-                "is no function of the parameters alone: freeze it, or take GroupNorm or LayerNorm"
+                f"layer {name!r} ({type(module).__name__}) mixes the examples of a batch in training, so outputs "
+                "depend on the batch: use GroupNorm or LayerNorm instead"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise InvalidInput(f"layer {name!r} ({type(module).__name__}) makes training random: set its p to 0")
