@@ -1,4 +1,4 @@
-"""Derivatives of final losses against finite differences of simulations in which a part of an example leaves."""
+"""Derivatives of final losses against finite differences of simulations in which a part of an example is removed."""
 
 from __future__ import annotations
 
@@ -37,70 +37,72 @@ def small_task(model=lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear
 
 
 def recorded(task: sf.Task, recipe: sf.Recipe, count: int) -> sf.Runs:
-    """The last run is the base: an empty batch, one of a single example, and an example that is twice in a batch."""
+    """Record runs; the last is the base, with an empty batch, a batch of one and an example twice in a batch."""
     curricula = sf.random_curricula(N_TRAIN, count - 1, STEPS, batch_size=3, seed=1)
     base = sf.Curriculum([[0, 1, 2], [3, 4], [], [5], [1, 1, 3], [0, 4, 6], [2, 2], [6, 1], [3, 0, 5]], N_TRAIN)
     return sf.record(task, recipe, [*curricula, base])
 
 
-def without_a_part(base: sf.Curriculum, example: int, part: float):
-    """``batch_weights``, but of the base on its way to the one without an example."""
-    without = sf.Remove([example]).apply(base)
+def without_parts(removals: dict[int, tuple[int, float]]):
+    """``batch_weights``, but a part of one example is removed from each curriculum whose id is in ``removals``."""
 
-    def found(curricula, longest, batch_size):
+    def weights_without(curricula, longest, batch_size):
         weights, updates = batch_weights(curricula, longest, batch_size)
-        dense, rest = weights.toarray(), batch_weights([without], longest, batch_size)[0].toarray()
+        dense = weights.toarray()
         for row, curriculum in enumerate(curricula):
-            if curriculum is base:
-                mine = slice(row * longest, (row + 1) * longest)
-                dense[mine] = (1 - part) * dense[mine] + part * rest
+            if id(curriculum) in removals:
+                example, part = removals[id(curriculum)]
+                without = batch_weights([sf.Remove([example]).apply(curriculum)], longest, batch_size)[0].toarray()
+                steps = slice(row * longest, (row + 1) * longest)
+                dense[steps] = (1 - part) * dense[steps] + part * without
         return scipy.sparse.csr_array(dense), updates
 
-    return found
+    return weights_without
 
 
 def by_differences(fitted, run, monkeypatch, h=1e-4) -> np.ndarray:
-    """``[test, train]``, by central differences."""
-    found = np.zeros((N_TEST, N_TRAIN))
-    for example in range(N_TRAIN):
-        for part in (h, -h):
-            for module in (function_space, nearness):
-                monkeypatch.setattr(module, "batch_weights", without_a_part(run.curriculum, example, part))
-            final = fitted.simulate([run.curriculum], run.initial_losses)[0, -1]
-            found[:, example] += final / (2 * part)
+    """Central differences, ``[test, train]``, from one simulation of all removals."""
+    parts = [(example, part) for example in range(N_TRAIN) for part in (h, -h)]
+    copies = [sf.Curriculum(run.curriculum.tolist(), N_TRAIN) for _ in parts]
+    removals = {id(copy): part for copy, part in zip(copies, parts, strict=True)}
+    for module in (function_space, nearness):
+        monkeypatch.setattr(module, "batch_weights", without_parts(removals))
+    final = fitted.simulate(copies, run.initial_losses)[:, -1]
     monkeypatch.undo()
-    return found
+    return ((final[::2] - final[1::2]) / (2 * h)).T
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_derivatives_are_those_of_the_simulation(name, monkeypatch):
-    """The base is no reference."""
+    """The base is not a reference."""
     task = small_task()
     runs = recorded(task, sf.Recipe(**{"lr": 0.2, "dtype": "float64", **RECIPES[name]}), 2)
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=3, n_features=1).fit(runs[:1])
     fitted.scale_ = np.linspace(1.0, 0.7, STEPS + 1)
     fitted.correction_, fitted.centre_ = np.ones((2, STEPS + 1, N_TEST))
-    found = sf.leave_one_out(fitted, runs[1], "derivative")
+    derivatives = sf.leave_one_out(fitted, runs[1], "derivative")
     expected = by_differences(fitted, runs[1], monkeypatch)
     assert np.abs(expected).max() > 1e-2
-    assert np.allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-    assert (found[:, 7] == 0).all()  # never shown
+    assert np.allclose(derivatives, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    assert (derivatives[:, 7] == 0).all()  # never shown
 
 
 @pytest.mark.parametrize("base", [0, 3])
 def test_several_references_whose_nearness_changes(base, monkeypatch):
-    """The base is a reference, or it is none."""
-    monkeypatch.setattr(nearness, "_shown", lambda *given: np.cumsum(nearness._shares(*given), axis=0))  # in float64
+    """The base is a reference, or it is not."""
+    monkeypatch.setattr(  # in float64
+        nearness, "_cumulative_weights", lambda *args: np.cumsum(nearness._weights(*args), axis=0)
+    )
     task = small_task()
     runs = recorded(task, sf.Recipe(lr=0.2, dtype="float64"), 4)
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=3, n_features=1, n_references=3).fit(runs[:3])
-    found = sf.leave_one_out(fitted, runs[base], "derivative")
+    derivatives = sf.leave_one_out(fitted, runs[base], "derivative")
     with pytest.MonkeyPatch.context() as patch:
         expected = by_differences(fitted, runs[base], patch)
-    assert np.allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    assert np.allclose(derivatives, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
     if base == 3:
-        apart = nearness.reference_weights_without(runs[3].curriculum, runs.curricula[:3])[1]
-        assert np.abs(apart).max() > 1e-3  # or the test would say nothing of it
+        changes = nearness.reference_weights_without(runs[3].curriculum, runs.curricula[:3])[1]
+        assert np.abs(changes).max() > 1e-3  # otherwise the test would not cover them
 
 
 @pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
@@ -113,18 +115,18 @@ def test_landmarks_no_head_longer_curricula_and_few_tests_at_once(monkeypatch):
     for landmarks in (None, 4):
         fitted = sf.TangentKernelSimulator(task, n_checkpoints=3, landmarks=landmarks).fit(runs[:1])
         with pytest.warns(BeyondReferenceWarning, match="18 steps, but no reference has more than 9"):
-            found = sf.leave_one_out(fitted, longer, "derivative")
+            derivatives = sf.leave_one_out(fitted, longer, "derivative")
         with pytest.MonkeyPatch.context() as patch:
             expected = by_differences(fitted, longer, patch)
-        assert np.allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+        assert np.allclose(derivatives, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 def test_a_model_that_is_all_head(monkeypatch):
     task = small_task(lambda: nn.Linear(4, 3))
     runs = recorded(task, sf.Recipe(lr=0.2, dtype="float64"), 2)
     fitted = sf.TangentKernelSimulator(task).fit(runs[:1])
-    found = sf.leave_one_out(fitted, runs[1], "derivative")
-    assert np.allclose(found, by_differences(fitted, runs[1], monkeypatch), rtol=1e-5, atol=1e-8)
+    derivatives = sf.leave_one_out(fitted, runs[1], "derivative")
+    assert np.allclose(derivatives, by_differences(fitted, runs[1], monkeypatch), rtol=1e-5, atol=1e-8)
 
 
 def test_who_has_derivatives(task, runs):
@@ -138,5 +140,5 @@ def test_who_has_derivatives(task, runs):
     with pytest.raises(InvalidInput, match="did you mean 'derivative'"):
         sf.leave_one_out(fitted, runs[0], "derivatives")
     alone = dataclasses.replace(runs[0], curriculum=sf.Curriculum([[3]] * 10, n_train=12))
-    with pytest.raises(InvalidInput, match="would leave no example"):
+    with pytest.raises(InvalidInput, match="would leave none"):
         sf.leave_one_out(fitted, alone, "derivative")

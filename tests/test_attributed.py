@@ -54,20 +54,20 @@ def test_scores_in_losses_are_shared_out_over_occurrences(runs):
 
 @pytest.mark.parametrize("around", [None, "mean"])
 def test_the_fitted_scale_is_the_least_squares_one(runs, tracin, around):
-    given = sf.AttributedSimulator(tracin, around=around).fit(runs)
+    unscaled = sf.AttributedSimulator(tracin, around=around).fit(runs)
     fitted = sf.AttributedSimulator(tracin, fit_scale=True, around=around).fit(runs)
     true = runs.losses.astype(np.float64)
 
     def error(scale):
-        given.scale_ = scale
-        return ((given.simulate(runs.curricula, runs.initial_losses) - true) ** 2).sum()
+        unscaled.scale_ = scale
+        return ((unscaled.simulate(runs.curricula, runs.initial_losses) - true) ** 2).sum()
 
     assert fitted.scale_ != 1.0
     best = error(fitted.scale_)
     assert best < min(error(0.99 * fitted.scale_), error(1.01 * fitted.scale_))
     assert np.allclose(
         fitted.simulate(runs.curricula, runs.initial_losses),
-        given.simulate(runs.curricula, runs.initial_losses),
+        unscaled.simulate(runs.curricula, runs.initial_losses),
         atol=1,
     )
 
@@ -107,27 +107,27 @@ def test_whatever_is_played_is_cloned_and_saved(source, runs, tracin, tmp_path):
 
 
 def test_bad_input(runs, task, tracin):
-    for bad, said in (
+    for simulator, message in (
         (sf.AttributedSimulator(), "attributor is required"),
-        (sf.AttributedSimulator(np.zeros((5, 11))), "scores of 5 test and 11 training examples"),
+        (sf.AttributedSimulator(np.zeros((5, 11))), "scores are of 5 test and 11 training examples"),
         (sf.AttributedSimulator(np.zeros(12)), r"finite numbers \[test, train\]"),
         (sf.AttributedSimulator(np.full((5, 12), np.nan)), "finite numbers"),
         (sf.AttributedSimulator(np.zeros((5, 12)), fit_scale=True), "no scale to fit"),
         (sf.AttributedSimulator(tracin, fit_scale="best"), "fit_scale='best' is unknown: choose from False, True"),
         (sf.AttributedSimulator(tracin, around="median"), "choose from None, 'mean'"),
     ):
-        with pytest.raises(InvalidInput, match=said):
-            bad.fit(runs)
+        with pytest.raises(InvalidInput, match=message):
+            simulator.fit(runs)
     cosine = attribution.GradientCosine().fit(task.build_model(0), task)
-    with pytest.raises(InvalidInput, match="take fit_scale=True"):
+    with pytest.raises(InvalidInput, match="pass fit_scale=True"):
         sf.AttributedSimulator(cosine).fit(runs)
     assert np.isfinite(sf.AttributedSimulator(cosine, fit_scale=True).fit(runs).scale_)
     states = [(task.build_model(0).state_dict(), 0.3)]
     unknown = attribution.TracInCP(states).fit(task.build_model(0), task)
-    with pytest.raises(InvalidInput, match="does not know its step"):
+    with pytest.raises(InvalidInput, match="does not contain its step"):
         sf.AttributedSimulator(unknown).fit(runs)
     bare = sf.Runs.from_arrays(runs.curricula, runs.losses)
-    with pytest.raises(InvalidInput, match="does not know its learning rates"):
+    with pytest.raises(InvalidInput, match="has no learning rates"):
         sf.AttributedSimulator(tracin).fit(bare)
 
 

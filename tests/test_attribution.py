@@ -26,7 +26,7 @@ ATTRIBUTORS = {
     "KFAC": attribution.KFAC(damping=0.1, labels="empirical"),
     "Diagonal": attribution.Diagonal(damping=0.1, labels="empirical"),
     "Exact": attribution.Exact(damping=0.1),
-    "ConjugateGradients": attribution.ConjugateGradients(damping=0.1, tolerance=1e-12),
+    "ConjugateGradients": attribution.ConjugateGradients(damping=1.0, tolerance=1e-11),
     "LiSSA": attribution.LiSSA(damping=20.0, tolerance=1e-12),
     "Arnoldi": attribution.Arnoldi(damping=0.1, iterations=1000),
     "GradientDot": attribution.GradientDot(),

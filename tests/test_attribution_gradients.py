@@ -173,7 +173,7 @@ def test_frozen_parameters_are_left_out():
 
 def test_a_reduced_loss_is_refused():
     case = mlp()
-    with pytest.raises(InvalidInput, match=r"shape \(\) for 3 examples: return one loss per example"):
+    with pytest.raises(InvalidInput, match=r"shape \(\) for a batch of 1: return one loss per example"):
         per_example_gradients(case.model, functional.cross_entropy, case.train)
 
 

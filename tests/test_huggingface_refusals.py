@@ -39,17 +39,17 @@ def test_what_is_said_when_something_is_missing(models, folders, tmp_path, monke
     for kind in ("gpt2", "t5"):
         with pytest.raises(InvalidInput, match="the target of row 1 is empty"):
             sf.tasks.language_modelling(models[kind], said, said, prompt="text", target="said")
-    with pytest.raises(InvalidInput, match="needs something to read"):
+    with pytest.raises(InvalidInput, match="needs a prompt"):
         sf.tasks.language_modelling(models["t5"], said, said)
     unequal = [{"prompt": "a", "choices": ["b", "c"], "answer": 0}, {"prompt": "a", "choices": ["b"], "answer": 0}]
-    with pytest.raises(InvalidInput, match=r"as many choices, two or more; found \[1, 2\]"):
+    with pytest.raises(InvalidInput, match=r"same number of choices, two or more; got \[1, 2\]"):
         sf.tasks.multiple_choice(models["gpt2"], unequal, unequal[:1])
     wrong = [{"prompt": "a", "choices": ["b", "c"], "answer": 2}]
     with pytest.raises(InvalidInput, match="answer 2 of row 0 is not the number of a choice, 0 to 1"):
         sf.tasks.multiple_choice(models["gpt2"], wrong, wrong)
     with pytest.raises(InvalidInput, match="no column 'choice1'"):
         sf.tasks.copa(model=models["gpt2"], source=folders["rte"])
-    with pytest.raises(InvalidInput, match=r"no file train\.jsonl"):
+    with pytest.raises(InvalidInput, match=r"needs a file train\.jsonl"):
         sf.tasks.copa(model=models["gpt2"], source=tmp_path)
     with pytest.raises(InvalidInput, match="200 rows: there are 24"):
         sf.tasks.copa(model=models["gpt2"], source=folders["copa"])
@@ -58,7 +58,7 @@ def test_what_is_said_when_something_is_missing(models, folders, tmp_path, monke
 def test_what_is_said_of_models(models, tmp_path, monkeypatch):
     with pytest.raises(InvalidInput, match=r"there is no folder '\./nowhere'"):
         classified({"bert": "./nowhere"})
-    with pytest.raises(InvalidInput, match="is that a folder that save_pretrained wrote"):
+    with pytest.raises(InvalidInput, match="as save_pretrained writes them"):
         classified({"bert": str(tmp_path)})
     with pytest.raises(InvalidInput, match="unknown tuning 'lroa', did you mean 'lora'"):
         sf.tasks.Pretrained(models["bert"], "lroa")

@@ -113,47 +113,53 @@ def test_gaps_measures_ragged_and_empty_batches(tmp_path):
     assert not (tmp_path / "partial").exists()
 
 
-def long_loop(path, resume, said=lambda steps: None):
-    """2,000 steps of a loop that goes on from its own checkpoint where there is something to go on with."""
+STEPS = 400
+
+
+def long_loop(path, resume, report=lambda steps: None):
+    """A loop that continues from its own checkpoint if it resumes."""
     rng = np.random.default_rng(0)
     with sf.RunStore(path).recorder("long", train=TRAIN, test=TEST, resume=resume) as rec:
-        for step in range(2000):
+        for step in range(STEPS):
             batch, losses = rng.integers(6, size=3), rng.normal(size=3)
             if step < rec.steps:
                 continue
             if step == 0:
                 rec.read(np.ones(3))
             rec.step(batch, losses)
-            said(rec.steps)
+            report(rec.steps)
 
 
 KILLED = """
-import sys
+import sys, time
 sys.path.insert(0, sys.argv[1])
 from test_recorder import long_loop
-long_loop(sys.argv[2], 0, lambda steps: print(steps, flush=True))
+def report(steps):
+    print(steps, flush=True)
+    time.sleep(0.005 if steps > 50 else 0.0)  # so that the kill comes before the end
+long_loop(sys.argv[2], 0, report)
 """
 
 
 def test_killed_and_gone_on_with(tmp_path):
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "killed")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        said = [int(process.stdout.readline()) for _ in range(50)][-1]
+        printed = [int(process.stdout.readline()) for _ in range(50)][-1]
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     store = sf.RunStore(tmp_path / "killed")
     assert store.ids() == []  # no run by halves
     assert len(store.load()) == 0
     assert store.unfinished() == ["long"]
-    broken_off = r"broke off after \d+ recorded steps.*resume="
-    with pytest.raises(InvalidInput, match=broken_off) as broken, store.recorder("long"):
+    message = r"was interrupted after \d+ recorded steps.*resume="
+    with pytest.raises(InvalidInput, match=message) as interrupted, store.recorder("long"):
         pass
-    there = int(str(broken.value).split("after ")[1].split()[0])
-    assert said <= there < 2000  # what it said it had recorded is there
-    long_loop(store.path, there - 7)
+    recorded = int(str(interrupted.value).split("after ")[1].split()[0])
+    assert printed <= recorded < STEPS  # every step that it reported is in the journal
+    long_loop(store.path, recorded - 7)
     long_loop(tmp_path / "whole", None)
     run, whole = store.read("long"), sf.RunStore(tmp_path / "whole").read("long")
-    assert run.steps == 2000
+    assert run.steps == STEPS
     assert np.array_equal(run.losses, whole.losses)
     assert run.curriculum == whole.curriculum
     assert store.unfinished() == []
@@ -194,7 +200,7 @@ def test_a_torn_last_line_is_cut_off_a_damaged_one_found(tmp_path):
 
 def test_resuming_keeps_what_it_is_told(tmp_path):
     store, journal = broken_off(tmp_path)
-    with pytest.raises(InvalidInput, match="5 steps are recorded"), store.recorder("a", resume=6):
+    with pytest.raises(InvalidInput, match="only 5 steps of run 'a' are recorded"), store.recorder("a", resume=6):
         pass
     with pytest.raises(StoreError, match="another recipe"), store.recorder("a", resume=2, recipe=sf.Recipe(lr=1.0)):
         pass
@@ -264,13 +270,13 @@ def started(path, **arguments):
         (lambda rec: rec.read([1, 2]), r"one number for each of the 3 test examples, got int64\[2\]"),
         (lambda rec: rec.read(["a", "b", "c"]), "one number for each"),
         (lambda rec: rec.read(0.5), "reduction='none'"),
-        (lambda rec: (rec.read([1, 2, 3]), rec.read([1, 2, 3])), "recorded already"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.read([1, 2, 3])), "already recorded"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step(["t00"])), "no training example 't00', did you mean 't0'"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([6])), "indices from 0 to 5; got 6"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([-1])), "got -1"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([True])), "got True"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([0.5])), "got 0.5"),
-        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], measures={"m": [1, 2, 3]})), "measures without losses"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], measures={"m": [1, 2, 3]})), "only together with losses"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([0], [1, 2, 3], measures={"m": [1, 2, 3]})), "name them all"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([0])), "losses after the last step .* are missing"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([], [1, 2, 3])), "no step with an example"),
@@ -285,29 +291,29 @@ def test_bad_input(tmp_path, action, said):
 
 def test_bad_recorders(tmp_path, store, task):
     new = sf.RunStore(tmp_path / "new")
-    with pytest.raises(InvalidInput, match="new store: say of which examples"):
+    with pytest.raises(InvalidInput, match="is a new store and needs its examples"):
         new.recorder("a")
     for name in ("", "../up", "a/b", ".hidden", "x" * 65, "ä"):
-        with pytest.raises(InvalidInput, match="a run's name is a file's"):
+        with pytest.raises(InvalidInput, match="must be usable as a file name"):
             new.recorder(name, train=TRAIN, test=TEST)
-    with pytest.raises(InvalidInput, match="which by its name"):
+    with pytest.raises(InvalidInput, match="pass its name"):
         new.recorder(train=TRAIN, test=TEST, resume=3)
-    with pytest.raises(InvalidInput, match="another name"):
+    with pytest.raises(InvalidInput, match="a measure cannot be called"):
         new.recorder("a", train=TRAIN, test=TEST, measures=["loss"])
     with pytest.raises(InvalidInput, match="appears twice"):
         new.recorder("a", train=["t0", "t0"], test=TEST)
     assert not new.exists
-    with pytest.raises(StoreError, match="other train examples"):
+    with pytest.raises(StoreError, match="train examples with other ids"):
         store.recorder("a", train=TRAIN)
     with pytest.raises(InvalidInput, match="leave them out"):
         store.recorder("a", task=task, test=TEST)
-    with pytest.raises(InvalidInput, match="has a finished run"), store.recorder(store.ids()[0]):
+    with pytest.raises(InvalidInput, match="already has a finished run"), store.recorder(store.ids()[0]):
         pass
     rec = store.recorder("a")
-    with pytest.raises(InvalidInput, match="within its block only"):
+    with pytest.raises(InvalidInput, match="only inside its with block"):
         rec.read(np.zeros(5))
     with store.recorder("b") as first:
-        with pytest.raises(StoreError, match="being recorded by another"), store.recorder("b"):
+        with pytest.raises(StoreError, match="another process or recorder is recording"), store.recorder("b"):
             pass
         first.read(np.zeros(5))
         first.step([0], np.zeros(5))

@@ -52,5 +52,5 @@ def test_bad_questions(task, runs):
     with pytest.raises(InvalidInput, match="another task"):
         sf.replay(sf.tasks.digits(n_train=12, n_test=5), runs[0], [1])
     bare = dataclasses.replace(runs[0], recipe=None)
-    with pytest.raises(InvalidInput, match="does not know its recipe"):
+    with pytest.raises(InvalidInput, match="has no recipe"):
         sf.replay(task, bare, [1])

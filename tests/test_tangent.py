@@ -24,7 +24,7 @@ RECIPES = {
     "nesterov": {"momentum": 0.8, "optimizer_args": {"nesterov": True}},
     "dampening": {"momentum": 0.8, "optimizer_args": {"dampening": 0.3}},
     "weight decay": {"momentum": 0.5, "weight_decay": 0.1},
-    "schedule": {"schedule": "cosine", "horizon": 260, "warmup": 5},
+    "schedule": {"schedule": "cosine", "horizon": 80, "warmup": 5},
     "clipping": {"clip_norm": 0.2},
     "adam": {"optimizer": "adam", "optimizer_args": {"betas": [0.8, 0.99]}},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
@@ -33,7 +33,7 @@ RECIPES = {
 
 
 def linear_task(loss: str = "cross_entropy", outputs: int = 3) -> sf.Task:
-    """A model that is linear in its parameters."""
+    """A task whose model is linear in its parameters."""
     rng = np.random.default_rng(0)
     X = rng.normal(size=(30, 4)).astype(np.float64)
     y = rng.integers(3, size=30) if loss == "cross_entropy" else rng.normal(size=(30, outputs))
@@ -45,7 +45,7 @@ def linear_task(loss: str = "cross_entropy", outputs: int = 3) -> sf.Task:
 def runs_of(task: sf.Task, recipe: sf.Recipe, steps: int, count: int = 3) -> sf.Runs:
     curricula = sf.random_curricula(n_train=len(task.train), runs=count, steps=steps, batch_size=4, subset=0.5, seed=0)
     batches = curricula[1].tolist()
-    batches[3], batches[7] = [], batches[7][:2]  # a step without an update, and a smaller batch
+    batches[3], batches[7] = [], batches[7][:2]  # an empty batch, and a smaller one
     return sf.record(task, recipe, [curricula[0], sf.Curriculum(batches, len(task.train)), *curricula[2:]])
 
 
@@ -53,7 +53,7 @@ def runs_of(task: sf.Task, recipe: sf.Recipe, steps: int, count: int = 3) -> sf.
 def test_a_linear_model_is_simulated_exactly(name):
     recipe = sf.Recipe(lr=0.05, dtype="float64", **RECIPES[name])
     task = linear_task()
-    runs = runs_of(task, recipe, steps=200)
+    runs = runs_of(task, recipe, steps=60)
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=3).fit(runs[:1])
     simulated = fitted.simulate(runs.curricula, runs.initial_losses)
     assert np.abs(simulated - runs.losses).max() < 1e-6
@@ -63,7 +63,7 @@ def test_a_linear_model_is_simulated_exactly(name):
 
 def test_squared_error_and_an_objective_with_l2():
     task = dataclasses.replace(linear_task("squared_error", outputs=2), l2=0.2)
-    runs = runs_of(task, sf.Recipe(lr=0.05, dtype="float64"), steps=60)
+    runs = runs_of(task, sf.Recipe(lr=0.05, dtype="float64"), steps=30)
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=2).fit(runs[:1])
     assert np.abs(fitted.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
 
@@ -83,18 +83,24 @@ def test_the_loss_sees_outputs_of_the_models_shape(shape):
         lambda: nn.Sequential(nn.Linear(4, size), nn.Unflatten(1, shape) if shape else nn.Flatten(0)),
         X[:20], y[:20], squares, test=(X[20:], y[20:]), name="shaped",
     )  # fmt: skip
-    runs = runs_of(task, sf.Recipe(lr=0.02, dtype="float64"), steps=30)
+    runs = runs_of(task, sf.Recipe(lr=0.02, dtype="float64"), steps=15)
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=2).fit(runs[:1])
     assert np.abs(fitted.simulate(runs.curricula, runs.initial_losses) - runs.losses).max() < 1e-6
 
 
-def test_beyond_the_reference_a_linear_model_is_exact_too():
+@pytest.fixture(scope="module")
+def short_and_long():
+    """A linear task, and runs of 20 and of 45 steps."""
     task, recipe = linear_task(), sf.Recipe(lr=0.05, momentum=0.5, dtype="float64")
-    short, long = runs_of(task, recipe, steps=40), runs_of(task, recipe, steps=90)
+    return task, runs_of(task, recipe, steps=20), runs_of(task, recipe, steps=45)
+
+
+def test_beyond_the_reference_a_linear_model_is_exact_too(short_and_long):
+    task, short, long = short_and_long
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=2).fit(short[:1])
-    with pytest.warns(BeyondReferenceWarning, match="90 steps, but no reference has more than 40: .* record a run"):
-        found = fitted.simulate(long.curricula[2:], long.initial_losses[2:])
-    assert np.abs(found - long.losses[2:]).max() < 1e-6
+    with pytest.warns(BeyondReferenceWarning, match="45 steps, but no reference has more than 20: .* record a run"):
+        simulated = fitted.simulate(long.curricula[2:], long.initial_losses[2:])
+    assert np.abs(simulated - long.losses[2:]).max() < 1e-6
 
 
 def test_intervals_widen_where_the_members_differ(task, runs, tmp_path):
@@ -106,19 +112,17 @@ def test_intervals_widen_where_the_members_differ(task, runs, tmp_path):
     fitted.save(tmp_path / "fitted.safetensors")
     loaded = sf.ConformalSimulator.load(tmp_path / "fitted.safetensors")
     assert np.array_equal(loaded.interval(runs.curricula, runs.initial_losses)[0], low)
-    spread = np.std([each.simulate(runs.curricula, runs.initial_losses) for each in fitted.fitted_[1:]], 0, ddof=1)
+    spread = np.std([member.simulate(runs.curricula, runs.initial_losses) for member in fitted.fitted_[1:]], 0, ddof=1)
     assert spread[:, -1].max() > 1e-4
     for time in (4, 10):
         half, scale = ((high - low) / 2)[:, time], np.sqrt(fitted.variance_[time] + spread[:, time] ** 2)
         assert np.allclose(half / scale, (half / scale)[0, 0], rtol=1e-3)
 
 
-def test_references_of_different_length():
-    task, recipe = linear_task(), sf.Recipe(lr=0.05, momentum=0.5, dtype="float64")
-    short, long = runs_of(task, recipe, steps=40), runs_of(task, recipe, steps=90)
-    several = sf.record(task, recipe, [short[0].curriculum, long[1].curriculum, long[2].curriculum])
-    fitted = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=2).fit(several[:2])
-    assert np.abs(fitted.simulate(several.curricula, several.initial_losses)[2] - several[2].losses).max() < 1e-6
+def test_references_of_different_length(short_and_long):
+    task, short, long = short_and_long
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=2).fit([short[0], long[1]])
+    assert np.abs(fitted.simulate(long.curricula[2:], long.initial_losses[2:])[0] - long[2].losses).max() < 1e-6
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -156,7 +160,7 @@ def test_nystroms_factors():
 
 
 class Twice(nn.Module):
-    """A head that is used twice, and so is none."""
+    """A model whose last layer is used twice, so it has no head."""
 
     def __init__(self):
         super().__init__()
@@ -191,58 +195,65 @@ def test_the_basis_is_a_rotation_that_begins_with_what_the_outputs_read():
 
 @pytest.mark.parametrize("model", [lambda: nn.Sequential(nn.Linear(64, 5), nn.Tanh()), Twice])
 def test_a_model_without_a_head(model):
-    """Outputs that come from no linear layer of their own move as features."""
+    """Without a head, the outputs are the features."""
     rng = np.random.default_rng(0)
     width = 4 if model is Twice else 64
     X, y = rng.normal(size=(30, width)), rng.integers(4, size=30)
     task = sf.tasks.from_arrays(model, X[:20], y[:20], "cross_entropy", test=(X[20:], y[20:]), name="no head")
-    runs = runs_of(task, sf.Recipe(lr=0.02, momentum=0.5), steps=40)
+    runs = runs_of(task, sf.Recipe(lr=0.02, momentum=0.5), steps=25)
     fitted = sf.TangentKernelSimulator(task).fit(runs[:1])
     simulated = fitted.simulate(runs.curricula, runs.initial_losses)
     errors = ((simulated - runs.losses) ** 2)[1:].mean(), ((runs[0].losses - runs.losses) ** 2)[1:].mean()
     assert errors[0] < 0.2 * errors[1]
 
 
-def test_more_runs_never_hurt_on_those_that_correct(task, runs):
+@pytest.fixture(scope="module")
+def corrected(task, runs):
+    """Fitted on all runs: one is the reference, the others give the correction."""
+    return sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(runs)
+
+
+def test_more_runs_never_hurt_on_those_that_correct(task, runs, corrected):
     alone = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(runs[:1])
-    more = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(runs)
-    rest = runs[1:]
-    errors = [((each.simulate(rest.curricula, rest.initial_losses) - rest.losses) ** 2).sum() for each in (alone, more)]
+    others = runs[1:]
+    errors = [
+        ((simulator.simulate(others.curricula, others.initial_losses) - others.losses) ** 2).sum()
+        for simulator in (alone, corrected)
+    ]
     assert errors[1] <= errors[0]
-    assert more.correction_.shape == more.centre_.shape == (11, 5)
-    assert more.scale_.shape == (11,)
+    assert corrected.correction_.shape == corrected.centre_.shape == (11, 5)
+    assert corrected.scale_.shape == (11,)
 
 
 def test_the_correction_is_the_least_squares_one():
     rng = np.random.default_rng(0)
     simulated = rng.normal(size=(9, 4, 3))
     true = 1.5 * simulated + rng.normal(size=(4, 3)) + 0.01 * rng.normal(size=(9, 4, 3))
-    found = _Correction.of(simulated, true, 1.0, True)
-    assert np.abs(found.applied(simulated) - true).max() < 0.05
-    assert np.allclose(found.scale, 1.5, atol=0.02)
+    correction = _Correction.of(simulated, true, 1.0, True)
+    assert np.abs(correction.applied(simulated) - true).max() < 0.05
+    assert np.allclose(correction.scale, 1.5, atol=0.02)
     shifted = _Correction.of(simulated, true, 1.0, False).applied(simulated)
     assert np.allclose(shifted.mean(0), true.mean(0))
     assert np.array_equal(_Correction.of(simulated, true, 0.0, False).applied(simulated), simulated)
 
 
-def test_runs_with_gaps_and_of_different_length_correct_too(task, recipe, runs):
+def test_runs_with_gaps_and_of_different_length_correct_too(task, recipe, runs, corrected):
     gaps = sf.record(task, recipe, runs.curricula, observe=sf.Observe(every=4))
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(gaps)
-    whole = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(runs)
     read = gaps[0].times
     simulated = fitted.simulate(runs.curricula, runs.initial_losses)
     assert np.isfinite(simulated).all()
-    assert np.abs(simulated - whole.simulate(runs.curricula, runs.initial_losses))[:, read].mean() < 0.02
+    assert np.abs(simulated - corrected.simulate(runs.curricula, runs.initial_losses))[:, read].mean() < 0.02
     shorter = sf.record(task, recipe, [*runs.curricula[:5], sf.Truncate(6).apply(runs[5].curriculum)])
     several = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=1).fit(shorter)
     assert np.isfinite(several.simulate(runs.curricula, runs.initial_losses)).all()
 
 
 def test_the_contract(task, runs, tmp_path):
-    fitted = sf.TangentKernelSimulator(task, n_checkpoints=4, n_references=2).fit(runs)
+    fitted = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=2).fit(runs)
     expected = fitted.simulate(runs.curricula, runs.initial_losses)
     assert np.isfinite(expected).all()
-    for number, run in enumerate(runs):
+    for number, run in enumerate(runs[:3]):  # two references, and a run that is none
         alone = fitted.simulate([run.curriculum], run.initial_losses)[0]
         assert np.allclose(alone, expected[number], atol=1e-5)
     fitted.save(tmp_path / "fitted.safetensors")
@@ -264,20 +275,20 @@ def test_how_far_references_disagree(task, runs):
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=2).fit(runs[:2])
     short = sf.Truncate(4).apply(runs[2].curriculum)
     curricula = [runs[2].curriculum, short, runs[0].curriculum]
-    found = fitted.disagreement(curricula)
+    spread = fitted.disagreement(curricula)
     references = fitted._reference_curricula()
-    each = [fitted._space(number, reference).roll(curricula, 10) for number, reference in enumerate(references)]
-    shares = reference_weights(curricula, references, 10)
-    # of two values with shares s and 1 − s: √(s (1 − s)) of their difference
-    expected = np.sqrt(shares[:, 0] * shares[:, 1])[..., None] * np.abs(each[0] - each[1])
-    assert np.allclose(found[0], expected[0], rtol=1e-4, atol=1e-7)
-    assert np.allclose(found[1, :5], found[0, :5], rtol=1e-4, atol=1e-7)
-    assert np.isnan(found[1, 5:]).all()
-    assert found[0, 1:].min() > 1e-6
-    assert found[2].max() < 1e-3 * found[0].max()  # a reference's own curriculum is known
+    forecasts = [fitted._space(number, reference).roll(curricula, 10) for number, reference in enumerate(references)]
+    weights = reference_weights(curricula, references, 10)
+    # two values with weights w and 1 − w have the standard deviation √(w (1 − w)) times their difference
+    expected = np.sqrt(weights[:, 0] * weights[:, 1])[..., None] * np.abs(forecasts[0] - forecasts[1])
+    assert np.allclose(spread[0], expected[0], rtol=1e-4, atol=1e-7)
+    assert np.allclose(spread[1, :5], spread[0, :5], rtol=1e-4, atol=1e-7)
+    assert np.isnan(spread[1, 5:]).all()
+    assert spread[0, 1:].min() > 1e-6
+    assert spread[2].max() < 1e-3 * spread[0].max()  # a reference's own curriculum is known
     fitted.scale_ = np.full(1, 0.5)
     fitted.correction_, fitted.centre_ = np.ones((2, 1, 5))
-    assert np.allclose(fitted.disagreement(curricula[:1])[0], found[0] / 2)
+    assert np.allclose(fitted.disagreement(curricula[:1])[0], spread[0] / 2)
     with pytest.raises(InvalidInput, match="one reference cannot disagree"):
         sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=1).fit(runs).disagreement(curricula)
     with pytest.raises(InvalidInput, match="no curriculum"):
@@ -289,14 +300,14 @@ def test_how_far_references_disagree(task, runs):
 def test_nearer_references_count_more(runs):
     a, b = runs[0].curriculum, runs[1].curriculum
     edited = sf.Remove([int(a[0][0])]).apply(a)
-    shares = reference_weights([a, b, edited], [a, b], 10)
-    assert np.allclose(shares.sum(1), 1)
-    assert np.allclose(shares[:, :, 0], 0.5)  # nothing has been shown yet
-    assert shares[0, 0, 1:].min() > 0.999
-    assert shares[1, 1, 1:].min() > 0.999
-    assert (shares[2, 0, 2:] > shares[2, 1, 2:]).all()
+    weights = reference_weights([a, b, edited], [a, b], 10)
+    assert np.allclose(weights.sum(1), 1)
+    assert np.allclose(weights[:, :, 0], 0.5)  # nothing has been shown yet
+    assert weights[0, 0, 1:].min() > 0.999
+    assert weights[1, 1, 1:].min() > 0.999
+    assert (weights[2, 0, 2:] > weights[2, 1, 2:]).all()
     short = reference_weights([sf.Truncate(4).apply(edited)], [a, b], 4)
-    assert np.allclose(short[0], shares[2][:, :5])  # what comes later does not matter
+    assert np.allclose(short[0], weights[2][:, :5])  # what comes later does not matter
 
 
 def test_fitting_shows_a_bar_unless_within_another(task, runs, capfd, monkeypatch):
@@ -306,19 +317,20 @@ def test_fitting_shows_a_bar_unless_within_another(task, runs, capfd, monkeypatc
     assert "Kernels" in capfd.readouterr().err
     with bar("outer", 1, shown=True):
         simulator.fit(runs[:1])
-    assert "outer" in (said := capfd.readouterr().err)
-    assert "Kernels" not in said
+    printed = capfd.readouterr().err
+    assert "outer" in printed
+    assert "Kernels" not in printed
 
 
 def test_interrupted_while_fitting_it_is_what_it_was(task, runs, monkeypatch):
     fitted = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=2).fit(runs[:2])
     expected = fitted.simulate(runs.curricula, runs.initial_losses)
     fresh = sf.TangentKernelSimulator(task, n_checkpoints=2, n_references=2)
-    taken = iter([tangent.collect_reference])
+    first = iter([tangent.collect_reference])
 
-    def interrupted(*given):
-        for real in taken:  # the first reference
-            return real(*given)
+    def interrupted(*args):
+        for collect in first:
+            return collect(*args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tangent, "collect_reference", interrupted)
@@ -331,7 +343,7 @@ def test_interrupted_while_fitting_it_is_what_it_was(task, runs, monkeypatch):
 
 
 class Pair(nn.Module):
-    """Its outputs are two tensors."""
+    """A model whose outputs are two tensors."""
 
     def __init__(self):
         super().__init__()
@@ -353,33 +365,33 @@ class Normed(nn.Module):
 def test_bad_input(task, runs):
     simulator = sf.TangentKernelSimulator
     bare = sf.Runs.from_arrays(runs.curricula, runs.losses)
-    for bad, said in (
-        (simulator(), "give task="),
+    for bad, message in (
+        (simulator(), "task is required"),
         (simulator(task, sf.Recipe(optimizer="rmsprop")), "does not cover optimizer 'rmsprop'"),
         (simulator(task, sf.Recipe(optimizer="adam", weight_decay=0.1)), "Adam's weight decay"),
         (simulator(task, sf.Recipe(optimizer="adamw", clip_norm=1.0)), "clipping together with"),
-        (simulator(task, memory=1e-7), "GiB of a reference's"),
+        (simulator(task, memory=1e-7), "GiB, but a reference may take"),
         (simulator(task, n_checkpoints=0), "n_checkpoints must be a whole number"),
         (simulator(task, memory=0), "memory must be a number"),
         (simulator(task, landmarks=0), "landmarks must be a whole number"),
         (simulator(task, n_features=-1), "n_features must be a whole number"),
     ):
-        with pytest.raises(InvalidInput, match=said):
+        with pytest.raises(InvalidInput, match=message):
             bad.fit(runs)
     with pytest.raises(InvalidInput, match="does not cover language modelling"):
         simulator(dataclasses.replace(task, loss=token_cross_entropy)).fit(runs)
-    with pytest.raises(InvalidInput, match="how were these runs trained"):
+    with pytest.raises(InvalidInput, match="recorded without a recipe"):
         simulator(task).fit(bare)
     with pytest.raises(InvalidInput, match="another task"):
         simulator(sf.tasks.digits(n_train=12, n_test=5)).fit(runs)
-    with pytest.raises(InvalidInput, match="of outputs that are one tensor, not tuple"):
+    with pytest.raises(InvalidInput, match="outputs that are one tensor, not tuple"):
         simulator(dataclasses.replace(task, model=Pair)).fit(runs)
-    for layer, said in (
+    for layer, message in (
         (nn.BatchNorm1d(4), "mixes the examples of a batch"),
         (nn.Dropout(0.5), "makes training random"),
     ):
         mixing = dataclasses.replace(task, model=lambda layer=layer: Normed(layer))
-        with pytest.raises(InvalidInput, match=said):
+        with pytest.raises(InvalidInput, match=message):
             simulator(mixing).fit(runs)
 
 

@@ -214,17 +214,17 @@ def stream(bert):
     [
         ({"train": stream}, {}, "hides which examples it trains on"),
         ({"cls": HiddenSampler}, {}, "sampler hides which examples it draws"),
-        ({"auto_find_batch_size": True}, {}, "auto_find_batch_size starts training over"),
+        ({"auto_find_batch_size": True}, {}, "auto_find_batch_size restarts training"),
         ({"dataloader_num_workers": 2, "dataloader_in_order": False}, {}, "out of order"),
         ({}, {"every": 0}, "every must be 1 or more"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, {"every": 2},
             "record with every=1",
         ),
-        ({}, {"train": ["a", "b"]}, "has 12 rows, but 2 training examples are known"),
-        ({}, {"test": ["a", "b"]}, "has 5 rows, but 2 ids are known"),
+        ({}, {"train": ["a", "b"]}, "has 12 rows, but there are 2 training examples"),
+        ({}, {"test": ["a", "b"]}, "has 5 rows, but there are 2 test examples"),
         ({}, {"curriculum": sf.Curriculum([[0]] * 5, N_TRAIN)}, "set max_steps=5"),
-        ({}, {"curriculum": sf.Curriculum([[0]] * 6, 20)}, "is of 20 training examples"),
+        ({}, {"curriculum": sf.Curriculum([[0]] * 6, 20)}, "is for 20 training examples"),
         ({}, {"curriculum": sf.Curriculum([[0], [], [1], [1], [1], [2]], N_TRAIN)}, "batch 1 has 0 examples"),
         (
             {"gradient_accumulation_steps": 2}, {"curriculum": sf.Curriculum([[0, 1]] * 5 + [[1]], N_TRAIN)},
@@ -257,7 +257,7 @@ def test_of_other_examples_or_without_transformers(bert, make, tmp_path, monkeyp
         rec.step([0], np.zeros(5))
     trainer = make()
     TrainerRecorder(trainer, tmp_path / "runs", train=[f"x{i}" for i in range(12)])
-    with pytest.raises(StoreError, match="other train examples"):
+    with pytest.raises(StoreError, match="train examples with other ids"):
         trainer.train()
     again = make()
     TrainerRecorder(again, tmp_path / "runs", "a")

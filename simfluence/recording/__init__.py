@@ -1,4 +1,4 @@
-"""Training runs, recorded: every test example's loss before training and after every step."""
+"""Recording of training runs: every test example's loss before training and after every step."""
 
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.estimate import Estimate, estimate

@@ -1,4 +1,4 @@
-"""Parameters, buffers and optimizer state of one moment of training, as safetensors. No pickle."""
+"""Checkpoints: parameters, buffers and optimizer state at one step of training, as safetensors. No pickle."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from torch import Tensor, nn
 from simfluence._internal.files import check_format, write_whole
 from simfluence.errors import StoreError
 
-#: Version of the files written here. Files without one are of version 0, and are read; newer ones are refused.
+__all__ = ["FORMAT", "Checkpoint"]
+
+#: Version of the checkpoint files. Files without a version have version 0 and can be read; newer ones are refused.
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One moment of a run. Tensors may be shared with the model until ``save``.
+    """State of a run at one step. It may share tensors with the model until ``save``.
 
     Args:
-        step: number of updates made so far.
+        step: number of updates so far.
         model: parameters and buffers by name, as in ``module.state_dict()``.
-        optimizer: per-parameter state: parameter number → name → tensor or plain number.
-        extra: further tensors that whoever wrote it needs.
+        optimizer: per-parameter state: parameter number → name → tensor or number.
+        extra: further tensors by name.
 
     >>> model = nn.Linear(2, 1)
     >>> before = Checkpoint(0, {name: tensor.clone() for name, tensor in model.state_dict().items()}, {}, {})
@@ -45,48 +47,53 @@ class Checkpoint:
     extra: Mapping[str, Tensor]
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the state back into a model and an optimizer built as they were."""
+        """Load the state into a model and an optimizer of the same kind."""
         model.load_state_dict(dict(self.model))
         if optimizer is not None:
             self.restore_optimizer(optimizer)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the state back into an optimizer built as it was."""
+        """Load the state into an optimizer of the same kind."""
         groups = optimizer.state_dict()["param_groups"]
         state = {number: dict(entries) for number, entries in self.optimizer.items()}
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def save(self, path: Path, aside: Path | None = None) -> None:
-        """Write to ``path``, whole or not at all."""
+        """Write to ``path`` atomically.
+
+        Args:
+            path: the file to write.
+            aside: folder for the temporary file, on the same file system; by default the folder of ``path``.
+        """
         tensors = {f"model/{name}": tensor for name, tensor in self.model.items()}
         tensors |= {f"extra/{name}": tensor for name, tensor in self.extra.items()}
         numbers: dict[str, Any] = {}
         for index, entries in self.optimizer.items():
             for name, value in entries.items():
                 (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{index}/{name}"] = value
-        portable = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        about = json.dumps({"format": FORMAT, "step": self.step, "numbers": numbers})
-        write_whole(path, safetensors.torch.save(portable, {"simfluence": about}), aside)
+        on_cpu = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        header = json.dumps({"format": FORMAT, "step": self.step, "numbers": numbers})
+        write_whole(path, safetensors.torch.save(on_cpu, {"simfluence": header}), aside)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """Read a checkpoint.
 
         Raises:
-            StoreError: the file is damaged or not a checkpoint.
+            StoreError: the file is damaged or is not a checkpoint.
         """
         try:
             with safetensors.safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["simfluence"])
-                check_format(about.get("format", 0), FORMAT, path)
+                header = json.loads((file.metadata() or {})["simfluence"])
+                check_format(header.get("format", 0), FORMAT, path)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, KeyError, ValueError) as error:
-            raise StoreError(f"{path} is damaged or no checkpoint: {error}") from None
+            raise StoreError(f"{path} is damaged or is not a checkpoint: {error}") from None
         parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "extra": {}}
-        for name, value in (tensors | about["numbers"]).items():
+        for name, value in (tensors | header["numbers"]).items():
             part, rest = name.split("/", 1)
             parts[part][rest] = value
-        return cls(about["step"], parts["model"], _by_parameter(parts["optimizer"]), parts["extra"])
+        return cls(header["step"], parts["model"], _by_parameter(parts["optimizer"]), parts["extra"])
 
 
 def _by_parameter(flat: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Before you pay: what a recording will take, from a few measured steps."""
+"""Estimate of the time, disk and memory of a recording, from a few measured steps."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ from simfluence.recording.session import check, run_id
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
-_WARM_UP = 2
+__all__ = ["Estimate", "estimate"]
+
+_WARM_UP = 2  # steps before measuring
 _PARQUET_OVERHEAD = 6_000  # bytes of schema, metadata and page headers of a run file
 _CHECKPOINT_OVERHEAD = 2_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a recording will take.
+    """Expected time, disk and memory of a recording.
 
     Args:
-        runs: to be recorded; ``already_recorded`` more are recorded already.
-        engines: how many of them by each engine.
-        seconds: of training and reading, on this machine as busy as it is now.
-        disk: bytes of run files and checkpoints, about.
-        memory: bytes that the process takes at its peak, with all runs in memory at the end; 0 if not known here.
+        runs: number of runs to record.
+        already_recorded: number of further runs that are already recorded.
+        engines: number of runs to record with each engine.
+        seconds: time for training and reading losses, on this machine under its present load.
+        disk: approximate size of run files and checkpoints in bytes.
+        memory: peak memory of the process in bytes, with all runs in memory at the end; 0 if unknown on this system.
 
     >>> Estimate(runs=3, already_recorded=0, engines={"loop": 3}, seconds=1.5, disk=2**20, memory=0).seconds
     1.5
@@ -51,13 +54,13 @@ class Estimate:
 
     @property
     def there(self) -> int:
-        """The old name of ``already_recorded``."""
+        """Old name of ``already_recorded``."""
         warn_renamed("Estimate.there", "Estimate.already_recorded")
         return self.already_recorded
 
     def __str__(self) -> str:
         engines = ", ".join(f"{count} by {name}" for name, count in self.engines.items()) or "none"
-        memory = size_of(self.memory) if self.memory else "not known here"
+        memory = size_of(self.memory) if self.memory else "unknown on this system"
         return (
             f"{self.runs} runs to record ({engines}), {self.already_recorded} recorded already\n"
             f"time    about {_duration(self.seconds)}\ndisk    about {size_of(self.disk)}\nmemory  about {memory}"
@@ -75,29 +78,30 @@ def estimate(
     device: str | torch.device = "cpu",
     steps: int = 10,
 ) -> Estimate:
-    """Measure a few steps of each kind of group and say what ``record`` with the same arguments would take.
+    """Estimate the time, disk and memory of ``record`` with the same arguments, from a few steps of each kind of group.
 
-    Nothing is written. Runs that the store has are left out.
+    Nothing is written. Runs that the store already has are left out.
 
     Args:
-        steps: how many steps to measure, with and again without reading the test side.
+        task, recipe, curricula, store, observe, engine, device: same as in ``record``.
+        steps: number of steps to measure, once with and once without reading the test losses.
 
     Raises:
-        InvalidInput: as ``record`` would.
+        InvalidInput: ``record`` would raise it.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
-    >>> found = estimate(task, sf.Recipe(), sf.random_curricula(n_train=20, runs=3, steps=20, batch_size=4))
-    >>> found.runs, found.seconds > 0
+    >>> costs = estimate(task, sf.Recipe(), sf.random_curricula(n_train=20, runs=3, steps=20, batch_size=4))
+    >>> costs.runs, costs.seconds > 0
     (3, True)
     """
     curricula, observe = list(curricula), observe or Observe()
     check(task, curricula, observe)
-    wanted = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
+    requested = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
     already_recorded = (
-        set(RunStore(store).ids()) & set(wanted) if store is not None and RunStore(store).exists else set()
+        set(RunStore(store).ids()) & set(requested) if store is not None and RunStore(store).exists else set()
     )
-    groups = [g for g in plan(task, recipe, wanted, engine) if not already_recorded >= set(g.curricula)]
+    groups = [g for g in plan(task, recipe, requested, engine) if not already_recorded >= set(g.curricula)]
     setup = TrainingSetup.of(task, recipe, device, observe.measures)
     costs: dict[tuple[str, int], tuple[float, float, int]] = {}
     seconds, disk = 0.0, 0
@@ -105,7 +109,7 @@ def estimate(
         for group in groups:
             kind = group.engine, len(group.curricula)
             if kind not in costs:
-                costs[kind] = _measured(group, setup, steps)
+                costs[kind] = _measure(group, setup, steps)
             update, reading, checkpoint = costs[kind]
             reads = int(observe.times(group.steps).sum())
             seconds += group.steps * update + reads * reading
@@ -118,8 +122,8 @@ def estimate(
     return Estimate(sum(engines.values()), len(already_recorded), engines, seconds, disk, memory)
 
 
-def _measured(group: RunGroup, setup: TrainingSetup, steps: int) -> tuple[float, float, int]:
-    """Seconds of an update, seconds of a reading (each of the whole group), and bytes of one run's checkpoint."""
+def _measure(group: RunGroup, setup: TrainingSetup, steps: int) -> tuple[float, float, int]:
+    """Measure the seconds of an update and of a reading of the whole group, and the bytes of one run's checkpoint."""
     steps = max(1, min(steps, (group.steps - _WARM_UP) // 2))
     times = np.zeros(group.steps + 1, bool)
     times[: min(_WARM_UP + steps, group.steps) + 1] = True
@@ -128,14 +132,14 @@ def _measured(group: RunGroup, setup: TrainingSetup, steps: int) -> tuple[float,
         training.advance()
     seconds = []
     for _ in range(2):  # with reading, then without
-        start, made = time.perf_counter(), 0
-        while not training.finished and made < steps:
+        start, updates = time.perf_counter(), 0
+        while not training.finished and updates < steps:
             training.advance()
-            made += 1
-        seconds.append((time.perf_counter() - start) / max(made, 1))
+            updates += 1
+        seconds.append((time.perf_counter() - start) / max(updates, 1))
     with_reading, update = seconds
-    moment = training.moments()[0]
-    tensors = [*moment.model.values(), *(v for s in moment.optimizer.values() for v in s.values())]
+    checkpoint = training.run_checkpoints()[0]
+    tensors = [*checkpoint.model.values(), *(v for s in checkpoint.optimizer.values() for v in s.values())]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
     return update, max(0.0, with_reading - update), size + _CHECKPOINT_OVERHEAD
 
@@ -145,13 +149,13 @@ def _readings_bytes(setup: TrainingSetup, times: int) -> int:
 
 
 def _run_bytes(setup: TrainingSetup, group: RunGroup, reads: int) -> int:
-    """Noise hardly compresses; indices take about two bytes."""
-    places = max(len(curriculum.indices) for curriculum in group.curricula.values())
-    return _readings_bytes(setup, reads) + 2 * places + 3 * group.steps + _PARQUET_OVERHEAD
+    """Estimate the size of a run file: losses are noise that hardly compresses, indices take about two bytes."""
+    indices = max(len(curriculum.indices) for curriculum in group.curricula.values())
+    return _readings_bytes(setup, reads) + 2 * indices + 3 * group.steps + _PARQUET_OVERHEAD
 
 
 def _peak_memory() -> int:
-    """Bytes at the peak of this process so far; 0 where the system does not say."""
+    """Return the peak memory of this process so far in bytes, or 0 where the system does not report it."""
     try:
         import resource
     except ImportError:

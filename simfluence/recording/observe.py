@@ -1,4 +1,4 @@
-"""What to record of a run."""
+"""``Observe``: the choice of what to record of a run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.task import Task
 
+__all__ = ["Observe"]
+
 
 class Observe(Spec):
-    """What to record of every run. Frozen.
+    """Choice of what to record of every run. Frozen.
 
     Losses before any update and after the last one are always recorded.
 
     Args:
-        every: read the test losses (and measures) after every so many steps; the steps between are null.
-        measures: names of the task's further measures to record.
-        checkpoints: numbers of updates after which parameters and optimizer state are saved (0 is before any).
+        every: read the test losses (and measures) every ``every`` steps; the steps between are null.
+        measures: names of the task's measures to record beside the loss.
+        checkpoints: steps at which parameters and optimizer state are saved; 0 is before the first update.
 
     >>> Observe(every=3).times(7)
     array([ True, False, False,  True, False, False,  True,  True])
@@ -33,16 +35,16 @@ class Observe(Spec):
     checkpoints: tuple[int, ...] = ()
 
     def times(self, steps: int) -> Bool[np.ndarray, " times"]:
-        """At which times 0…steps the test side is read."""
-        times = np.arange(steps + 1) % self.every == 0
+        """Decide for each time 0…steps whether the test losses are read."""
+        times: np.ndarray = np.arange(steps + 1) % self.every == 0
         times[-1] = True
         return times
 
     def check(self, task: Task, curricula: Sequence[Curriculum]) -> None:
-        """Compare with what is to be observed.
+        """Check that the task has the measures and every curriculum the steps.
 
         Raises:
-            InvalidInput: the task has no such measure, or a curriculum no such step.
+            InvalidInput: the task lacks a measure, or a curriculum lacks a step.
         """
         for name in self.measures:
             if name not in task.measures:
@@ -52,5 +54,5 @@ class Observe(Spec):
             raise InvalidInput(f"every={self.every} is more than the {shortest} steps of the shortest curriculum")
         if self.checkpoints and not 0 <= min(self.checkpoints) <= max(self.checkpoints) <= shortest:
             raise InvalidInput(
-                f"checkpoints={sorted(self.checkpoints)}: steps go from 0 to {shortest}, the shortest curriculum's"
+                f"checkpoints={sorted(self.checkpoints)}: steps go from 0 to {shortest} in the shortest curriculum"
             )

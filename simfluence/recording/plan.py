@@ -1,6 +1,7 @@
-"""Which runs are trained together, and by what: a plan made of the curricula alone.
+"""Recording plan: which runs are trained together, and by which engine.
 
-The plan does not look at what is recorded already, so that a resumed recording repeats the same arithmetic.
+The plan depends on task, recipe and curricula, not on what is already recorded, so that a resumed recording repeats
+the same arithmetic.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from simfluence.recording.engines.batched import BatchedTraining, obstacle, para
 from simfluence.recording.engines.loop import LoopTraining
 from simfluence.task import Task
 
+__all__ = ["AUTO_PARAMETERS", "ENGINES", "GROUP_BYTES", "GROUP_RUNS", "RunGroup", "plan"]
+
 ENGINES = ("auto", "batched", "loop")
 
-#: Runs trained at once, at most; and the memory their parameters, gradients and optimizer state may take.
+#: Most runs trained at once, and most bytes of their parameters, gradients and optimizer state.
 GROUP_RUNS = 32
 GROUP_BYTES = 2**30
-_COPIES = 5  # of a parameter: itself, its gradient, a temporary, two moments
+_COPIES = 5  # tensors per parameter: parameter, gradient, a temporary, two moments
 
-#: Larger models keep the processor busy one at a time.
+#: Largest model that "auto" trains in batches; a larger one keeps the processor busy by itself.
 AUTO_PARAMETERS = 1_000_000
 
 
@@ -37,7 +40,7 @@ class RunGroup:
 
     Args:
         engine: "batched" or "loop".
-        curricula: by run id.
+        curricula: curricula by run id.
     """
 
     engine: str
@@ -45,7 +48,7 @@ class RunGroup:
 
     @property
     def name(self) -> str:
-        """What its unfinished state is kept under: the run's id, or a digest of the runs'."""
+        """Name of the group's unfinished state: the run's id, or a digest of the runs' ids."""
         ids = list(self.curricula)
         return ids[0] if len(ids) == 1 else hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
@@ -54,7 +57,7 @@ class RunGroup:
         return len(next(iter(self.curricula.values())))
 
     def start(self, setup: TrainingSetup, times: np.ndarray) -> Training:
-        """Its training, before any update."""
+        """Build the group's training, before any update."""
         with first_pass(setup.task):
             if self.engine == "loop":
                 return LoopTraining(setup, next(iter(self.curricula.values())), times)
@@ -62,32 +65,38 @@ class RunGroup:
 
 
 def plan(task: Task, recipe: Recipe, curricula: Mapping[str, Curriculum], engine: str = "auto") -> list[RunGroup]:
-    """Groups of the runs ``curricula`` (by id), in their order.
+    """Divide runs into groups that are trained together.
 
     Args:
-        engine: "loop" trains one run after the other. "batched" trains up to ``GROUP_RUNS`` runs of equal length
-            at once; runs that cannot be (an optimizer that is not element-wise, a model with dropout or running
-            statistics, a curriculum with an empty batch) are left to the loop, with a warning. "auto" is
-            "batched" where that works and the model is small, and "loop" elsewhere, without a warning.
+        task: the task to train on.
+        recipe: how to train.
+        curricula: the runs' curricula by run id.
+        engine: "loop" trains one run after another. "batched" trains up to ``GROUP_RUNS`` runs of equal length
+            at once; runs that cannot be batched (an optimizer that is not element-wise, a model with dropout or
+            running statistics, a curriculum with an empty batch) use the loop, with a warning. "auto" uses "batched"
+            where it works and the model is small, and "loop" elsewhere, without a warning.
+
+    Returns:
+        The groups, in the order of their first runs.
 
     Raises:
-        InvalidInput: there is no such engine.
+        InvalidInput: the engine is unknown.
     """
     if engine not in ENGINES:
         raise InvalidInput(f"unknown engine {engine!r}, {did_you_mean(engine, ENGINES)}")
-    together: dict[int, dict[str, Curriculum]] = {}
+    by_length: dict[int, dict[str, Curriculum]] = {}
     if engine != "loop" and _may_batch(task, recipe, len(curricula), engine):
         for name, curriculum in curricula.items():
             if curriculum.sizes.min() > 0:
-                together.setdefault(len(curriculum), {})[name] = curriculum
-    size = _group_size(task, recipe) if together else 1
-    groups = [group for alike in together.values() for group in _cut(alike, size)]
+                by_length.setdefault(len(curriculum), {})[name] = curriculum
+    size = _group_size(task, recipe) if by_length else 1
+    groups = [group for same_length in by_length.values() for group in _cut(same_length, size)]
     batched = {name for group in groups for name in group.curricula}
-    alone = [RunGroup("loop", {name: curriculum}) for name, curriculum in curricula.items() if name not in batched]
-    if engine == "batched" and batched and alone:
-        warnings.warn(f"{len(alone)} curricula with an empty batch are left to the loop", EngineWarning, stacklevel=4)
+    single = [RunGroup("loop", {name: curriculum}) for name, curriculum in curricula.items() if name not in batched]
+    if engine == "batched" and batched and single:
+        warnings.warn(f"{len(single)} curricula with an empty batch use the loop engine", EngineWarning, stacklevel=4)
     order = {name: position for position, name in enumerate(curricula)}
-    return sorted(groups + alone, key=lambda group: order[next(iter(group.curricula))])
+    return sorted(groups + single, key=lambda group: order[next(iter(group.curricula))])
 
 
 def _may_batch(task: Task, recipe: Recipe, runs: int, engine: str) -> bool:
@@ -95,7 +104,7 @@ def _may_batch(task: Task, recipe: Recipe, runs: int, engine: str) -> bool:
         return False
     reason = obstacle(task, recipe)
     if reason and engine == "batched":
-        warnings.warn(f"all runs are left to the loop: {reason}", EngineWarning, stacklevel=5)
+        warnings.warn(f"all runs use the loop engine: {reason}", EngineWarning, stacklevel=5)
     return reason is None
 
 
@@ -104,7 +113,9 @@ def _group_size(task: Task, recipe: Recipe) -> int:
     return max(1, min(GROUP_RUNS, GROUP_BYTES // bytes_per_run))
 
 
-def _cut(alike: Mapping[str, Curriculum], size: int) -> list[RunGroup]:
-    names = list(alike)
+def _cut(curricula: Mapping[str, Curriculum], size: int) -> list[RunGroup]:
+    names = list(curricula)
     parts = [names[start : start + size] for start in range(0, len(names), size)]
-    return [RunGroup("batched" if len(part) > 1 else "loop", {name: alike[name] for name in part}) for part in parts]
+    return [
+        RunGroup("batched" if len(part) > 1 else "loop", {name: curricula[name] for name in part}) for part in parts
+    ]

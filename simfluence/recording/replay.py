@@ -1,4 +1,4 @@
-"""The model that a recorded run trained, at any of its steps: read from checkpoints, or trained again."""
+"""Models of a recorded run at any step: read from checkpoints, or trained again."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from simfluence.runs import Run
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
+__all__ = ["follow", "replay", "trained_model"]
+
 
 def replay(
     task: Task, run: Run, steps: Sequence[int], store: str | Path | RunStore | None = None
 ) -> dict[int, Checkpoint]:
-    """The run's state after each of ``steps`` updates, by step.
+    """Return checkpoints of a run by step.
 
-    Those that it has checkpoints of are read; for others it is trained again, from the start.
+    If the run has checkpoints of all these steps, they are read; otherwise the run is trained again from the start.
 
     Args:
-        task, run: what was trained.
-        steps: from 0 to the run's number of steps.
-        store: folder to keep new checkpoints in, with the run; without one they are not kept.
+        task: the run's task.
+        run: the run.
+        steps: steps from 0 to the run's number of steps.
+        store: folder for the run with its new checkpoints; by default they are not stored.
 
     Raises:
-        InvalidInput: the run is of another task, does not know its recipe, or has no such step.
+        InvalidInput: the run is of another task, has no recipe, or lacks one of the steps.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -42,30 +45,34 @@ def replay(
     >>> [checkpoint.step for checkpoint in replay(task, run, [0, 4]).values()]
     [0, 4]
     """
-    if run.fingerprint not in (None, task.fingerprint):
-        raise InvalidInput(f"run {run.id} is of another task than {task.name!r}")
-    wrong = [step for step in steps if not 0 <= step <= run.steps]
-    if wrong:
-        raise InvalidInput(f"run {run.id} has no step {wrong[0]}: steps go from 0 to {run.steps}")
+    run.check_task(task)
+    for step in steps:
+        if not 0 <= step <= run.steps:
+            raise InvalidInput(f"run {run.id} has no step {step}: steps go from 0 to {run.steps}")
     if set(steps) <= set(run.checkpoints):
         return {step: Checkpoint.load(run.checkpoints[step]) for step in steps}
     if run.recipe is None:
-        raise InvalidInput(f"run {run.id} does not know its recipe, so it cannot be trained again")
+        raise InvalidInput(f"run {run.id} has no recipe, so it cannot be trained again")
     with tempfile.TemporaryDirectory() as folder:
         observe = Observe(checkpoints=tuple(steps))
-        again = record(
+        replayed = record(
             task, run.recipe, [run.curriculum], store or folder, observe=observe, verification=run.verification
         )[0]
-        return {step: Checkpoint.load(again.checkpoints[step]) for step in steps}
+        return {step: Checkpoint.load(replayed.checkpoints[step]) for step in steps}
 
 
 def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator[LoopTraining]:
-    """Train a run again, and stop after each update for whoever follows: ``step`` 0 (before any), 1, … steps.
+    """Train a run again and yield the training before the first update and after each update.
 
-    What is yielded is the training itself, with its ``model`` and ``optimizer``; both go on changing.
+    The same object is yielded each time. Its ``step`` counts updates; its ``model`` and ``optimizer`` change in place.
+
+    Args:
+        task: the run's task.
+        run: the run.
+        device: the device to train on.
 
     Raises:
-        InvalidInput: the run is of another task, or does not know its recipe.
+        InvalidInput: the run is of another task, or has no recipe.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -73,13 +80,12 @@ def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator
     >>> [training.step for training in follow(task, run)]
     [0, 1, 2, 3, 4]
     """
-    if run.fingerprint not in (None, task.fingerprint):
-        raise InvalidInput(f"run {run.id} is of another task than {task.name!r}")
+    run.check_task(task)
     if run.recipe is None:
-        raise InvalidInput(f"run {run.id} does not know its recipe, so it cannot be trained again")
-    never = np.zeros(run.steps + 1, bool)
+        raise InvalidInput(f"run {run.id} has no recipe, so it cannot be trained again")
+    no_readings = np.zeros(run.steps + 1, bool)
     with torch.random.fork_rng(devices=[]):
-        training = LoopTraining(TrainingSetup.of(task, run.recipe, device, ()), run.curriculum, never)
+        training = LoopTraining(TrainingSetup.of(task, run.recipe, device, ()), run.curriculum, no_readings)
         yield training
         while not training.finished:
             training.advance()
@@ -87,7 +93,7 @@ def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator
 
 
 def trained_model(task: Task, run: Run, store: str | Path | RunStore | None = None) -> nn.Module:
-    """The model at the end of a run, in evaluation mode; arguments and errors as of ``replay``.
+    """Return the model at the end of a run, in evaluation mode. For arguments and errors see ``replay``.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)

@@ -1,4 +1,4 @@
-"""``record``: train under each curriculum and write the runs."""
+"""``record``: train on each curriculum and store the runs."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from simfluence.runs import Run, Runs
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
-#: A training that takes longer than this is kept on disk while under way, so that it can be gone on with.
+__all__ = ["SECONDS_BETWEEN_LOOKS", "SECONDS_BETWEEN_SAVES", "check", "record", "run_id"]
+
+#: Time between saves of an unfinished run, from which an interrupted recording resumes.
 SECONDS_BETWEEN_SAVES = 30.0
 
-#: How often to look whether another process has finished the runs that it is recording.
+#: Time between checks whether another process has finished the runs that it is recording.
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -48,31 +50,31 @@ def record(
     verification: bool = False,
     activation_cache_bytes: int = ACTIVATION_CACHE_BYTES,
 ) -> Runs:
-    """Train under each curriculum and record every test example's loss before training and after every step.
+    """Train on each curriculum and record every test example's loss before training and after every step.
 
-    Runs that the store already has are read, not made again; interrupted ones are gone on with. The losses are
-    the same as of an uninterrupted recording. Several processes may record into one store: each takes runs that
-    no other is at. A run whose loss becomes NaN or infinite is kept, as diverged.
+    Runs that the store already has are read, not trained again. Interrupted runs are resumed, with the same losses as
+    in an uninterrupted recording. Several processes may record into one store: each takes runs that no other process
+    is recording. A run whose loss becomes NaN or infinite is stored and marked as diverged.
 
     Args:
-        task: what is trained.
-        recipe: how.
-        curricula: on which examples in which order.
-        store: folder to keep the runs in; without one they are returned only.
-        observe: what to record. A stored run that has less is trained again, must give the same losses, and
-            keeps all that it had.
-        engine: "auto", "batched" (many runs at once) or "loop"; see ``recording.engines.plan``.
-        device: where to train.
-        verification: mark the runs as made to confirm a forecast: ``load()`` leaves them out.
-        activation_cache_bytes: memory for the outputs of frozen layers below the first trained one, which the loop
-            then computes once for each example; 0 computes them every time.
+        task: the task to train on.
+        recipe: how to train.
+        curricula: the batches of each run.
+        store: folder for the runs; by default they are only returned.
+        observe: what to record. A stored run that lacks some of it is trained again: it must give the same losses, and
+            nothing that it already had is lost.
+        engine: "auto", "batched" (many runs at once) or "loop"; see ``recording.plan``.
+        device: the device to train on.
+        verification: mark the runs as verification of a forecast; ``load()`` leaves them out.
+        activation_cache_bytes: memory for the outputs of frozen layers below the first trained one. The loop engine
+            then computes them once per example; 0 computes them every time.
 
     Returns:
         The runs, in the order of ``curricula``.
 
     Raises:
-        InvalidInput: no curriculum, or one of other examples than the task's; checkpoints without a store;
-            a step or measure that is not there.
+        InvalidInput: there is no curriculum, or one for another number of training examples than the task has;
+            checkpoints are requested without a store; a step or measure does not exist.
         StoreError: the store is of another task, or cannot be read or written.
 
     >>> import simfluence as sf
@@ -84,16 +86,16 @@ def record(
     curricula, observe = list(curricula), observe or Observe()
     check(task, curricula, observe)
     if observe.checkpoints and store is None:
-        raise InvalidInput("checkpoints are files: give store= a folder to keep them in")
-    wanted = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
-    session = _Session(task, recipe, _opened(store, task), observe, device, verification, activation_cache_bytes)
+        raise InvalidInput("checkpoints are files: pass store= a folder for them")
+    requested = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
+    session = _Session(task, recipe, _open(store, task), observe, device, verification, activation_cache_bytes)
     with torch.random.fork_rng(devices=[]):
-        found = session.all(plan(task, recipe, wanted, engine))
-    return Runs(found[run_id(task, recipe, curriculum)] for curriculum in curricula)
+        runs = session.run_all(plan(task, recipe, requested, engine))
+    return Runs(runs[run_id(task, recipe, curriculum)] for curriculum in curricula)
 
 
 def run_id(task: Task, recipe: Recipe, curriculum: Curriculum) -> str:
-    """The content address of a run: task, recipe with its seed, curriculum.
+    """Return the id of a run: a hash of task, recipe (with its seed) and curriculum.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -107,13 +109,13 @@ def run_id(task: Task, recipe: Recipe, curriculum: Curriculum) -> str:
 
 
 def check(task: Task, curricula: Sequence[Any], observe: Observe) -> None:
-    """Whether this can be recorded.
+    """Check that the curricula can be recorded.
 
     Raises:
-        InvalidInput: it cannot.
+        InvalidInput: a curriculum is missing or is not for this task, or a requested step or measure does not exist.
     """
     if not curricula:
-        raise InvalidInput("no curriculum to record: give at least one, for example from random_curricula(…)")
+        raise InvalidInput("no curriculum to record: pass at least one, for example from random_curricula(…)")
     for index, curriculum in enumerate(curricula):
         if not isinstance(curriculum, Curriculum):
             raise InvalidInput(
@@ -121,14 +123,14 @@ def check(task: Task, curricula: Sequence[Any], observe: Observe) -> None:
             )
         if curriculum.n_train != len(task.train):
             raise InvalidInput(
-                f"curriculum {index} is of {curriculum.n_train} training examples, but task {task.name!r} has "
+                f"curriculum {index} is for {curriculum.n_train} training examples, but task {task.name!r} has "
                 f"{len(task.train)}"
             )
     observe.check(task, curricula)
 
 
 class _Session:
-    """One call of ``record``."""
+    """State of one call of ``record``."""
 
     def __init__(
         self,
@@ -143,87 +145,87 @@ class _Session:
         self.task, self.recipe, self.store, self.observe = task, recipe, store, observe
         self.device, self.verification, self.activation_cache_bytes = device, verification, activation_cache_bytes
         self.setups: dict[tuple[str, ...], TrainingSetup] = {}
-        self.found: dict[str, Run] = {}
+        self.runs: dict[str, Run] = {}
 
-    def all(self, groups: Sequence[RunGroup]) -> Mapping[str, Run]:
-        """Every run by id: read if it is there, recorded otherwise."""
-        missing = [group for group in groups if not self._is_there(group)]
+    def run_all(self, groups: Sequence[RunGroup]) -> Mapping[str, Run]:
+        """Read the runs that the store has, record the others, and return all by id."""
+        missing = [group for group in groups if not self._is_recorded(group)]
         if not missing:
-            return self.found
-        runs = sum(len(group.curricula) for group in groups)
-        with RecordingProgress([(g.steps, len(g.curricula)) for g in missing], runs) as progress:
-            for group in self._claimed(missing, progress):
+            return self.runs
+        count = sum(len(group.curricula) for group in groups)
+        with RecordingProgress([(g.steps, len(g.curricula)) for g in missing], count) as progress:
+            for group in self._claim(missing, progress):
                 self._record(group, progress)
-        return self.found
+        return self.runs
 
-    def _is_there(self, group: RunGroup) -> bool:
-        """Whether the store has all that is wanted of these runs; those it has are read into ``found``."""
+    def _is_recorded(self, group: RunGroup) -> bool:
+        """Read the group's stored runs into ``runs`` and decide whether they have everything that was requested."""
         if self.store is None:
             return False
         for name in group.curricula:
             if name in self.store:
-                self.found[name] = self._promoted(self.store.read(name))
-        return all(name in self.found and not self._lacks(self.found[name]) for name in group.curricula)
+                self.runs[name] = self._unmarked(self.store.read(name))
+        return all(name in self.runs and not self._is_incomplete(self.runs[name]) for name in group.curricula)
 
-    def _lacks(self, run: Run) -> bool:
-        """Whether a recorded run has less than is wanted."""
-        wanted = np.flatnonzero(self.observe.times(run.steps))
-        read = all(np.isin(wanted, run.times_of(name)).all() for name in ("loss", *self.observe.measures))
-        return not (read and set(self.observe.checkpoints) <= set(run.checkpoints))
+    def _is_incomplete(self, run: Run) -> bool:
+        """Decide whether a recorded run lacks something that was requested."""
+        times = np.flatnonzero(self.observe.times(run.steps))
+        has_readings = all(np.isin(times, run.times_of(name)).all() for name in ("loss", *self.observe.measures))
+        return not (has_readings and set(self.observe.checkpoints) <= set(run.checkpoints))
 
-    def _promoted(self, run: Run) -> Run:
-        """A verification run that is now wanted for itself loses its mark."""
+    def _unmarked(self, run: Run) -> Run:
+        """Unmark a verification run that is now requested as an ordinary run."""
         if self.store and run.verification and not self.verification:
             run = self.store.add(dataclasses.replace(run, verification=False))
         return run
 
-    def _claimed(self, groups: Sequence[RunGroup], progress: RecordingProgress) -> Iterator[RunGroup]:
-        """The groups to be recorded by this process, each held against others while it is."""
+    def _claim(self, groups: Sequence[RunGroup], progress: RecordingProgress) -> Iterator[RunGroup]:
+        """Yield the groups that this process records, each claimed against other processes meanwhile."""
         if self.store is None:
             yield from groups
             return
-        waiting, others = deque(groups), 0
+        waiting, busy = deque(groups), 0
         while waiting:
             group = waiting.popleft()
             with self.store.claim(group.name) as free:
-                if free and not self._is_there(group):
+                if free and not self._is_recorded(group):
                     yield group
                 elif free:
                     progress.skip(group.steps, len(group.curricula))
                 if free:
                     self.store.drop_partial(group.name)
-                    others = 0
+                    busy = 0
                     continue
             waiting.append(group)
-            others += 1
-            if others >= len(waiting):  # another process is at everything that is left
+            busy += 1
+            if busy >= len(waiting):  # other processes record everything that is left
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-                others = 0
+                busy = 0
 
     def _record(self, group: RunGroup, progress: RecordingProgress) -> None:
-        there = [self.found[name] for name in group.curricula if name in self.found]
-        measures = dict.fromkeys([*self.observe.measures, *(name for run in there for name in run.measures)])
+        stored = [self.runs[name] for name in group.curricula if name in self.runs]
+        measures = dict.fromkeys([*self.observe.measures, *(name for run in stored for name in run.measures)])
         times = self.observe.times(group.steps)
-        for run in there:  # what a run has is read again, to be compared
+        for run in stored:  # earlier readings are repeated, so that they can be compared
             times[run.times] = True
         training = group.start(self._setup(tuple(measures)), times)
         self._resume(training, group)
         progress.step(training.step)
-        saved = time.monotonic()
-        self._save_if_asked(training, group)
+        last_save = time.monotonic()
+        self._save_checkpoints(training, group)
         while not training.finished:
             training.advance()
             progress.step()
-            self._save_if_asked(training, group)
-            if self.store and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            self._save_checkpoints(training, group)
+            if self.store and time.monotonic() - last_save > SECONDS_BETWEEN_SAVES:
                 training.checkpoint().save(self._partial_file(self.store, group))
-                saved = time.monotonic()
+                last_save = time.monotonic()
         for (name, curriculum), readings in zip(group.curricula.items(), training.recorded(), strict=True):
-            self.found[name] = self._kept(self._run(name, curriculum, training, group.engine, readings, times))
+            self.runs[name] = self._saved(self._run(name, curriculum, training, group.engine, readings, times))
             progress.run_finished()
 
     def _setup(self, measures: tuple[str, ...]) -> TrainingSetup:
-        """One for all groups that read the same, so that what it keeps is kept for all."""
+        """Return one setup for all groups with the same measures, so that they share its activation cache."""
         if measures not in self.setups:
             self.setups[measures] = TrainingSetup.of(
                 self.task, self.recipe, self.device, measures, self.activation_cache_bytes
@@ -256,27 +258,27 @@ class _Session:
             task_name=self.task.name,
         )
 
-    def _kept(self, run: Run) -> Run:
+    def _saved(self, run: Run) -> Run:
         if self.store is None:
             return run
-        before = self.found.get(run.id)
-        if before is not None and not self._lacks(before):  # its group was trained again for the sake of another run
-            return before
+        stored = self.runs.get(run.id)
+        if stored is not None and not self._is_incomplete(stored):  # trained again only because of its group
+            return stored
         return self.store.add(run)
 
-    def _save_if_asked(self, training: Training, group: RunGroup) -> None:
+    def _save_checkpoints(self, training: Training, group: RunGroup) -> None:
         if self.store and training.step in self.observe.checkpoints:
-            for name, moment in zip(group.curricula, training.moments(), strict=True):
+            for name, checkpoint in zip(group.curricula, training.run_checkpoints(), strict=True):
                 if training.step not in self.store.checkpoints(name):
-                    moment.save(self.store.checkpoint(name, training.step), aside=self.store.partial(group.name))
+                    checkpoint.save(self.store.checkpoint(name, training.step), aside=self.store.partial(group.name))
 
     def _resume(self, training: Training, group: RunGroup) -> None:
         if self.store is None or not (file := self._partial_file(self.store, group)).is_file():
             return
-        with contextlib.suppress(StoreError):  # a damaged unfinished run costs its time again, nothing else
+        with contextlib.suppress(StoreError):  # a damaged unfinished run is started again
             saved = Checkpoint.load(file)
-            passed = {step for step in self.observe.checkpoints if step < saved.step}
-            if all(passed <= set(self.store.checkpoints(name)) for name in group.curricula):
+            earlier = {step for step in self.observe.checkpoints if step < saved.step}
+            if all(earlier <= set(self.store.checkpoints(name)) for name in group.curricula):
                 training.restore(saved)
 
     @staticmethod
@@ -284,7 +286,7 @@ class _Session:
         return store.partial(group.name) / "training.safetensors"
 
 
-def _opened(store: str | Path | RunStore | None, task: Task) -> RunStore | None:
+def _open(store: str | Path | RunStore | None, task: Task) -> RunStore | None:
     if store is None:
         return None
     store = store if isinstance(store, RunStore) else RunStore(store)

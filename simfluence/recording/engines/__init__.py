@@ -1,1 +1,1 @@
-"""What trains: one run after the other, or many at once."""
+"""Training engines: one run after another, or many at once."""

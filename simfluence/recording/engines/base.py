@@ -1,11 +1,11 @@
-"""What both engines share: one or several trainings under way, in step with one another."""
+"""Training setup and base class of both engines: one or several training runs that advance together."""
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -14,22 +14,30 @@ from torch import Tensor, nn
 
 from simfluence.errors import InvalidInput, StoreError
 from simfluence.recipe import Recipe
-from simfluence.recording.activation_cache import ACTIVATION_CACHE_BYTES, CachedModel, find_trunk
+from simfluence.recording.activation_cache import (
+    ACTIVATION_CACHE_BYTES,
+    ActivationCache,
+    CachedModel,
+    build_activation_cache,
+)
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.readings import LossReader
 from simfluence.task import Data, Task, cast, set_seed
 
+__all__ = ["Training", "TrainingSetup", "first_pass"]
 
-@dataclass(frozen=True)
+
+@dataclass
 class TrainingSetup:
-    """What to train and what to read of it; the same for all groups of runs of one recording.
+    """Task, recipe and data of a recording, shared by all its groups of runs.
 
     Args:
-        task, recipe: what is trained, and how.
+        task: the task to train on.
+        recipe: how to train.
         measures: names of the task's measures to read beside the loss.
-        device: where.
-        train_data, test_data: the task's, on the device and in the recipe's dtype.
-        activation_cache_bytes: what kept outputs of frozen layers may take.
+        device: the device to train on.
+        train_data, test_data: the task's data, on the device and in the recipe's dtype.
+        activation_cache_bytes: bytes that the outputs of frozen layers may take.
     """
 
     task: Task
@@ -39,6 +47,8 @@ class TrainingSetup:
     train_data: Data
     test_data: Data
     activation_cache_bytes: int = ACTIVATION_CACHE_BYTES
+    _activation_cache: ActivationCache | None = field(default=None, init=False, repr=False)
+    _is_cache_built: bool = field(default=False, init=False, repr=False)
 
     @classmethod
     def of(
@@ -49,10 +59,10 @@ class TrainingSetup:
         measures: Sequence[str] = (),
         activation_cache_bytes: int = ACTIVATION_CACHE_BYTES,
     ) -> TrainingSetup:
-        """The setup on this device.
+        """Move the task's data to ``device``.
 
         Raises:
-            InvalidInput: there is no such device.
+            InvalidInput: the device does not exist.
         """
         try:
             device = torch.device(device)
@@ -62,24 +72,30 @@ class TrainingSetup:
         return cls(task, recipe, tuple(measures), device, train, test, activation_cache_bytes)
 
     @cached_property
-    def test_side(self) -> LossReader:
-        """The test side, ready to be read."""
+    def loss_reader(self) -> LossReader:
+        """Reader of the test losses and measures."""
         return LossReader(self.task, self.test_data, self.measures)
 
     def cached_model(self, model: nn.Module) -> CachedModel | None:
-        """For the frozen layers of one of the setup's models, which all start from the same weights."""
-        if "trunk" not in self.__dict__:  # found in the first of them
-            self.__dict__["trunk"] = find_trunk(self.task, model, self.train_data, self.activation_cache_bytes)
-        trunk = self.__dict__["trunk"]
-        return trunk and CachedModel(trunk, model, self.task, self.train_data)
+        """Connect a model to the activation cache; return None if it has no frozen layers worth caching.
+
+        All models of a setup start from the same weights, so the cache is built from the first one.
+        """
+        if not self._is_cache_built:
+            self._activation_cache = build_activation_cache(
+                self.task, model, self.train_data, self.activation_cache_bytes
+            )
+            self._is_cache_built = True
+        cache = self._activation_cache
+        return None if cache is None else CachedModel(cache, model, self.task, self.train_data)
 
 
 @contextlib.contextmanager
 def first_pass(task: Task) -> Iterator[None]:
-    """Explain what the model's first pass over the task's data raises.
+    """Turn torch's errors in the model's first pass over the task's data into ``InvalidInput``.
 
     Raises:
-        InvalidInput: in place of torch's own errors.
+        InvalidInput: the model does not run on the data.
     """
     try:
         yield
@@ -88,15 +104,15 @@ def first_pass(task: Task) -> Iterator[None]:
 
 
 class Training(ABC):
-    """Trainings of equal length under way: each ``advance()`` makes one update of each and reads the test side.
+    """One or several training runs of equal length; each ``advance()`` updates all of them and reads the test losses.
 
-    Torch's global random state is the recipe's while a training runs; ``checkpoint()`` and ``restore()`` carry it
-    along, so an interrupted training goes on bit for bit.
+    Torch's global random state is seeded with the recipe's seed. ``checkpoint()`` saves it and ``restore()`` restores
+    it, so that a resumed run equals an uninterrupted one bit for bit.
 
     Args:
-        setup: what to train.
-        runs: how many trainings are in step.
-        times: at which times 0…T to read the test side, ``[times]``.
+        setup: task, recipe and data.
+        runs: number of runs.
+        times: whether to read the test losses at each time 0…T, ``[times]``.
     """
 
     def __init__(self, setup: TrainingSetup, runs: int, times: np.ndarray) -> None:
@@ -110,71 +126,71 @@ class Training(ABC):
             for name in ("loss", *setup.measures)
         }
         self.rates = setup.recipe.learning_rates(self.steps)
-        self._rate_of_step: list[float] = self.rates.tolist()  # optimizers are slow with NumPy's floats
+        self._rate_of_step: list[float] = self.rates.tolist()  # optimizers are slow with NumPy floats
 
     @property
     def finished(self) -> bool:
         return self.step == self.steps
 
     def start(self) -> None:
-        """Seed torch and read the test side before any update."""
+        """Seed torch and read the test losses before any update."""
         set_seed(self.setup.recipe.seed)
-        self._keep(self._read())
+        self._store(self._read())
 
     def advance(self) -> None:
-        """One update of each training, and the readings after it."""
+        """Make one update of every run, then read the test losses if they are due."""
         self._update(self._rate_of_step[self.step])
         self.step += 1
         if self.times[self.step]:
-            self._keep(self._read())
+            self._store(self._read())
 
     def checkpoint(self) -> Checkpoint:
-        """All that the rest of these trainings depends on."""
+        """Return the state that the remaining steps depend on."""
         extra = {f"readings/{name}": values[:, : self.step + 1] for name, values in self.readings.items()}
         return self._state(extra | {"random": torch.get_rng_state(), "times": torch.tensor(self.times)})
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from ``checkpoint``.
+        """Resume from ``checkpoint``.
 
         Raises:
-            StoreError: it is of trainings that read something else or started from other losses.
+            StoreError: the checkpoint has other readings or other initial losses.
         """
         if checkpoint.extra["times"].tolist() != self.times:
-            raise StoreError("a training under way read the test side at other times")
-        before = {name: checkpoint.extra.get(f"readings/{name}") for name in self.readings}
-        for name, values in before.items():
+            raise StoreError("the checkpoint of the unfinished run has test losses of other steps")
+        saved = {name: checkpoint.extra.get(f"readings/{name}") for name in self.readings}
+        for name, values in saved.items():
             if values is None or not torch.equal(values[:, 0], self.readings[name][:, 0].cpu()):
-                raise StoreError("a training under way started from other losses than this one does")
+                raise StoreError("the checkpoint of the unfinished run has other initial losses than this run")
             self.readings[name][:, : checkpoint.step + 1] = values.to(self.readings[name])
         self._restore(checkpoint)
         torch.set_rng_state(checkpoint.extra["random"])
         self.step = checkpoint.step
 
     def recorded(self) -> list[dict[str, np.ndarray]]:
-        """For each run, its readings so far by name, each ``[times, test]``; NaN where not read."""
+        """Return each run's readings so far by name, each ``[times, test]``; NaN where not read."""
         arrays = {name: values.cpu().numpy() for name, values in self.readings.items()}
         return [{name: values[run] for name, values in arrays.items()} for run in range(len(arrays["loss"]))]
 
     @abstractmethod
-    def moments(self) -> list[Checkpoint]:
-        """The present moment of each run by itself: parameters, buffers, optimizer state."""
+    def run_checkpoints(self) -> list[Checkpoint]:
+        """Return a checkpoint of each run: parameters, buffers and optimizer state."""
 
     @abstractmethod
     def _update(self, rate: float) -> None:
-        """One update of each training at this learning rate."""
+        """Make one update of every run at learning rate ``rate``."""
 
     @abstractmethod
     def _read(self) -> Mapping[str, Tensor]:
-        """Loss and measures of the test side, each ``[runs, test]``, or ``[test]`` of a single run."""
+        """Read loss and measures of the test examples, each ``[runs, test]``, or ``[test]`` for a single run."""
 
     @abstractmethod
     def _state(self, extra: Mapping[str, Tensor]) -> Checkpoint:
-        """The present moment of all runs together."""
+        """Return a checkpoint of all runs together."""
 
     @abstractmethod
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Put back what ``_state`` took."""
+        """Restore the state that ``_state`` returned."""
 
-    def _keep(self, values: Mapping[str, Tensor]) -> None:
+    def _store(self, values: Mapping[str, Tensor]) -> None:
         for name, readings in self.readings.items():
             readings[:, self.step] = values[name]

@@ -1,8 +1,8 @@
-"""Many trainings at once: their parameters stacked, their updates made together.
+"""The batched engine: many runs at once, with stacked parameters and shared updates.
 
-Every parameter gets a leading axis of runs, ``[runs, …]``. The model is mapped over it, so a step is one forward
-and one backward pass; runs do not meet in any operation, so the gradient of the summed losses is every run's own.
-An optimizer that works element by element then steps the stack as it would step each run.
+Every parameter gets a leading axis of runs, ``[runs, …]``. The model is mapped over this axis, so that a step is one
+forward and one backward pass. No operation mixes runs, so the gradient of the summed losses holds each run's own
+gradient. An element-wise optimizer then updates the stack exactly as it would update each run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.engines.base import Training, TrainingSetup, first_pass
 from simfluence.task import Data, Task, cast, convert, take
 
-#: Optimizers that treat every element of a parameter by itself.
+__all__ = ["ELEMENTWISE", "EVALUATION_BATCH", "BatchedTraining", "map_over_runs", "obstacle", "parameter_count"]
+
+#: Optimizers that update every element of a parameter independently.
 ELEMENTWISE = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
 
 #: Test examples times runs per forward pass: bounds memory, does not change the losses.
@@ -31,7 +33,7 @@ EVALUATION_BATCH = 8192
 
 
 class BatchedTraining(Training):
-    """Trainings of equal length, without empty batches, in step on stacked parameters."""
+    """Runs of equal length, without empty batches, that are trained together on stacked parameters."""
 
     def __init__(self, setup: TrainingSetup, curricula: Sequence[Curriculum], times: np.ndarray) -> None:
         super().__init__(setup, len(curricula), times)
@@ -45,20 +47,20 @@ class BatchedTraining(Training):
         self.rows, self.weights, self.widths = _padded(curricula, setup.device, setup.recipe.torch_dtype)
         self.start()
 
-    def moments(self) -> list[Checkpoint]:
-        first = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        aliases = {  # every name of a trained parameter, tied ones too
-            name: first[id(parameter)]
+    def run_checkpoints(self) -> list[Checkpoint]:
+        first_names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        aliases = {  # all names of trained parameters; tied parameters have several
+            name: first_names[id(parameter)]
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if first[id(parameter)] in self.stack
+            if first_names[id(parameter)] in self.stack
         }
-        rest = {name: value for name, value in self.model.state_dict().items() if name not in aliases}
+        untrained = {name: value for name, value in self.model.state_dict().items() if name not in aliases}
         state = self.optimizer.state_dict()["state"]
         return [
             Checkpoint(
                 self.step,
-                {name: self.stack[first_name].detach()[run] for name, first_name in aliases.items()} | rest,
-                {number: {k: _of_run(v, run) for k, v in entries.items()} for number, entries in state.items()},
+                {name: self.stack[first_name].detach()[run] for name, first_name in aliases.items()} | untrained,
+                {number: {k: _of_one_run(v, run) for k, v in entries.items()} for number, entries in state.items()},
                 {},
             )
             for run in range(len(self.rows[0]))
@@ -72,34 +74,34 @@ class BatchedTraining(Training):
         self.model.train()
         self.optimizer.zero_grad()
         inputs, targets = take(self.setup.train_data, rows)
-        outputs = mapped(self.model, self.stack, inputs, 0)
-        losses = self.setup.task.read(_joined(outputs), targets.flatten(0, 1))["loss"]  # [runs · batch]
-        losses.backward(weights.flatten())
+        outputs = map_over_runs(self.model, self.stack, inputs, 0)
+        losses = self.setup.task.read(_flatten_runs(outputs), targets.flatten(0, 1))["loss"]  # [runs · batch]
+        torch.autograd.backward((losses,), (weights.flatten(),))
         if self.setup.task.l2:
             for parameter in self.stack.values():
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach(), alpha=self.setup.task.l2)
         if self.setup.recipe.clip_norm is not None:
-            _clip_each(list(self.stack.values()), self.setup.recipe.clip_norm)
+            _clip_per_run(list(self.stack.values()), self.setup.recipe.clip_norm)
         self.optimizer.step()
 
     def _read(self) -> Mapping[str, Tensor]:
         self.model.eval()
         runs, tests = self.readings["loss"].shape[0], len(self.setup.task.test)
-        chunk = max(1, EVALUATION_BATCH // runs)
-        if tests <= chunk:
-            return self._read_some(self.setup.test_data, runs)
-        chunks = torch.arange(tests, device=self.setup.device).split(chunk)
-        parts = [self._read_some(take(self.setup.test_data, some), runs) for some in chunks]
+        size = max(1, EVALUATION_BATCH // runs)
+        if tests <= size:
+            return self._read_chunk(self.setup.test_data, runs)
+        chunks = torch.split(torch.arange(tests, device=self.setup.device), size)
+        parts = [self._read_chunk(take(self.setup.test_data, chunk), runs) for chunk in chunks]
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
-    def _read_some(self, data: tuple[Any, Tensor], runs: int) -> dict[str, Tensor]:
+    def _read_chunk(self, data: tuple[Any, Tensor], runs: int) -> dict[str, Tensor]:
         inputs, targets = data
         with torch.no_grad():
-            outputs = _joined(mapped(self.model, self.stack, inputs, None))
-            again = targets.expand(runs, *targets.shape).flatten(0, 1)  # the targets once for each run
-            readings = self.setup.task.read(outputs, again, self.setup.measures)
-        return {name: values.unflatten(0, (runs, -1)) for name, values in readings.items()}
+            outputs = _flatten_runs(map_over_runs(self.model, self.stack, inputs, None))
+            repeated_targets = targets.expand(runs, *targets.shape).flatten(0, 1)  # once for each run
+            readings = self.setup.task.read(outputs, repeated_targets, self.setup.measures)
+        return {name: values.reshape(runs, -1) for name, values in readings.items()}
 
     def _state(self, extra: Mapping[str, Tensor]) -> Checkpoint:
         return Checkpoint(self.step, self.stack, self.optimizer.state_dict()["state"], extra)
@@ -112,79 +114,80 @@ class BatchedTraining(Training):
 
 
 def obstacle(task: Task, recipe: Recipe) -> str | None:
-    """Why runs of this task and recipe cannot be trained on stacked parameters, or None if they can.
+    """Return why runs of this task and recipe cannot be trained on stacked parameters, or None if they can.
 
-    Tries it on two runs with batches of different size, beside the plain model: losses, gradients and readings must
-    be the same.
+    The check trains two runs with batches of different size, stacked and one by one: losses, gradients and readings
+    must agree.
     """
     if recipe.optimizer not in ELEMENTWISE:
         return f"optimizer {recipe.optimizer!r} does not work element by element"
     if recipe.micro_batch is not None:
-        return "micro-batches are taken one after the other"
+        return "micro-batches must be processed one after another"
     model = task.build_model(recipe.seed).to(recipe.torch_dtype)
     if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in model.modules()):
-        return "an Embedding with padding_idx keeps its padding row still in the first of several runs only"
+        return "an Embedding with padding_idx would keep its padding row fixed in the first run only"
     rows, test_rows = _TRIAL_ROWS % len(task.train), _TRIAL_ROWS[1] % len(task.test)
 
-    def some(data: Data, chosen: Tensor) -> Data:
-        return cast(take(data, chosen), torch.device("cpu"), recipe.torch_dtype)
+    def trial_data(data: Data, chosen: Tensor) -> Data:
+        on_cpu: Data = cast(take(data, chosen), torch.device("cpu"), recipe.torch_dtype)
+        return on_cpu
 
     with torch.random.fork_rng(devices=[]):
         buffers = [buffer.clone() for buffer in model.buffers()]
         with first_pass(task):
-            plain = [_trial(task, model, some(task.train_data, of_run)) for of_run in (rows[0, :2], rows[1])]
+            plain = [_trial(task, model, trial_data(task.train_data, batch)) for batch in (rows[0, :2], rows[1])]
         if any(not torch.equal(*pair) for pair in zip(buffers, model.buffers(), strict=True)):
-            return "the model keeps state beside its parameters while it trains (BatchNorm's running statistics, say)"
+            return "the model keeps state beside its parameters while it trains (like BatchNorm's running statistics)"
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="There is a performance drop")  # mapped one by one
-                stacked = _stacked_trial(task, model, some(task.train_data, rows))
-                same = all(_close(of_run, [part[run] for part in stacked]) for run, of_run in enumerate(plain))
-                same = same and _reads_alike(task, model, some(task.test_data, test_rows))
+                warnings.filterwarnings("error", message="There is a performance drop")  # vmap would loop over runs
+                stacked = _stacked_trial(task, model, trial_data(task.train_data, rows))
+                agree = all(_close(single, [part[run] for part in stacked]) for run, single in enumerate(plain))
+                agree = agree and _readings_agree(task, model, trial_data(task.test_data, test_rows))
         except (
             RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, UserWarning,
         ) as error:  # fmt: skip
             reason = str(error).strip().splitlines() or [type(error).__name__]
             return f"the model cannot be mapped over stacked parameters ({reason[0][:150]})"
-    return None if same else "the model or loss gives other results on stacked parameters (do its examples interact?)"
+    return None if agree else "the model or loss gives other results on stacked parameters (do examples interact?)"
 
 
-#: Examples of the trial, taken around if there are fewer; the first run's third place is filled at weight 0.
+#: Examples of the trial, modulo the number of examples; the third example of the first run has weight 0.
 _TRIAL_ROWS = torch.tensor([[0, 1, 0], [1, 2, 3]])
 _TRIAL_WEIGHTS = torch.tensor([[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]])
 
 
 def _trial(task: Task, model: nn.Module, data: Data) -> list[Tensor]:
-    """Of one plain run: its mean loss, and the gradient of each parameter."""
+    """Compute the mean loss of a single run, and the gradient of each parameter."""
     model.train().zero_grad()
     losses = task.batch_losses(model, data)
-    losses.mean().backward()
+    torch.autograd.backward((losses.mean(),))
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     zeros = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
     return [losses.detach().mean(), *(z if g is None else g.clone() for g, z in zip(gradients, zeros, strict=True))]
 
 
 def _stacked_trial(task: Task, model: nn.Module, data: Data) -> list[Tensor]:
-    """The same of both runs on stacked parameters, each with a leading axis of runs."""
+    """Compute the same as ``_trial`` for both runs on stacked parameters, each with a leading axis of runs."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     stack = {name: nn.Parameter(_stacked(p.detach(), 2)) for name, p in parameters.items()}
     inputs, targets = data
-    losses = task.read(_joined(mapped(model.train(), stack, inputs, 0)), targets.flatten(0, 1))["loss"]
+    losses = task.read(_flatten_runs(map_over_runs(model.train(), stack, inputs, 0)), targets.flatten(0, 1))["loss"]
     weights = _TRIAL_WEIGHTS.to(losses.dtype)
-    losses.backward(weights.flatten())
+    torch.autograd.backward((losses,), (weights.flatten(),))
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in stack.values()]
     return [(losses.detach().view_as(weights) * weights).sum(1), *gradients]
 
 
-def _reads_alike(task: Task, model: nn.Module, data: Data) -> bool:
-    """Whether the test side is read alike in evaluation mode."""
+def _readings_agree(task: Task, model: nn.Module, data: Data) -> bool:
+    """Decide whether the test losses are the same on stacked parameters in evaluation mode."""
     model.eval()
     stack = {name: _stacked(p.detach(), 2) for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         plain = task.batch_losses(model, data)
-        again = torch.cat([data[1]] * 2)
-        stacked = task.read(_joined(mapped(model, stack, data[0], None)), again)["loss"]
-    return _close([plain, plain], list(stacked.unflatten(0, (2, -1))))
+        targets = torch.cat([data[1]] * 2)
+        stacked = task.read(_flatten_runs(map_over_runs(model, stack, data[0], None)), targets)["loss"]
+    return _close([plain, plain], list(stacked.reshape(2, -1)))
 
 
 def _close(plain: Sequence[Tensor], stacked: Sequence[Tensor]) -> bool:
@@ -192,23 +195,28 @@ def _close(plain: Sequence[Tensor], stacked: Sequence[Tensor]) -> bool:
     return all(torch.allclose(one, two, rtol=1e-3, atol=1e-5, equal_nan=True) for one, two in pairs)
 
 
-def mapped(model: nn.Module, stack: Mapping[str, Tensor], inputs: Any, input_axis: int | None) -> Any:
-    """The outputs ``[runs, batch, …]`` of the model under each run's parameters.
+def map_over_runs(model: nn.Module, stack: Mapping[str, Tensor], inputs: Any, input_axis: int | None) -> Any:
+    """Compute the model's outputs ``[runs, batch, …]`` with each run's parameters.
 
     Args:
-        input_axis: 0 if every run has inputs of its own, ``[runs, batch, …]``; None if all share them, ``[batch, …]``.
+        model: the model.
+        stack: stacked parameters ``[runs, …]`` by name.
+        inputs: the model's inputs.
+        input_axis: 0 if every run has its own inputs, ``[runs, batch, …]``; None if all share them, ``[batch, …]``.
     """
 
-    def of_run(parameters: dict[str, Tensor], some: Any) -> Any:
-        arguments = ((), dict(some)) if isinstance(some, Mapping) else ((some,), {})
+    def one_run(parameters: dict[str, Tensor], run_inputs: Any) -> Any:
+        arguments = ((), dict(run_inputs)) if isinstance(run_inputs, Mapping) else ((run_inputs,), {})
         return functional_call(model, parameters, *arguments)
 
-    return vmap(of_run, in_dims=(0, input_axis), randomness="error")(dict(stack), inputs)
+    return vmap(one_run, in_dims=(0, input_axis), randomness="error")(dict(stack), inputs)
 
 
 def _stacked(parameter: Tensor, runs: int) -> Tensor:
-    """``[runs, …]``. Matrices ``[out, in]`` lie with ``out`` fastest in memory, as their gradients come out of the
-    batched product x̄ᵀδ, which then need not be copied into another order (an eighth of a step of a small MLP).
+    """Repeat a parameter for every run, ``[runs, …]``.
+
+    Matrices ``[out, in]`` are stored with ``out`` as the fastest axis, like their gradients from the batched product
+    x̄ᵀδ. This saves a copy into another order, which is an eighth of a step of a small MLP.
     """
     stack = torch.stack([parameter] * runs)
     return stack.mT.contiguous().mT if parameter.ndim == 2 else stack
@@ -217,9 +225,9 @@ def _stacked(parameter: Tensor, runs: int) -> Tensor:
 def _padded(
     curricula: Sequence[Curriculum], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Rows and weights 1/|c| of all batches, each ``[steps, runs, widest]``, and the widest batch of each step.
+    """Return rows and weights 1/|c| of all batches, each ``[steps, runs, widest]``, and each step's widest batch.
 
-    A shorter batch is filled with its own first example at weight 0.
+    Shorter batches are padded with their first example at weight 0.
     """
     sizes = np.stack([curriculum.sizes for curriculum in curricula], axis=1)  # [steps, runs]
     rows = np.empty((*sizes.shape, sizes.max()), np.int64)
@@ -231,13 +239,13 @@ def _padded(
     return torch.tensor(rows, device=device), torch.tensor(weights, dtype=dtype, device=device), sizes.max(1).tolist()
 
 
-def _joined(outputs: Any) -> Any:
-    """Runs and examples as one axis: a per-example loss does not care which run an example is of."""
+def _flatten_runs(outputs: Any) -> Any:
+    """Merge the axes of runs and examples: a per-example loss does not depend on an example's run."""
     return convert(lambda tensor: tensor.flatten(0, 1), outputs)
 
 
-def _clip_each(parameters: Sequence[Tensor], limit: float) -> None:
-    """``clip_grad_norm_`` of each run by itself."""
+def _clip_per_run(parameters: Sequence[Tensor], limit: float) -> None:
+    """Apply ``clip_grad_norm_`` to each run separately."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients])
     factors = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)  # [runs]
@@ -245,11 +253,11 @@ def _clip_each(parameters: Sequence[Tensor], limit: float) -> None:
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
 
-def _of_run(value: Any, run: int) -> Any:
-    """One run's part of an optimizer's entry; step counts are common to all."""
+def _of_one_run(value: Any, run: int) -> Any:
+    """Return one run's part of an entry of the optimizer's state; all runs share step counts."""
     return value[run] if isinstance(value, Tensor) and value.ndim > 0 else value
 
 
 def parameter_count(task: Task, frozen: bool = False) -> int:
-    """Number of parameters of the task's model that are trained, or of all."""
+    """Count the trained parameters of the task's model, or all of them with ``frozen``."""
     return sum(math.prod(p.shape) for p in task.build_model(0).parameters() if p.requires_grad or frozen)

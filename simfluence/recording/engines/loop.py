@@ -1,4 +1,4 @@
-"""The plain engine: one training after the other, for any ``torch.nn.Module``."""
+"""The loop engine: one run after another, for any ``torch.nn.Module``."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from simfluence.recording.activation_cache import CachedModel
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.engines.base import Training, TrainingSetup
 
-_NOTHING = contextlib.nullcontext()
+__all__ = ["LoopTraining", "ModeSwitch"]
+
+_NO_CACHE = contextlib.nullcontext()
 
 
 class LoopTraining(Training):
-    """One training under way. An empty batch is a step without an update; the schedule moves on."""
+    """A single run. An empty batch is a step without an update, but the schedule advances."""
 
     def __init__(self, setup: TrainingSetup, curriculum: Curriculum, times: np.ndarray) -> None:
         super().__init__(setup, 1, times)
         self.model = setup.task.build_model(setup.recipe.seed).to(setup.device, setup.recipe.torch_dtype)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = setup.recipe.build_optimizer(self.parameters)
-        places = torch.tensor(curriculum.indices, dtype=torch.int64, device=setup.device)
-        self.batches = places.split(curriculum.sizes.tolist())
+        indices = torch.tensor(curriculum.indices, dtype=torch.int64, device=setup.device)
+        self.batches = torch.split(indices, curriculum.sizes.tolist())
         self.gradients_of_mean: dict[tuple[int, int], Tensor] = {}
         self.mode = ModeSwitch(self.model)
         self.cached_model = setup.cached_model(self.model)
         self.rows = [batch.tolist() for batch in curriculum] if self.cached_model else []
         self.start()
 
-    def moments(self) -> list[Checkpoint]:
+    def run_checkpoints(self) -> list[Checkpoint]:
         return [self._state({})]
 
     def _update(self, rate: float) -> None:
@@ -45,12 +47,12 @@ class LoopTraining(Training):
         self.optimizer.zero_grad()
         size = self.setup.recipe.micro_batch or len(batch)
         for start in range(0, len(batch), size):
-            some = slice(start, start + size)
-            frozen = self._frozen(self.cached_model, self.rows[self.step][some]) if self.cached_model else _NOTHING
+            part = slice(start, start + size)
+            cache = self._cache(self.cached_model, self.rows[self.step][part]) if self.cached_model else _NO_CACHE
             self.mode.training(True)
-            with frozen:
+            with cache:
                 losses = self.setup.task.batch_losses(
-                    self.model, self.setup.task.some(self.setup.train_data, batch[some])
+                    self.model, self.setup.task.some(self.setup.train_data, batch[part])
                 )
                 torch.autograd.backward((losses,), (self._gradient_of_mean(losses, len(batch)),))
         if self.setup.task.l2:
@@ -61,16 +63,18 @@ class LoopTraining(Training):
             torch.nn.utils.clip_grad_norm_(self.parameters, self.setup.recipe.clip_norm)
         self.optimizer.step()
 
-    def _frozen(self, cached_model: CachedModel, rows: list[int]) -> contextlib.AbstractContextManager[None]:
-        """In place of the frozen layers in a pass over some examples of the present batch."""
+    def _cache(self, cached_model: CachedModel, rows: list[int]) -> contextlib.AbstractContextManager[None]:
+        """Prepare the activation cache for a training pass over ``rows``."""
         if missing := cached_model.missing(rows):
             self.mode.training(False)
             cached_model.prepare(missing)
         return cached_model.training(rows)
 
     def _gradient_of_mean(self, losses: Tensor, count: int) -> Tensor:
-        """What the backward pass of the mean over ``count`` losses starts from, for some of them; kept, as making it
-        costs as much as a layer."""
+        """Return the gradient of the mean over ``count`` losses with respect to ``losses``.
+
+        It is cached, since creating it costs as much as a layer.
+        """
         key = len(losses), count
         if key not in self.gradients_of_mean:
             self.gradients_of_mean[key] = torch.full_like(losses, 1 / count, requires_grad=False)
@@ -78,7 +82,7 @@ class LoopTraining(Training):
 
     def _read(self) -> Mapping[str, Tensor]:
         self.mode.training(False)
-        return self.setup.test_side.read(self.model, self.cached_model, first=self.step == 0)
+        return self.setup.loss_reader.read(self.model, self.cached_model, first=self.step == 0)
 
     def _state(self, extra: Mapping[str, Tensor]) -> Checkpoint:
         return Checkpoint(self.step, self.model.state_dict(), self.optimizer.state_dict()["state"], extra)
@@ -88,9 +92,9 @@ class LoopTraining(Training):
 
 
 class ModeSwitch:
-    """``model.train()`` and ``model.eval()``, twice a step, at a twentieth of their cost.
+    """A replacement for ``model.train()`` and ``model.eval()`` at a twentieth of their cost.
 
-    Modules that define their own ``train`` or ``eval`` (to keep a layer frozen, say) get it called.
+    If a module defines its own ``train`` or ``eval`` (for example to keep a layer frozen), the model's own are called.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -99,7 +103,7 @@ class ModeSwitch:
         plain = all(
             type(m).train is nn.Module.train
             and type(m).eval is nn.Module.eval
-            and not isinstance(m, torch.jit.ScriptModule)  # keeps its flag elsewhere
+            and not isinstance(m, torch.jit.ScriptModule)  # stores its flag elsewhere
             for m in modules
         )
         self.flags = [vars(module) for module in modules] if plain else None

@@ -26,6 +26,7 @@ class Head:
         name: name of the ``nn.Linear``; None if the outputs come from no trained linear layer. Then the outputs
             themselves are the features, and the head is the identity.
         bias: whether the layer has a bias.
+        alone: run the model on one example at a time, because inside of it the rows of a batch are in another order.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> head = Head.of(model, torch.ones(5, 4))
@@ -38,24 +39,27 @@ class Head:
 
     name: str | None
     bias: bool = False
+    alone: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any) -> Head:
         """Find the trained linear layer, called once, whose output is the model's own, whatever values it has.
 
-        A few examples from all over the inputs are tried, in two orders: a model may sort its batch inside.
+        A few examples from all over the inputs are tried, in two orders: a model may sort its batch inside. If it does,
+        the layer is sought for one example at a time.
         """
         count = len(tensors(inputs)[0])
         rows = torch.linspace(0, count - 1, min(_TRIED, count)).round().long()
-        orders = [take(inputs, rows), take(inputs, rows.flip(0))]
+        batches = {False: [rows, rows.flip(0)], True: list(rows.split(1))}
         uses = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-        for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if not all(p.requires_grad and uses.count(id(p)) == 1 for p in module.parameters()):
-                continue
-            if all(_is_last(model, module, few) for few in orders):
-                return cls(name, module.bias is not None)
+        for alone, parts in batches.items():
+            for name, module in model.named_modules():
+                if not isinstance(module, nn.Linear):
+                    continue
+                if not all(p.requires_grad and uses.count(id(p)) == 1 for p in module.parameters()):
+                    continue
+                if all(_is_last(model, module, take(inputs, part)) for part in parts):
+                    return cls(name, module.bias is not None, alone)
         return cls(None)
 
     def layer(self, model: nn.Module) -> nn.Linear | None:
@@ -69,10 +73,12 @@ class Head:
         With a bias, the last column of the features is 1 and that of the weight is the bias.
         """
         layer = self.layer(model)
-        outputs, calls = _outputs_of(model, inputs, layer)
         if layer is None:
+            outputs, _ = _outputs_of(model, inputs, layer)
             return outputs, torch.eye(outputs.shape[1], dtype=outputs.dtype)
-        features = torch.cat([calls[0], torch.ones_like(calls[0][:, :1])], 1) if self.bias else calls[0]
+        parts = _singles(inputs) if self.alone else [inputs]
+        features = torch.cat([_outputs_of(model, part, layer)[1][0] for part in parts])
+        features = torch.cat([features, torch.ones_like(features[:, :1])], 1) if self.bias else features
         return features, self.joined({name: parameter.detach() for name, parameter in model.named_parameters()})
 
     def joined(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -114,7 +120,7 @@ class Head:
             model: changed in place; the module that is returned runs it.
             directions: the first rows of ``basis``, ``[n_tracked, width]``.
         """
-        return _Body(model, self.layer(model), directions[:, : directions.shape[1] - self.bias])
+        return _Body(model, self.layer(model), directions[:, : directions.shape[1] - self.bias], self.alone)
 
 
 class _Body(nn.Module):
@@ -122,22 +128,34 @@ class _Body(nn.Module):
 
     directions: Tensor
 
-    def __init__(self, model: nn.Module, head: nn.Linear | None, directions: Tensor) -> None:
+    def __init__(self, model: nn.Module, head: nn.Linear | None, directions: Tensor, alone: bool) -> None:
         super().__init__()
         self.model = model
+        self.alone = alone
         self.register_buffer("directions", directions)
         self._head = [] if head is None else [head.requires_grad_(False)]  # a list's modules are not registered
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = kwargs or args[0]
+        parts = _singles(inputs) if self.alone else [inputs]
+        return torch.cat([self._features(part) for part in parts]) @ self.directions.T
+
+    def _features(self, inputs: Any) -> Tensor:
+        """Return the head's input, ``[examples, width]``, or the outputs if there is no head."""
         read: list[Tensor] = []
         handles = [head.register_forward_pre_hook(lambda _, args: read.append(args[0])) for head in self._head]
         try:
-            outputs = self.model(*args, **kwargs)
+            outputs = forward(self.model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        features: Tensor = read[0] if self._head else outputs.reshape(len(outputs), -1)
-        return features @ self.directions.T
+        return read[0] if self._head else outputs.reshape(len(outputs), -1)
+
+
+def _singles(inputs: Any) -> list[Any]:
+    """Return the examples, each as a batch of one."""
+    first = tensors(inputs)[0]
+    return [take(inputs, torch.tensor([row], device=first.device)) for row in range(len(first))]
 
 
 def _is_last(model: nn.Module, layer: nn.Linear, inputs: Any) -> bool:
