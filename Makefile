@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow lint format bench peers bench-peers table tangent-table text-table what-if-table \
+.PHONY: demo test test-slow fuzz lint format bench peers bench-peers table tangent-table text-table what-if-table \
 	attribution-table notebooks docs front-page wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
@@ -24,6 +24,11 @@ test: $(READY)  ## the tests, on two cores
 
 test-slow: $(READY)  ## the longer tests
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(READY)  ## damaged files, wrong calls and kills, for half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/files.py --files 10000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/calls.py --calls 10000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kills.py --kills 300
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ class StoreError(SimfluenceError):
 if TYPE_CHECKING:
     import sklearn.exceptions
 
-    class NotFittedError(SimfluenceError, sklearn.exceptions.NotFittedError):
+    class NotFittedError(SimfluenceError, sklearn.exceptions.NotFittedError):  # type: ignore[misc]  # it is untyped
         """A simulator or an attributor was used before ``fit``."""
 
 

@@ -62,8 +62,10 @@ def plain_column(column: pd.Series) -> pd.Series:
         return _from_arrow_column(column)
     if isinstance(dtype, pd.StringDtype):
         return column.astype("str")
-    if isinstance(dtype, pd.Float32Dtype | pd.Float64Dtype):
-        return column.astype("float32" if dtype.itemsize == 4 else "float64")
+    if isinstance(dtype, pd.Float32Dtype):
+        return column.astype("float32")
+    if isinstance(dtype, pd.Float64Dtype):
+        return column.astype("float64")
     if dtype.kind == "f" and dtype.itemsize == 2:
         return column.astype(np.float32)
     if dtype.kind == "O":

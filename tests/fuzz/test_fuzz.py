@@ -1,0 +1,26 @@
+"""A few minutes' worth of the fuzzers; ``make fuzz`` runs them for longer.
+
+They run in processes of their own, without the tests' runtime type checker, which would refuse wrong types first.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("calls.py", ["--calls", "2000"]), ("files.py", ["--files", "2000"])]
+)
+def test_nothing_but_our_own_errors(script, arguments):
+    command = [sys.executable, str(HERE / script), *arguments, "--seed", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
