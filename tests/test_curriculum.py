@@ -3,7 +3,9 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,7 +61,7 @@ def test_frozen():
     [
         ([], "curriculum is empty"),
         ([[], []], "curriculum is empty"),
-        ([[0], [-1]], "batch 1 names training example -1"),
+        ([[0], [-1]], "batch 1 has -1"),
         ([[0], [], [1, 5]], "batch 2 names training example 5: indices go from 0 to 4"),
         ([[0.5]], "integer"),
         ([["a"]], "integer"),
@@ -106,15 +108,155 @@ def test_subset_is_a_number_or_a_fraction():
     assert (seen(1), seen(1.0), seen(3), seen(0.3)) == (1, 10, 3, 3)
 
 
-@pytest.mark.parametrize("subset", [0, 0.0, 1.5, 11, -1, float("nan")])
+@pytest.mark.parametrize("subset", [0, 0.0, 1.5, 11, -1])
 def test_bad_subset(subset):
     with pytest.raises(InvalidInput, match="fraction"):
         sf.random_curricula(n_train=10, runs=1, steps=1, batch_size=1, subset=subset)
 
 
-def test_bad_sizes_are_all_named():
-    with pytest.raises(InvalidInput, match="runs=0, steps=-1"):
-        sf.random_curricula(n_train=10, runs=0, steps=-1, batch_size=1)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"runs": 0}, "runs must be at least 1, got 0"),
+        ({"steps": -1}, "steps must be at least 1, got -1"),
+        ({"steps": 2.0}, "steps must be a whole number, got 2.0"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"n_train": 10.5}, "n_train must be a whole number"),
+        ({"n_train": 2**31}, "n_train must be at least 1 and at most 2147483647"),
+        ({"n_train": float("nan")}, "n_train must be a whole number, got nan"),
+        ({"steps": 2**31}, "2,147,483,648 slots"),
+        ({"runs": 2**12, "steps": 2**12, "batch_size": 2**12}, "slots, which do not fit into memory"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"subset": float("nan")}, "subset must be .* got nan"),
+        ({"subset": True}, "subset must be .* got True"),
+        ({"subset": "0.5"}, "subset must be .* got '0.5'"),
+        ({"stages": 3}, "stages must be a sequence"),
+        ({"stages": [0, 1]}, "stage 0 must be a sequence"),
+        ({"stages": [[0], [True, 2]]}, "stage 1 must be a sequence"),
+        ({"stages": [[0.5]]}, "stage 0 must be a sequence"),
+        ({"stages": [[0], [2**40]]}, "stage 1 has 1099511627776"),
+        ({"stages": [[-1]]}, "stage 0 has -1"),
+        ({"stages": [[[0], [1, 2]]]}, "stage 0 must be a sequence"),
+    ],
+)
+def test_bad_numbers_are_named(arguments, said):
+    with pytest.raises(InvalidInput, match=said):
+        sf.random_curricula(**({"n_train": 10, "runs": 1, "steps": 3, "batch_size": 1} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([1.0, float("nan"), 2.0], "no value .* for training example 1"),
+        ([1, None, 2], "no value .* for training example 1"),
+        (pd.Series([1, 2, None], dtype="Int64"), "no value .* for training example 2"),
+        (np.array(["2020-01-01", "NaT", "2020-01-02"], "datetime64[D]"), "no value .* for training example 1"),
+        ([1, "a", 2], "cannot be sorted .*int, str"),
+        (["3", 20, "100"], "cannot be sorted"),
+        ([1j, 2j, 3j], "complex"),
+        ([[1], [2], [3]], "cannot be sorted"),
+        (np.ones((3, 1)), "sort_by must be a list or an array"),
+        ("abc", "sort_by must be a list or an array"),
+        ({"a": 1, "b": 2, "c": 3}, "sort_by must be a list or an array"),
+        (5, "sort_by must be a list or an array"),
+    ],
+)
+def test_values_that_have_no_order(values, said):
+    with pytest.raises(InvalidInput, match=said):
+        sf.random_curricula(3, 1, 1, 3, sort_by=values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [30, 10, 20],
+        (2**63 + 2, 2**63, 2**63 + 1),
+        np.array([3, 1, 2], ">f4"),
+        np.array([3, 1, 2], np.uint8)[::-1][::-1],
+        pd.Series([3, 1, 2], index=[2, 1, 0], dtype="Int64"),
+        pd.Series(pd.Categorical(["high", "low", "mid"], ["low", "mid", "high"], ordered=True)),
+        pd.to_datetime(["2020-03-01", "2020-01-01", "2020-02-01"]),
+        torch.tensor([3.0, 1.0, 2.0]),
+        [float("inf"), -float("inf"), 0.0],
+    ],
+)
+def test_values_of_any_kind_that_has_an_order(values):
+    assert sf.random_curricula(3, 1, 1, 3, sort_by=values)[0].tolist() == [[1, 2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("batches", "n_train", "said"),
+    [
+        ([[2**33]], 2**40, "n_train must be at least 1 and at most 2147483647"),
+        ([[2**33]], None, "batch 0 has 8589934592"),
+        ([[0], [2**70]], None, "batch 1 must be a sequence"),
+        (np.array([[2**63]], np.uint64), None, "batch 0 has 9223372036854775808"),
+        ([[0]], 3.7, "n_train must be a whole number"),
+        ([[0]], 3.0, "n_train must be a whole number"),
+        ([[0]], True, "n_train must be a whole number"),
+        ([[0]], float("nan"), "n_train must be a whole number"),
+        ([[0]], 0, "n_train must be at least 1"),
+        ([[True, False]], 3, "batch 0 must be a sequence"),
+        ([[0, True]], 3, "batch 0 must be a sequence"),
+        ([[0.0, 1.0]], 3, "batch 0 must be a sequence"),
+        ([[float("nan")]], 3, "batch 0 must be a sequence"),
+        ([[[0], [1, 2]]], 3, "batch 0 must be a sequence"),
+        ([[[]]], 3, "batch 0 must be a sequence"),
+        ([{0, 1}], 3, "batch 0 must be a sequence"),
+        ([None], 3, "batch 0 must be a sequence"),
+        ("01", 3, "batches must be an iterable"),
+        (None, 3, "batches must be an iterable"),
+        (np.zeros((2, 2)), 3, "batch 0 must be a sequence"),
+    ],
+)
+def test_batches_that_are_none(batches, n_train, said):
+    with pytest.raises(InvalidInput, match=said):
+        sf.Curriculum(batches, n_train)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        np.array([[0, 2], [1, 2]], np.uint64),
+        np.array([[0, 2], [1, 2]], ">i4"),
+        np.array([[2, 0], [2, 1]], np.int8)[:, ::-1],
+        [np.array([0, 2], np.uint64), np.array([1, 2], np.int64)],
+        torch.tensor([[0, 2], [1, 2]]),
+        pd.Series([[0, 2], [1, 2]], index=[5, 3]),
+        (batch for batch in ([0, 2], range(1, 3))),
+    ],
+)
+def test_whole_numbers_of_any_type(batches):
+    assert sf.Curriculum(batches, n_train=np.int64(4)) == sf.Curriculum([[0, 2], [1, 2]], n_train=4)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint64, ">i2"])
+def test_flat_curricula_of_any_integers(dtype):
+    flat = sf.Curriculum.from_flat(np.array([0, 2, 1], dtype), np.array([2, 0, 1], dtype), 3)
+    assert flat == sf.Curriculum([[0, 2], [], [1]], n_train=3)
+    assert flat.indices.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("indices", "sizes", "n_train", "said"),
+    [
+        ([0, 1], [1.0, 1.0], 3, "sizes must be a sequence"),
+        ([0, 1], [1.5, 1], 3, "sizes must be a sequence"),
+        ([0.0, 1.0], [1, 1], 3, "indices must be a sequence"),
+        ([[0], [1]], [1, 1], 3, "indices must be a sequence"),
+        ([0, 1], [3, -1], 3, "sizes has -1"),
+        ([0, 1], [2**62, 2**62, 2**62, 2**62, 2], 3, "do not add up"),
+        ([0, 1], [1], 3, "do not add up"),
+        ([0, 2**32], [1, 1], 3, "indices has 4294967296"),
+        ([0, 3], [1, 1], 3, "batch 1 names training example 3"),
+        ([0, 1], [1, 1], 2**31, "n_train must be"),
+        ([0, 1], [1, 1], None, "n_train must be"),
+    ],
+)
+def test_bad_flat_curricula(indices, sizes, n_train, said):
+    with pytest.raises(InvalidInput, match=said):
+        sf.Curriculum.from_flat(np.array(indices), np.array(sizes), n_train)
 
 
 def test_with_replacement():
@@ -149,7 +291,7 @@ def test_stages_share_the_steps():
         ({"sort_by": range(10), "replacement": True}, "choose one"),
         ({"stages": []}, "0 stages for 3 steps"),
         ({"stages": [[0], [10]]}, "no example 10"),
-        ({"stages": [[0], []]}, "expected"),
+        ({"stages": [[0], []]}, "stage 1 has no example"),
         ({"stages": [[0]] * 4}, "4 stages for 3 steps"),
         ({"stages": [[0]], "subset": 1, "seed": 1}, "stage 0 has no example in the subset of run"),
     ],

@@ -318,8 +318,10 @@ torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 file, runs, errors = sys.argv[1], sf.RunStore(sys.argv[2]).load(), tuning.fitted_errors
 tuning.search("additive", runs, trials=1, folds=2, storage=file + ".warm")  # imports are paid once
 tuning.SIMULATORS = {name: tuning.SIMULATORS[name] for name in sys.argv[3:]}
-tuning.fitted_errors = lambda *of: time.sleep(0.02) or errors(*of)
+tuning.fitted_errors = lambda *of: time.sleep(0.05) or errors(*of)
 def kept():
+    if not os.path.exists(file):
+        return 0
     with sqlite3.connect(file) as database:
         there = database.execute("select 1 from sqlite_master where name = 'trials'").fetchone()
         return database.execute("select count(*) from trials").fetchone()[0] if there else 0
@@ -329,7 +331,7 @@ while True:
     if not child:
         tuning.search("best", runs, trials=6, folds=2, storage=file)
         os._exit(0)
-    time.sleep(0.05 * 1.3 ** len(kills))
+    time.sleep(0.05 * 1.25 ** len(kills))
     os.kill(child, signal.SIGKILL)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -356,6 +358,18 @@ def test_killed_at_any_moment_it_finds_the_same(store, tmp_path, only):
     states = [trial.state.name for study in studies for trial in study.trials]
     assert len(states) == len(memory.trials)
     assert set(states) <= {"COMPLETE", "PRUNED"}  # nothing half done was ever there
+
+
+def test_a_database_is_created_whole_or_not_at_all(runs, tmp_path, monkeypatch):
+    def interrupt(*of):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.link", interrupt)
+        search("additive", runs, trials=1, folds=2, storage=tmp_path / "trials.sqlite")
+    assert list(tmp_path.iterdir()) == []
+    search("additive", runs, trials=1, folds=2, storage=tmp_path / "trials.sqlite")
+    assert [path.name for path in tmp_path.iterdir()] == ["trials.sqlite"]
 
 
 def test_interrupted_it_keeps_what_is_finished(known, tmp_path, monkeypatch, fits):

@@ -1,4 +1,4 @@
-"""The command line: arguments in, tables, pictures or JSON out."""
+"""The command line: reads arguments, prints tables or JSON, and draws pictures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import typer
 from simfluence.cli import attribution, fitting, queries, recording
 from simfluence.errors import SimfluenceError
 
+__all__ = ["app", "main"]
+
 app = typer.Typer(
     help="Simulate training runs: what would the losses have been under another curriculum?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-runs_app = typer.Typer(help="Look into a run store.", no_args_is_help=True)
+runs_app = typer.Typer(help="Inspect a run store.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 
 for _command in (
@@ -37,7 +39,7 @@ runs_app.command("show")(recording.runs_show)
 
 
 def main() -> None:
-    """Entry point: errors raised on purpose become one line and exit code 1."""
+    """Run the command line; print an error of simfluence as one line and exit with code 1."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()

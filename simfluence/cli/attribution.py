@@ -1,4 +1,4 @@
-"""Commands that attribute a run's test losses to its training examples, and judge how well."""
+"""Commands that attribute a run's test losses to its training examples, and evaluate attributions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from simfluence.storage.store import RunStore
 
 
-OfRun = Annotated[str | None, typer.Option("--run", help="Id of the run whose model it is; by default the first.")]
-Checkpoints = Annotated[int, typer.Option(help="For tracin: how many checkpoints.")]
+__all__ = ["attribute", "lds"]
+
+OfRun = Annotated[str | None, typer.Option("--run", help="Id of the run to attribute; by default the first.")]
+Checkpoints = Annotated[int, typer.Option(help="For tracin: number of checkpoints.")]
 
 
 def attribute(
@@ -32,7 +34,7 @@ def attribute(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHOD_NAMES)}.")] = "ekfac",
     parameters: Parameters = None,
     run: OfRun = None,
-    test: Annotated[str | None, typer.Option(help="Test example (index), or a filter over them; all if none.")] = None,
+    test: Annotated[str | None, typer.Option(help="Index of a test example, or a filter; by default all.")] = None,
     checkpoints: Checkpoints = 10,
     top: Annotated[int, typer.Option(help="How many training examples to show.")] = 10,
     task: OwnTask = None,
@@ -40,7 +42,7 @@ def attribute(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which training examples lower, and which raise, the test losses of a run of STORE?"""
+    """Show which training examples lower the test losses of a run of STORE, and which raise them."""
     import numpy as np
     import pandas as pd
 
@@ -58,7 +60,7 @@ def attribute(
     ).scores()
     target: Any = [int(test)] if test is not None and test.strip().isdigit() else test
     ranked = rank_suspects(scores, base, test=target).rename(columns={"gain": "score"})
-    ranked["score"] *= -1  # a helpful example has a positive score, and its removal no gain
+    ranked["score"] *= -1  # the gain is that of removing the example, the score that of training on it
     if out:
         scores.to_frame().to_parquet(out, index=False)
     if plot:
@@ -71,24 +73,24 @@ def attribute(
             ),
         )
     if as_json:
-        about = {"run": base.id, "method": method, "unit": scores.unit}
-        print_json(about | {"ranking": records(ranked.sort_values("score", ascending=False))})
+        answer = {"run": base.id, "method": method, "unit": scores.unit}
+        print_json(answer | {"ranking": records(ranked.sort_values("score", ascending=False))})
         return
     print(f"{scores}, run {base.id}; positive: training on the example lowers the loss")
-    print_table(ranked.tail(top)[::-1], "The most helpful, mean score")
-    print_table(ranked.head(top), "The most harmful")
+    print_table(ranked.tail(top)[::-1], "The most helpful examples, by mean score")
+    print_table(ranked.head(top), "The most harmful examples")
 
 
 def lds(
     store: StorePath,
-    method: Annotated[list[str] | None, typer.Option(help="One method; again for more. dot and ekfac if none.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Method; repeatable; by default dot and ekfac.")] = None,
     parameters: Parameters = None,
     run: OfRun = None,
     checkpoints: Checkpoints = 10,
     task: OwnTask = None,
     as_json: AsJson = False,
 ) -> None:
-    """Linear datamodeling scores of attribution methods on the runs of STORE, but for the one that they are of."""
+    """Compute linear datamodeling scores of attribution methods for one run of STORE, on its other runs."""
     import pandas as pd
 
     from simfluence.attribution import attributor_from_run
@@ -100,17 +102,17 @@ def lds(
     opened = RunStore(store)
     base = _run(opened, run)
     built = built_task(opened, task)
-    others = Runs(each for each in opened.load(recipe=base.recipe) if each.id != base.id)
+    others = Runs(other for other in opened.load(recipe=base.recipe) if other.id != base.id)
     rows = {}
     for name in method or ["dot", "ekfac"]:
         fitted = attributor_from_run(name, built, base, checkpoints=checkpoints, store=opened, **parsed(parameters))
-        found = score(fitted.scores(), others)
-        rows[name] = {"lds": found.value, "lds_low": found.low, "lds_high": found.high, "runs": found.runs}
+        result = score(fitted.scores(), others)
+        rows[name] = {"lds": result.value, "lds_low": result.low, "lds_high": result.high, "runs": result.runs}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     if as_json:
         print_json({"run": base.id, "methods": records(table)})
     else:
-        print_table(table, f"{store}: linear datamodeling score, attributed to run {base.id}")
+        print_table(table, f"{store}: linear datamodeling scores of attributions of run {base.id}")
 
 
 def _run(store: RunStore, name: str | None) -> Run:

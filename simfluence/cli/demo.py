@@ -1,4 +1,4 @@
-"""The main job in a minute: record real runs, fit, score on unseen runs, ask one what-if, retrain to confirm."""
+"""The demo: record real runs, fit simulators, score them on unseen runs, ask one what-if, retrain to confirm it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ from simfluence.simulators import (
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
+__all__ = ["COMPARED", "Demo", "main_job", "run_demo"]
+
 LABEL = 3
 
-#: All chosen by four-fold cross-validated skill on the 24 fitting runs alone: the L2 of additive and linear of 1…3000,
-#: "linear, tuned" by ``tune``; boosted is at its defaults. See docs/log.md.
+#: Parameters were chosen by four-fold cross-validated skill on the 24 fitting runs only: the L2 of additive and linear
+#: among 1…3000, "linear, tuned" by ``tune``. Boosted has its defaults. See docs/log.md.
 COMPARED: Mapping[str, Simulator] = {
     "persistence": PersistenceSimulator(),
     "mean trajectory": MeanTrajectorySimulator(),
@@ -49,15 +51,15 @@ COMPARED: Mapping[str, Simulator] = {
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found.
+    """Results of the demo.
 
     Args:
         store: the recorded runs.
-        about: how many runs were fitted and judged.
+        about: title with the numbers of held-out and fitting runs.
         table: scores on the held-out runs, a row per simulator.
-        edit: the what-if question.
-        answers: what each simulator said, beside retraining; the row ``retrained`` is the truth.
-        picture: a PNG of simulated and real trajectories.
+        edit: edit of the what-if query.
+        answers: forecast changes, a row per simulator; the row ``retrained`` has the true ones.
+        picture: PNG file of simulated and real trajectories.
     """
 
     store: RunStore
@@ -69,7 +71,7 @@ class Demo:
 
 
 def run_demo(folder: str | Path) -> Demo:
-    """Record the digits protocol into ``folder``/runs (or read it from there), and go through the main job."""
+    """Record runs of the digits task into ``folder``/runs, or read them from there, and run the demo on them."""
     folder = Path(folder)
     task, recipe = tasks.digits(n_train=300, n_test=100, seed=0), Recipe(optimizer="sgd", lr=0.1)
     curricula = random_curricula(n_train=300, runs=32, steps=200, batch_size=8, subset=0.5, seed=0)
@@ -86,33 +88,40 @@ def main_job(
     held: Runs,
     store: RunStore,
     picture: Path,
-    told: str,
+    origin: str,
 ) -> Demo:
-    """Fit, score on unseen runs, ask what there would be without a label, retrain to confirm it.
+    """Fit simulators, score them on unseen runs, forecast the removal of a label, and retrain to confirm it.
 
     Args:
-        told: what the runs that were learned from are.
+        task: task of the runs.
+        label: label to remove.
+        compared: unfitted simulators by name.
+        fit: fitting runs.
+        held: held-out runs.
+        store: store for the retrained run.
+        picture: file of the picture.
+        origin: description of the fitting runs, for the title.
     """
     simulators = {name: sklearn.base.clone(simulator).fit(fit) for name, simulator in compared.items()}
     table = evaluate(simulators, held, baseline_runs=fit)
     edit = Remove(f"label == {label!r}")
     verified = retrained(task, simulators, held[0], edit, store.path)
     draw(picture, task, label, simulators, held, verified)
-    about = f"Forecasts of {len(held)} unseen runs, from {len(fit)} {told}"
+    about = f"Forecasts of {len(held)} unseen runs, from {len(fit)} {origin}"
     return Demo(store, about, table, edit, answers(task, label, verified), picture)
 
 
 def retrained(
     task: Task, simulators: Mapping[str, Simulator], base: Run, edit: Edit, store: Path
 ) -> dict[str, Verification]:
-    """What each simulator forecasts of an edit, beside one retraining that answers all of them."""
+    """Forecast an edit with each simulator, and compare all forecasts with one retraining."""
     forecasts = {name: what_if(simulator, base, edit, task=task) for name, simulator in simulators.items()}
     actual = next(iter(forecasts.values())).verify(store=store).actual
     return {name: Verification(forecast, actual) for name, forecast in forecasts.items()}
 
 
 def answers(task: Task, label: Any, verified: Mapping[str, Verification]) -> pd.DataFrame:
-    """Change of the final loss, mean over the test examples of the removed label and over the others."""
+    """Return the mean changes of the final loss, over the test examples of the removed label and over the others."""
     removed = (task.test.table["label"] == label).to_numpy()
     truth = next(iter(verified.values())).actual_change
     rows = {
@@ -136,18 +145,18 @@ def draw(
     held: Runs,
     verified: Mapping[str, Verification],
 ) -> None:
-    """Left: a held-out run as it was. Right: the same run without the label, on the test examples of the label."""
+    """Draw a held-out run (left), and the same run without the label, on test examples of the label (right)."""
     simulated = {name: s.simulate(held.curricula[:1], held.initial_losses[:1])[0] for name, s in simulators.items()}
     removed = (task.test.table["label"] == label).to_numpy()
     truth = next(iter(verified.values())).actual
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     plots.trajectories(
-        _joined(held[0].losses.mean(1)), {name: losses.mean(1) for name, losses in simulated.items()}, left,
+        _interpolated(held[0].losses.mean(1)), {name: losses.mean(1) for name, losses in simulated.items()}, left,
         f"An unseen run: mean of {held.n_test} test examples", names=False,
     )  # fmt: skip
     plots.trajectories(
-        _joined(truth[:, removed].mean(1)),
+        _interpolated(truth[:, removed].mean(1)),
         {name: answer.forecast.what_if[:, removed].mean(1) for name, answer in verified.items()}, right,
         f"The same without any {label} in training: mean of {removed.sum()} test {label}s", names=False,
     )  # fmt: skip
@@ -158,6 +167,6 @@ def draw(
     save(figure, path, dpi=120)
 
 
-def _joined(losses: np.ndarray) -> np.ndarray:
-    """With straight lines where nothing was read."""
+def _interpolated(losses: np.ndarray) -> np.ndarray:
+    """Interpolate linearly between recorded losses."""
     return pd.Series(losses).interpolate().to_numpy()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simfluence.cli.options import (
+    SIMULATOR_FORMS,
     SIMULATOR_NAMES,
     AsJson,
     HeldOut,
@@ -33,7 +34,9 @@ from simfluence.errors import InvalidInput, did_you_mean
 if TYPE_CHECKING:
     from simfluence.evaluation.tuning import Search
 
-#: The tasks that the demo can show, and where.
+__all__ = ["demo", "evaluate", "fit", "learning_curve", "tune"]
+
+#: The function that runs the demo of each task.
 DEMOS = {
     "digits": "simfluence.cli.demo:run_demo",
     "docstrings": "simfluence.cli.demo_docstrings:run_docstrings_demo",
@@ -41,7 +44,7 @@ DEMOS = {
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where to record and draw.")] = Path("simfluence-demo"),
+    folder: Annotated[Path, typer.Option(help="Folder for runs and pictures.")] = Path("simfluence-demo"),
     task: Annotated[str, typer.Option(help=f"One of {', '.join(DEMOS)}.")] = "digits",
     as_json: AsJson = False,
 ) -> None:
@@ -52,15 +55,15 @@ def demo(
 
     if task not in DEMOS:
         raise InvalidInput(f"no demo of task {task!r}, {did_you_mean(task, DEMOS)}")
-    found = imported_object(DEMOS[task], "demo")(folder)
+    result = imported_object(DEMOS[task], "demo")(folder)
     if as_json:
-        parts = {"store": str(found.store.path), "picture": str(found.picture), "edit": str(found.edit)}
-        print_json(parts | {"evaluation": records(found.table), "what_if": records(found.answers)})
+        answer = {"store": str(result.store.path), "picture": str(result.picture), "edit": str(result.edit)}
+        print_json(answer | {"evaluation": records(result.table), "what_if": records(result.answers)})
         return
-    print(f"Recorded runs of the {task} task: {found.store.path}")
-    print_table(readable(found.table), f"{found.about} (skill 0: the mean trajectory)")
-    print_table(found.answers, f"What if we {found.edit}? Change of the final loss, predicted and retrained")
-    print(f"Simulated and real trajectories: {found.picture}")
+    print(f"Recorded runs of the {task} task: {result.store.path}")
+    print_table(readable(result.table), f"{result.about} (skill 0: the mean trajectory)")
+    print_table(result.answers, f"What if we {result.edit}? Change of the final loss, predicted and retrained")
+    print(f"Simulated and real trajectories: {result.picture}")
 
 
 def fit(
@@ -74,33 +77,29 @@ def fit(
     task: OwnTask = None,
 ) -> None:
     """Fit a simulator on the runs of STORE that are not held out, and save it."""
-    from simfluence.simulators import ConformalSimulator
-
-    simulator_class(simulator)().with_parameters(**parsed(parameters))  # says at once which parameter it does not have
+    simulator_class(simulator)().with_parameters(**parsed(parameters))  # refuse unknown parameters before fitting
     opened, part, _ = opened_and_split(store, held_out, seed)
     chosen = unfitted(simulator, parameters, opened, task)
-    chosen = ConformalSimulator(chosen, seed=seed) if intervals and not chosen.gives_intervals else chosen
+    chosen = with_intervals(chosen, seed) if intervals else chosen
     chosen.fit(part).save(out)
     print(f"{chosen} fitted on {len(part)} runs: {out}")
 
 
 def evaluate(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of recorded runs.")],
-    simulator: Annotated[
-        list[str] | None, typer.Option(help="Name or file of one; again for more. All if none.")
-    ] = None,
+    simulator: Annotated[list[str] | None, typer.Option(help=f"{SIMULATOR_FORMS}; repeatable; by default all.")] = None,
     parameters: Parameters = None,
     held_out: HeldOut = 8,
     seed: Seed = 0,
-    metric: Annotated[list[str] | None, typer.Option(help="One metric; again for more. All if none.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Metric; repeatable; by default all.")] = None,
     intervals: Intervals = False,
     task: OwnTask = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score simulators on the held-out runs of each STORE against the mean trajectory of the others.
+    """Score simulators on the held-out runs of each STORE against the mean trajectory of the fitting runs.
 
-    Several stores make one table, a row per store and simulator.
+    Several stores give one table with a row per store and simulator.
     """
     import pandas as pd
 
@@ -114,23 +113,27 @@ def evaluate(
     splits = {str(store): RunStore(store).load().split(held_out, seed) for store in stores}
     tables = {}
     for store, (part, held) in splits.items():
-        opened = RunStore(store)
-        chosen = {name: fitted_by_name(name, part, parameters, opened, task) for name in simulator or ()} or fitted_all(
-            store, part, parameters
-        )
-        if intervals:
-            chosen = {name: with_intervals(fitted, part, seed) for name, fitted in chosen.items()}
+        opened, interval_seed = RunStore(store), seed if intervals else None
+        if simulator:
+            chosen = {
+                name: fitted_by_name(name, part, parameters, opened, task, interval_seed=interval_seed)
+                for name in simulator
+            }
+        else:
+            chosen = fitted_all(opened, part, parameters, interval_seed=interval_seed)
         tables[store] = evaluate_simulators(chosen, held, part, metrics=metric or METRICS)
     table = pd.concat(tables, names=["store"]) if len(tables) > 1 else tables[str(stores[0])]
     if plot:
-        shown = table.set_axis([": ".join(name) for name in table.index]) if len(tables) > 1 else table
+        rows = table.set_axis([": ".join(name) for name in table.index]) if len(tables) > 1 else table
         first = (metric or ["skill"])[0]
-        draw(plot, lambda ax: plots.evaluation(shown, ax, "" if len(tables) == 1 else "by store", metric=first))
+        draw(plot, lambda ax: plots.evaluation(rows, ax, "" if len(tables) == 1 else "by store", metric=first))
     if as_json:
         print_json(records(table))
     else:
-        about = (f"{store}: {len(held)} held-out runs, {len(part)} to fit on" for store, (part, held) in splits.items())
-        print_table(readable(table), "\n".join(about))
+        titles = [
+            f"{store}: {len(held)} held-out runs, {len(part)} to fit on" for store, (part, held) in splits.items()
+        ]
+        print_table(readable(table), "\n".join(titles))
 
 
 def tune(
@@ -139,18 +142,18 @@ def tune(
     simulator: Annotated[
         str, typer.Option(help=f"best, package.module:Class, or one of {', '.join(SIMULATOR_NAMES)}.")
     ] = "linear",
-    trials: Annotated[int, typer.Option(help="How many candidates to try.")] = 20,
+    trials: Annotated[int, typer.Option(help="Number of candidates to try.")] = 20,
     parameters: Parameters = None,
-    folds: Annotated[int, typer.Option(help="Parts of the fitting runs that are held out in turn.")] = 4,
+    folds: Annotated[int, typer.Option(help="Number of cross-validation folds.")] = 4,
     held_out: HeldOut = 8,
     seed: Seed = 0,
-    storage: Annotated[Path | None, typer.Option(help="SQLite file that remembers what was tried.")] = None,
+    storage: Annotated[Path | None, typer.Option(help="SQLite file to store trials in, and resume from.")] = None,
     task: OwnTask = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose parameters by cross-validation on the runs of STORE that are not held out, fit, and save.
 
-    Parameters that are --set are not searched.
+    Parameters passed by --set are not searched.
     """
     from simfluence._internal.html import readable
     from simfluence.cli.output import print_json, print_table, records
@@ -159,24 +162,24 @@ def tune(
 
     kind = "best" if simulator == "best" else simulator_class(simulator, "best")
     opened, part, held = opened_and_split(store, held_out, seed)
-    given = {"task": built_task(opened, task)} if not isinstance(kind, str) and kind.needs_task else {}
-    options: dict[str, Any] = {"fixed": parsed(parameters) | given, "storage": storage}
+    task_parameter = {"task": built_task(opened, task)} if not isinstance(kind, str) and kind.needs_task else {}
+    options: dict[str, Any] = {"fixed": parsed(parameters) | task_parameter, "storage": storage}
     try:
-        found = search(kind, part, trials=trials, seed=seed, folds=folds, **options)
+        result = search(kind, part, trials=trials, seed=seed, folds=folds, **options)
     except KeyboardInterrupt:
-        kept = f"What was tried is in {storage}; the same command goes on from there." if storage else ""
-        print(f"\nStopped. {kept}", file=sys.stderr)
+        advice = f"Finished trials are in {storage}; run the same command again to continue." if storage else ""
+        print(f"\nStopped. {advice}", file=sys.stderr)
         raise typer.Exit(130) from None
-    fitted = found.simulator.fit(part)
+    fitted = result.simulator.fit(part)
     fitted.save(out)
-    table = evaluate_simulators({found.name: fitted}, held, part)
+    table = evaluate_simulators({result.name: fitted}, held, part)
     if as_json:
-        tried = {name: value for name, value in found.parameters.items() if name not in given}
-        chosen = {"simulator": found.name, "parameters": tried, "skill": found.skill, "out": str(out)}
-        print_json(chosen | {"held_out": records(table)[0], "trials": records(found.trials)})
+        chosen = {name: value for name, value in result.parameters.items() if name not in task_parameter}
+        answer = {"simulator": result.name, "parameters": chosen, "skill": result.skill, "out": str(out)}
+        print_json(answer | {"held_out": records(table)[0], "trials": records(result.trials)})
     else:
-        _print_search(found)
-        print_table(readable(table), f"{store}: {len(held)} held-out runs, which took no part in that")
+        _print_search(result)
+        print_table(readable(table), f"{store}: {len(held)} held-out runs, not used for tuning")
         print(f"{fitted} fitted on {len(part)} runs: {out}")
 
 
@@ -184,14 +187,14 @@ def learning_curve(
     store: StorePath,
     simulator: Named = "linear",
     parameters: Parameters = None,
-    repeats: Annotated[int, typer.Option(help="Random sets of fitting runs of each size.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Number of random sets of fitting runs of each size.")] = 5,
     held_out: HeldOut = 8,
     seed: Seed = 0,
     task: OwnTask = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a simulator fitted on 2, 4, 8, … runs of STORE: how many are needed?"""
+    """Score a simulator fitted on 2, 4, 8, … runs of STORE, to see how many are needed."""
     from simfluence import plots
     from simfluence._internal.html import readable
     from simfluence.cli.output import draw, print_json, print_table
@@ -199,8 +202,8 @@ def learning_curve(
     from simfluence.storage.store import RunStore
 
     opened, chosen = RunStore(store), simulator_class(simulator)()
-    given = {"task": built_task(opened, task)} if chosen.needs_task else {}
-    chosen = chosen.with_parameters(**parsed(parameters), **given)
+    task_parameter = {"task": built_task(opened, task)} if chosen.needs_task else {}
+    chosen = chosen.with_parameters(**parsed(parameters), **task_parameter)
     table = curve(chosen, opened.load(), held_out=held_out, repeats=repeats, seed=seed)
     if plot:
         draw(plot, lambda ax: plots.learning_curve(table, ax, f"{plots.heading(table)}, {chosen.name}"))
@@ -210,13 +213,13 @@ def learning_curve(
         print_table(readable(table.set_index("runs")), f"{store}: {chosen} by number of fitting runs")
 
 
-def _print_search(found: Search) -> None:
+def _print_search(result: Search) -> None:
     from simfluence._internal.html import cell
     from simfluence.cli.output import print_table
 
-    chosen = ", ".join(f"{name}={cell(value)}" for name, value in found.parameters.items())
-    print(f"Best of {len(found.trials)} candidates: {found.name} with {chosen or 'no parameters'}")
-    print(f"Cross-validated skill {cell(found.skill)}")
-    complete = found.trials[found.trials["folds"] == found.trials["folds"].max()]
+    chosen = ", ".join(f"{name}={cell(value)}" for name, value in result.parameters.items())
+    print(f"Best of {len(result.trials)} candidates: {result.name} with {chosen or 'no parameters'}")
+    print(f"Cross-validated skill {cell(result.skill)}")
+    complete = result.trials[result.trials["folds"] == result.trials["folds"].max()]
     best = complete.sort_values("skill", ascending=False, kind="stable").head(10)
-    print_table(best.drop(columns=["folds", "problem"]), "The best that were tried")
+    print_table(best.drop(columns=["folds", "problem"]), "The best candidates")

@@ -1,4 +1,4 @@
-"""What several commands take, and how it is read."""
+"""Arguments and options that several commands share, and how they are read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,36 @@ if TYPE_CHECKING:
     from simfluence.storage.store import RunStore
     from simfluence.task import Task
 
-# What these modules need beside arguments is imported in functions: help must not wait for torch.
+# Slow imports are inside functions, so that --help does not wait for torch.
 
-#: The library's own simulators, for help texts; a test compares them with the registry.
+__all__ = [
+    "METHOD_NAMES",
+    "SIMULATOR_FORMS",
+    "SIMULATOR_NAMES",
+    "AsJson",
+    "BaseRun",
+    "HeldOut",
+    "Intervals",
+    "NameOrFile",
+    "Named",
+    "Out",
+    "OwnTask",
+    "Parameters",
+    "Plot",
+    "Seed",
+    "StorePath",
+    "base_runs",
+    "built_task",
+    "fitted_all",
+    "fitted_by_name",
+    "opened_and_split",
+    "parsed",
+    "simulator_class",
+    "unfitted",
+    "with_intervals",
+]
+
+#: Names of the library's own simulators, for help texts; a test compares them with the registry.
 SIMULATOR_NAMES = (
     "persistence",
     "mean_trajectory",
@@ -30,37 +57,76 @@ SIMULATOR_NAMES = (
     "boosted",
     "tangent",
 )
-#: The library's own attribution methods, likewise.
+#: Names of the library's own attribution methods, for help texts; a test compares them with the registry.
 METHOD_NAMES = (
     "ekfac", "kfac", "diagonal", "exact", "cg", "lissa", "arnoldi", "dot", "cosine", "tracin", "tracin-ideal",
 )  # fmt: skip
+#: The ways to name a simulator to load or to fit, for help texts.
+SIMULATOR_FORMS = "Name, package.module:Class, FILE, or package.module:Class=FILE for a file of your own class"
 StorePath = Annotated[Path, typer.Argument(help="Folder of recorded runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-HeldOut = Annotated[int, typer.Option(help="How many runs are kept from fitting.")]
+HeldOut = Annotated[int, typer.Option(help="Number of runs to hold out from fitting.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split into fitting and held-out runs.")]
 Parameters = Annotated[list[str] | None, typer.Option("--set", help="A simulator's parameter: l2=10, prior=zero, …")]
-Intervals = Annotated[bool, typer.Option("--intervals", help="Fit for intervals too, which takes 15 times as long.")]
+Intervals = Annotated[bool, typer.Option("--intervals", help="Fit intervals too, which takes 15 times as long.")]
 OwnTask = Annotated[str | None, typer.Option(help="A task of your own, package.module:function; runs that code.")]
 Named = Annotated[str, typer.Option(help=f"One of {', '.join(SIMULATOR_NAMES)}, or package.module:Class of your own.")]
-NameOrFile = Annotated[str, typer.Option(help="Name, package.module:Class or file of a simulator.")]
-BaseRun = Annotated[str | None, typer.Option(help="Id of the base run; by default the first held-out one.")]
-Out = Annotated[Path | None, typer.Option(help="Write the tidy frame to this Parquet file.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw it into this picture (.png, .pdf, .svg).")]
+NameOrFile = Annotated[str, typer.Option(help=f"{SIMULATOR_FORMS}.")]
+BaseRun = Annotated[str | None, typer.Option(help="Id of the base run; by default the first held-out run.")]
+Out = Annotated[Path | None, typer.Option(help="Write the results as a table to this Parquet file.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw the results to this picture (.png, .pdf, .svg).")]
 
 
 def fitted_by_name(
-    name: str, part: Runs, parameters: list[str] | None, store: RunStore, task: str | None = None
+    name: str,
+    part: Runs,
+    parameters: list[str] | None,
+    store: RunStore,
+    task: str | None = None,
+    *,
+    interval_seed: int | None = None,
 ) -> Simulator:
-    """Read a simulator from a file, or fit one now."""
+    """Load a simulator from a file, or fit one.
+
+    Args:
+        name: name of a simulator, ``package.module:Class``, a file, or ``package.module:Class=FILE``.
+        part: fitting runs.
+        parameters: texts ``name=value``.
+        store: store of the runs.
+        task: the user's own task, ``package.module:function``; by default the store's.
+        interval_seed: seed of a ``ConformalSimulator`` to fit around a simulator without intervals; None for none.
+
+    Raises:
+        InvalidInput: there is no such simulator, or it cannot be fitted on these runs.
+        StoreError: the file is damaged or not a simulator.
+    """
+    simulator = _loaded(name)
+    is_fitted = simulator is not None
+    simulator = simulator or unfitted(name, parameters, store, task)
+    if interval_seed is not None and not simulator.gives_intervals:
+        return with_intervals(simulator, interval_seed).fit(part)
+    return simulator if is_fitted else simulator.fit(part)
+
+
+def _loaded(name: str) -> Simulator | None:
+    """Load a simulator from ``FILE`` or ``package.module:Class=FILE``; return None if ``name`` is neither."""
     from simfluence.simulators import SIMULATORS, Simulator
 
-    if name not in SIMULATORS and ":" not in name and Path(name).is_file():
+    reference, _, file = name.rpartition("=")
+    if ":" in reference and Path(file).is_file():
+        simulator_class(reference)  # defining the class registers it, which makes its files readable
+        return Simulator.load(file)
+    if name not in SIMULATORS and Path(name).is_file():
         return Simulator.load(name)
-    return unfitted(name, parameters, store, task).fit(part)
+    return None
 
 
 def unfitted(name: str, parameters: list[str] | None, store: RunStore, task: str | None = None) -> Simulator:
-    """Build a simulator with those of the parameters that it has; a parameter that no simulator has is an error."""
+    """Build a simulator with those parameters that it has.
+
+    Raises:
+        InvalidInput: there is no such simulator, or no simulator has one of the parameters.
+    """
     from simfluence.simulators import SIMULATORS
 
     chosen, values = simulator_class(name)(), parsed(parameters)
@@ -72,7 +138,7 @@ def unfitted(name: str, parameters: list[str] | None, store: RunStore, task: str
 
 
 def simulator_class(name: str, *others: str) -> type[Simulator]:
-    """The class of a simulator: by its name, or as ``package.module:Class``, which runs the user's code.
+    """Return the class of a simulator by its name, or as ``package.module:Class``, which runs the user's code.
 
     Raises:
         InvalidInput: there is no such simulator.
@@ -83,45 +149,55 @@ def simulator_class(name: str, *others: str) -> type[Simulator]:
     if ":" in name:
         kind = imported_object(name, "simulator")
         if not (isinstance(kind, type) and issubclass(kind, Simulator)):
-            raise InvalidInput(f"simulator {name!r} is not a class that derives from simfluence.Simulator")
+            raise InvalidInput(f"simulator {name!r} is not a subclass of simfluence.Simulator")
         return kind
     if name not in SIMULATORS:
         raise InvalidInput(f"unknown simulator {name!r}, {did_you_mean(name, (*SIMULATORS, *others))}")
-    found: type[Simulator] = SIMULATORS[name]
-    return found
+    registered: type[Simulator] = SIMULATORS[name]
+    return registered
 
 
 def built_task(store: RunStore, task: str | None) -> Task:
-    """Build the user's own task if one is given, else the ready-made one that the store is of."""
+    """Build the user's own task, or by default the ready-made task of the store."""
     from simfluence import tasks
 
     return tasks.imported(task) if task else tasks.rebuild(store.info)
 
 
-def with_intervals(simulator: Simulator, part: Runs, seed: int) -> Simulator:
-    """Return the simulator if it gives intervals, else one around it that does, fitted on the same runs."""
+def with_intervals(simulator: Simulator, seed: int) -> Simulator:
+    """Wrap a simulator in a ``ConformalSimulator``, not yet fitted, unless it gives intervals itself."""
     from simfluence.simulators import ConformalSimulator
 
-    return simulator if simulator.gives_intervals else ConformalSimulator(simulator, seed=seed).fit(part)
+    return simulator if simulator.gives_intervals else ConformalSimulator(simulator, seed=seed)
 
 
-def fitted_all(store: str, part: Runs, parameters: list[str] | None) -> dict[str, Simulator]:
-    """Fit each of the library's simulators that can be fitted on these runs alone; say of the others why not."""
+def fitted_all(
+    store: RunStore, part: Runs, parameters: list[str] | None, *, interval_seed: int | None = None
+) -> dict[str, Simulator]:
+    """Fit all simulators of the library that do not need a task; print which cannot be fitted on these runs, and why.
+
+    Raises:
+        InvalidInput: no simulator can be fitted on these runs.
+    """
     from simfluence.simulators import SIMULATORS
-    from simfluence.storage.store import RunStore
 
-    fitted = {}
+    fitted: dict[str, Simulator] = {}
+    problem = InvalidInput(f"{store.path}: no simulator can be fitted")
     names = [name for name in SIMULATOR_NAMES if not SIMULATORS[name].needs_task]
-    for chosen in [unfitted(name, parameters, RunStore(store)) for name in names]:
+    for name, simulator in {name: unfitted(name, parameters, store) for name in names}.items():
         try:
-            fitted[chosen.name] = chosen.fit(part)
+            chosen = simulator if interval_seed is None else with_intervals(simulator, interval_seed)
+            fitted[name] = chosen.fit(part)
         except InvalidInput as error:
-            print(f"{store}: left out {chosen.name}: {error}", file=sys.stderr)
+            print(f"{store.path}: left out {name}: {error}", file=sys.stderr)
+            problem = error
+    if not fitted:
+        raise problem
     return fitted
 
 
 def opened_and_split(store: Path, held_out: int, seed: int) -> tuple[RunStore, Runs, Runs]:
-    """Open a store, and split its runs into those to fit on and those that are held out."""
+    """Open a store, and split its runs into fitting and held-out runs."""
     from simfluence.storage.store import RunStore
 
     opened = RunStore(store)
@@ -129,23 +205,31 @@ def opened_and_split(store: Path, held_out: int, seed: int) -> tuple[RunStore, R
 
 
 def parsed(parameters: list[str] | None) -> dict[str, Any]:
-    """``name=value`` texts; a value is read as JSON where it is JSON, and is text otherwise."""
-    found = {}
+    """Parse texts ``name=value``; a value is parsed as JSON if possible, and is text otherwise.
+
+    Raises:
+        InvalidInput: a text without "=".
+    """
+    values = {}
     for text in parameters or []:
         name, equals, value = text.partition("=")
         if not equals:
             raise InvalidInput(f"--set {text!r}: write name=value")
         try:
-            found[name] = json.loads(value)
+            values[name] = json.loads(value)
         except ValueError:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def base_runs(store: RunStore, run: str | None, held: Runs, count: int = 1) -> list[Run]:
-    """The runs to be edited: the one that is named, or the first held-out ones."""
+    """Return the runs to edit: the named one, or the first ``count`` held-out runs.
+
+    Raises:
+        InvalidInput: there is no such run, or there are fewer held-out runs.
+    """
     if run:
         return [store.read(run)]
     if not 1 <= count <= len(held):
-        raise InvalidInput(f"{count} base runs, but {len(held)} are held out")
+        raise InvalidInput(f"{count} base runs are not available: use --bases with 1 to {len(held)}, the held-out runs")
     return list(held[:count])

@@ -1,4 +1,4 @@
-"""Tables on a terminal, JSON for programs, pictures in files: how the command line shows what it found."""
+"""Output of the command line: tables on a terminal, JSON for programs, pictures in files."""
 
 from __future__ import annotations
 
@@ -18,38 +18,44 @@ from simfluence._internal.html import cell
 from simfluence.errors import InvalidInput
 from simfluence.plots.style import save
 
+__all__ = ["draw", "print_json", "print_table", "records"]
+
 
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """The table under its title, as wide as the terminal is."""
-    shown = Table()
+    """Print a table under its title, as wide as the terminal."""
+    text = Table()
     for name in table.index.names:
-        shown.add_column(str(name or ""))
+        text.add_column(str(name or ""))
     for name in table.columns:
-        shown.add_column(str(name).replace("_", " "), justify="right")
+        text.add_column(str(name).replace("_", " "), justify="right")
     for index, *values in table.itertuples():
         keys = index if isinstance(index, tuple) else (index,)
-        shown.add_row(*map(str, keys), *(cell(value) for value in values))
+        text.add_row(*map(str, keys), *(cell(value) for value in values))
     console = Console()
-    console = console if console.is_terminal else Console(width=200)  # a pipe has no width to keep to
+    console = console if console.is_terminal else Console(width=200)  # a pipe has no width
     console.print(f"\n{title}", highlight=False)
-    console.print(shown)
+    console.print(text)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The table as a list of rows, its index among the columns."""
+    """Return the rows of a table as dictionaries, with the index among the columns."""
     return [{str(name): value for name, value in row.items()} for row in table.reset_index().to_dict("records")]
 
 
 def print_json(content: Any) -> None:
-    """``content`` as JSON; NaN and infinities become null."""
+    """Print ``content`` as JSON; NaN and infinities become null."""
     print(json.dumps(_plain(content), indent=2))
 
 
 def draw(path: Path, drawing: Callable[[Axes], object]) -> None:
-    """A picture in a file: ``drawing`` puts it on the axes that it is given.
+    """Draw a picture on new axes and save it.
+
+    Args:
+        path: file of the picture; its ending is the format.
+        drawing: function that draws on the axes.
 
     Raises:
-        InvalidInput: the file's ending is of no known picture format, or it cannot be written.
+        InvalidInput: the ending is not that of a picture format, or the file cannot be written.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     drawing(figure.subplots())
@@ -60,7 +66,7 @@ def draw(path: Path, drawing: Callable[[Axes], object]) -> None:
 
 
 def _plain(content: Any) -> Any:
-    """What JSON can say: NaN and infinities become null, NumPy's numbers plain ones."""
+    """Convert to values that JSON has: NaN and infinities to None, NumPy's numbers to Python's."""
     if isinstance(content, dict):
         return {str(key): _plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,7 +24,6 @@ from simfluence.cli.options import (
     built_task,
     fitted_by_name,
     opened_and_split,
-    with_intervals,
 )
 from simfluence.errors import InvalidInput
 
@@ -39,57 +38,59 @@ if TYPE_CHECKING:
     from simfluence.simulators import Simulator
 
 
-Top = Annotated[int, typer.Option(help="How many rows to show.")]
-TestTarget = Annotated[str | None, typer.Option(help="Test example (index), or a filter over them; all if none.")]
+__all__ = ["leave_one_out", "removal", "what_if"]
+
+Top = Annotated[int, typer.Option(help="Number of rows to show.")]
+TestTarget = Annotated[str | None, typer.Option(help="Index of a test example, or a filter; by default all.")]
 
 
 def what_if(
     store: StorePath,
     remove: Annotated[str | None, typer.Option(help="Filter: never show these, such as 'label == 3'.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Filter: show nothing but these.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Filter: show only these.")] = None,
     repeat: Annotated[str | None, typer.Option(help="Filter: show these --times as often.")] = None,
     times: Annotated[int, typer.Option(help="For --repeat.")] = 2,
     first: Annotated[str | None, typer.Option(help="Filter: show these first.")] = None,
     then: Annotated[str | None, typer.Option(help="Filter: show these after --first.")] = None,
-    fill: Annotated[str, typer.Option(help="What becomes of places: shrink, repack or resample.")] = "shrink",
-    spec: Annotated[Path | None, typer.Option(help="YAML file of queries, instead of edits here.")] = None,
+    fill: Annotated[str, typer.Option(help="How to fill removed slots: shrink, repack or resample.")] = "shrink",
+    spec: Annotated[Path | None, typer.Option(help="YAML file of queries, instead of these edits.")] = None,
     simulator: NameOrFile = "linear",
     parameters: Parameters = None,
     intervals: Intervals = False,
     run: BaseRun = None,
-    bases: Annotated[int, typer.Option(help="How many held-out runs to ask of, if no --run.")] = 1,
+    bases: Annotated[int, typer.Option(help="Number of held-out runs to edit, without --run.")] = 1,
     held_out: HeldOut = 8,
     seed: Seed = 0,
-    verify: Annotated[bool, typer.Option(help="Retrain to confirm; kept in STORE, so once is enough.")] = False,
-    seeds: Annotated[int, typer.Option(help="For --verify: retrain from so many seeds, to tell their noise.")] = 1,
-    by: Annotated[str | None, typer.Option(help="Sum up by this column of the test examples.")] = None,
+    verify: Annotated[bool, typer.Option(help="Retrain to confirm; STORE keeps the retrained runs.")] = False,
+    seeds: Annotated[int, typer.Option(help="For --verify: number of seeds, to measure their noise.")] = 1,
+    by: Annotated[str | None, typer.Option(help="Group by this column of the test examples.")] = None,
     task: OwnTask = None,
     out: Out = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Forecast the test losses of runs of STORE had their curricula been edited."""
+    """Forecast what the test losses of runs of STORE would have been under edited curricula."""
     from simfluence.cli.output import print_json
     from simfluence.queries.questions import what_if as ask
     from simfluence.specs import WhatIfSpec
 
     edits = _edits(remove, keep, repeat, times, first, then, fill)
     if bool(edits) == bool(spec):
-        raise InvalidInput("say what to change: --remove, --keep, --repeat, --first (with --then), or --spec")
+        raise InvalidInput("an edit is required: --remove, --keep, --repeat, --first (with --then), or --spec")
     opened, part, held = opened_and_split(store, held_out, seed)
-    of = base_runs(opened, run, held, bases)
+    base = base_runs(opened, run, held, bases)
     built = built_task(opened, task) if verify else None
-    fitted = fitted_by_name(simulator, part, parameters, opened, task)
-    fitted = with_intervals(fitted, part, seed) if intervals else fitted
+    interval_seed = seed if intervals else None
+    fitted = fitted_by_name(simulator, part, parameters, opened, task, interval_seed=interval_seed)
     queries: Any = WhatIfSpec.read(spec).queries if spec else edits
-    forecast = ask(fitted, of[0] if len(of) == 1 else of, queries, task=built)
+    forecast = ask(fitted, base[0] if len(base) == 1 else base, queries, task=built)
     verified = forecast.verify(store=store, seeds=seeds) if verify else None
     if out:
         (verified or forecast).frame.to_parquet(out, index=False)
-    show = _Answer(forecast, verified, by)
+    answer = _Answer(forecast, verified, by)
     if plot:
-        show.draw(plot)
-    print_json(show.content()) if as_json else show.print()
+        answer.draw(plot)
+    print_json(answer.content()) if as_json else answer.print()
 
 
 def leave_one_out(
@@ -102,7 +103,7 @@ def leave_one_out(
     test: TestTarget = None,
     by: Annotated[str | None, typer.Option(help="Leave out groups: a column of the training examples.")] = None,
     derivative: Annotated[
-        bool, typer.Option(help="By derivatives, for --simulator tangent: quicker, rougher.")
+        bool, typer.Option(help="Use derivatives, for --simulator tangent: faster, less accurate.")
     ] = False,
     top: Top = 10,
     task: OwnTask = None,
@@ -110,9 +111,9 @@ def leave_one_out(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Forecast the test losses of a run of STORE without each training example; rank the suspects.
+    """Forecast the test losses of a run of STORE without each training example, and rank the examples.
 
-    The gain of an example is how far the mean final loss falls without it: those with the largest are suspects.
+    The gain of an example is how far the mean final loss falls without it. Examples with large gains are suspects.
     """
     from simfluence import plots
     from simfluence.cli.output import draw, print_json, print_table, records
@@ -122,7 +123,7 @@ def leave_one_out(
     base = base_runs(opened, run, held)[0]
     fitted = fitted_by_name(simulator, part, parameters, opened, task)
     target = _test(test)
-    method = "derivative" if derivative else "simulate"
+    method: Literal["simulate", "derivative"] = "derivative" if derivative else "simulate"
     table = rank_suspects(fitted, base, test=target, by=by, method=method)
     if out or plot:
         changes = _left_out(fitted, base, by, method)
@@ -134,16 +135,16 @@ def leave_one_out(
     if as_json:
         print_json({"run": base.id, "simulator": str(fitted), "ranking": records(table)})
         return
-    said = f"{fitted}, base run {base.id}: gain of the mean final loss by leaving out"
+    title = f"{fitted}, base run {base.id}: gain of the mean final loss by leaving out"
     if by:
-        print_table(table, f"{said} each {by}")
+        print_table(table, f"{title} each {by}")
     else:
-        print_table(table.head(top), f"{said} each example; the most suspect")
-        print_table(table.tail(top)[::-1], "The most useful")
+        print_table(table.head(top), f"{title} each example; the most suspect examples")
+        print_table(table.tail(top)[::-1], "The most useful examples")
 
 
-def _left_out(fitted: Simulator, base: Run, by: str | None, method: str) -> pd.DataFrame:
-    """A row per test example, a column per training example or group."""
+def _left_out(fitted: Simulator, base: Run, by: str | None, method: Literal["simulate", "derivative"]) -> pd.DataFrame:
+    """Return the change of each final loss: a row per test example, a column per training example or group."""
     import pandas as pd
 
     from simfluence.queries.effects import leave_group_out
@@ -159,10 +160,14 @@ def removal(
     store: StorePath,
     where: Annotated[str | None, typer.Option(help="Filter: forecast the losses without these.")] = None,
     by: Annotated[str | None, typer.Option(help="Forecast the losses without each value of this column.")] = None,
-    past: Annotated[float | None, typer.Option(help="The smallest removal that raises --test past this loss.")] = None,
-    best: Annotated[int | None, typer.Option(help="The best so many to remove, to lower --test.")] = None,
+    past: Annotated[
+        float | None, typer.Option(help="Find the smallest removal that raises the loss of --test past this.")
+    ] = None,
+    best: Annotated[
+        int | None, typer.Option(help="Find the best removal of this many examples to lower the loss of --test.")
+    ] = None,
     test: TestTarget = None,
-    exact: Annotated[bool, typer.Option(help="Prove it; for --simulator additive.")] = False,
+    exact: Annotated[bool, typer.Option(help="Find a proven optimum; for --simulator additive.")] = False,
     fill: Annotated[str, typer.Option(help="For --where and --by: shrink, repack or resample.")] = "shrink",
     simulator: NameOrFile = "linear",
     parameters: Parameters = None,
@@ -175,7 +180,7 @@ def removal(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Forecast data removal: the losses without some examples, or which to remove to move a loss."""
+    """Forecast the losses without some examples, or find which examples to remove to move a loss."""
     import pandas as pd
 
     from simfluence import plots
@@ -183,54 +188,57 @@ def removal(
     from simfluence.queries.removal import best_removal, forecast_removal, smallest_removal
 
     if sum(option is not None for option in (where, by, past, best)) != 1:
-        raise InvalidInput("say what to find out: one of --where, --by, --past (with --test), --best (with --test)")
+        raise InvalidInput("a question is required: one of --where, --by, --past (with --test), --best (with --test)")
     opened, part, held = opened_and_split(store, held_out, seed)
     base = base_runs(opened, run, held)[0]
-    fitted = fitted_by_name(simulator, part, parameters, opened, task)
-    fitted = with_intervals(fitted, part, seed) if intervals else fitted
+    interval_seed = seed if intervals else None
+    fitted = fitted_by_name(simulator, part, parameters, opened, task, interval_seed=interval_seed)
     if past is None and best is None:
         targets = where if where is not None else _groups(base, str(by))
-        show = _Answer(forecast_removal(fitted, base, targets, fill=fill), None, None)
+        answer = _Answer(forecast_removal(fitted, base, targets, fill=fill), None, None)
         if out:
-            show.forecast.to_parquet(out)
+            answer.forecast.to_parquet(out)
         if plot:
-            show.draw(plot)
-        print_json(show.content()) if as_json else show.print()
+            answer.draw(plot)
+        print_json(answer.content()) if as_json else answer.print()
         return
     target = range(base.losses.shape[1]) if test is None else _test(test)
     if past is not None:
-        found = smallest_removal(fitted, base, target, past, exact=exact)
+        chosen = smallest_removal(fitted, base, target, past, exact=exact)
     else:
-        found = best_removal(fitted, base, target, int(best or 0), exact=exact)
-    ids = [base.train.ids[index] for index in found.examples] if base.train else list(map(str, found.examples))
-    losses = found.losses[1:] if len(found.losses) == len(ids) + 1 else [None] * len(ids)
-    table = pd.DataFrame({"train": found.examples, "id": ids, "loss": losses})
+        chosen = best_removal(fitted, base, target, int(best or 0), exact=exact)
+    ids = [base.train.ids[index] for index in chosen.examples] if base.train else list(map(str, chosen.examples))
+    losses = chosen.losses[1:] if len(chosen.losses) == len(ids) + 1 else [None] * len(ids)
+    table = pd.DataFrame({"train": chosen.examples, "id": ids, "loss": losses})
     if out:
         table.to_parquet(out, index=False)
     if plot:
-        draw(plot, lambda ax: plots.removal_curve(found.losses, past, ax, f"{base.task_name}: {fitted.name}: {found}"))
+        title = f"{base.task_name}: {fitted.name}: {chosen}"
+        draw(plot, lambda ax: plots.removal_curve(chosen.losses, past, ax, title))
     if as_json:
         content = {"run": base.id, "simulator": str(fitted), "removed": records(table)}
-        print_json(content | {"losses": found.losses.tolist(), "reached": found.reached, "exact": found.exact})
+        print_json(content | {"losses": chosen.losses.tolist(), "reached": chosen.reached, "exact": chosen.exact})
         return
-    print(f"{fitted}, base run {base.id}: remove {found}")
+    print(f"{fitted}, base run {base.id}: remove {chosen}")
     if len(table):
-        print_table(table.set_index("train"), "In the order of removal, with the loss after it")
+        print_table(table.set_index("train"), "In the order of removal, with the loss after each")
 
 
 class _Answer:
-    """Forecasts, of one query or of many, beside the truth if it is known: as text, as JSON and as a picture."""
+    """Output of one forecast or many, with retrained losses if available: as text, as JSON and as a picture."""
 
     def __init__(self, forecast: Forecast | Forecasts, verified: Any, by: str | None) -> None:
         self.forecast, self.verified, self.by = forecast, verified, by
         self.groups = forecast.by_group(by) if by else None
 
     def content(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
         from simfluence.cli.output import records
         from simfluence.queries.forecast import Forecast
 
-        answer = self._of_one(self.forecast) if isinstance(self.forecast, Forecast) else self._of_many(self.forecast)
-        return answer | ({} if self.groups is None else {"by": records(self.groups)})
+        forecast = self.forecast
+        content = self._of_one(forecast) if isinstance(forecast, Forecast) else self._of_many(forecast)
+        return content | ({} if self.groups is None else {"by": records(self.groups)})
 
     def _of_one(self, forecast: Forecast) -> dict[str, Any]:
         final = {"base": forecast.base[-1].tolist(), "what_if": forecast.what_if[-1].tolist()}
@@ -251,6 +259,7 @@ class _Answer:
         return answer | ({"verification": records(self.verified.table)} if self.verified else {})
 
     def print(self) -> None:
+        """Print summaries and tables."""
         from simfluence.cli.output import print_table
         from simfluence.queries.forecast import Forecast
 
@@ -270,7 +279,7 @@ class _Answer:
             print(self.verified.summary())
 
     def draw(self, path: Path) -> None:
-        """One query: the mean trajectory. Many: their mean changes, beside the retrained ones."""
+        """Draw the mean trajectory of one query, or the mean changes of many, with the retrained ones."""
         from simfluence.cli.output import draw
 
         draw(path, (self.verified or self.forecast).plot)
@@ -282,7 +291,7 @@ def _edits(
     from simfluence.edits import Keep, Remove, Reorder, Repeat
 
     if then and not first:
-        raise InvalidInput("say what to change: --then goes with --first")
+        raise InvalidInput("--then requires --first: pass both")
     edits: list[Edit] = []
     if remove:
         edits.append(Remove(remove, fill))
@@ -296,15 +305,17 @@ def _edits(
 
 
 def _test(text: str | None) -> Any:
-    """An index, or a filter over the test examples."""
+    """Parse ``--test``: an index becomes a list of it; a filter stays as it is."""
     return [int(text)] if text is not None and text.strip().isdigit() else text
 
 
 def _groups(base: Run, column: str) -> Mapping[str, np.ndarray]:
-    """The training examples of each value of a column."""
+    """Return the indices of the training examples with each value of a column."""
     import numpy as np
 
     if base.train is None:
-        raise InvalidInput(f"nothing is known of the training examples of run {base.id}: --by has no column {column!r}")
+        raise InvalidInput(
+            f"run {base.id} has no metadata for its training examples: --by cannot look up column {column!r}"
+        )
     values = np.array(base.train.column(column), dtype=object)
     return {f"{column} {value}": np.flatnonzero(values == value) for value in sorted(set(values.tolist()))}

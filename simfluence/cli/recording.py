@@ -1,4 +1,4 @@
-"""Commands that record runs and look into stores."""
+"""Commands that record runs and inspect stores."""
 
 from __future__ import annotations
 
@@ -18,39 +18,46 @@ if TYPE_CHECKING:
     from simfluence.task import Task
 
 
+__all__ = ["record", "runs_ls", "runs_show"]
+
+
 def record(
     spec: Annotated[Path, typer.Argument(help="YAML file with the keys task, recipe, curricula and observe.")],
-    store: Annotated[Path, typer.Option(help="Folder to keep the runs in.")],
+    store: Annotated[Path, typer.Option(help="Folder for the recorded runs.")],
     task: OwnTask = None,
     checkpoints: Annotated[str | None, typer.Option(help="Steps to save parameters at, such as 0,100,200.")] = None,
-    every: Annotated[int | None, typer.Option(help="Read the test losses after every so many steps.")] = None,
-    measure: Annotated[list[str] | None, typer.Option(help="A measure to record too; again for more.")] = None,
+    every: Annotated[int | None, typer.Option(help="Number of steps between readings of the test losses.")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="Measure to record too; repeatable.")] = None,
     engine: Annotated[str, typer.Option(help="auto, batched (many runs at once) or loop.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure a few steps, say what it will take.")] = False,
+    device: Annotated[str, typer.Option(help="Device to train on.")] = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate time, disk and memory, from a few steps.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train under each curriculum of SPEC and record every test loss; goes on where it stopped."""
+    """Train under each curriculum of SPEC and record every test loss; continue an interrupted recording."""
     from simfluence.cli.output import print_json
     from simfluence.recording import estimate
     from simfluence.recording import record as record_runs
     from simfluence.specs import RecordingSpec
     from simfluence.storage.store import RunStore
 
-    wanted = RecordingSpec.read(spec)
-    built = _task(task, wanted)
-    curricula = wanted.curricula.build(built.train)
-    asked = {"checkpoints": checkpoints and _steps(checkpoints), "every": every, "measures": measure}
-    observe = wanted.observe.replace(**{name: value for name, value in asked.items() if value is not None})
+    parsed_spec = RecordingSpec.read(spec)
+    built, recipe = _task(task, parsed_spec), parsed_spec.recipe
+    curricula = parsed_spec.curricula.build(built.train)
+    options = {"checkpoints": checkpoints and _steps(checkpoints), "every": every, "measures": measure}
+    observe = parsed_spec.observe.replace(**{name: value for name, value in options.items() if value is not None})
     if dry_run:
-        found = estimate(built, wanted.recipe, curricula, store, observe=observe, engine=engine, device=device)
-        print_json(dataclasses.asdict(found)) if as_json else print(found)
+        estimated = estimate(built, recipe, curricula, store, observe=observe, engine=engine, device=device)
+        print_json(dataclasses.asdict(estimated)) if as_json else print(estimated)
         return
     try:
-        runs = record_runs(built, wanted.recipe, curricula, store, observe=observe, engine=engine, device=device)
+        runs = record_runs(built, recipe, curricula, store, observe=observe, engine=engine, device=device)
     except KeyboardInterrupt:
-        there = len(RunStore(store).ids()) if RunStore(store).exists else 0
-        print(f"\nStopped. {there} runs are whole in {store}; the same command goes on from there.", file=sys.stderr)
+        count = len(RunStore(store).ids()) if RunStore(store).exists else 0
+        print(
+            f"\nStopped. {count} runs are complete in {store}; run the same command again to continue.", file=sys.stderr
+        )
         raise typer.Exit(130) from None
     diverged = sum(run.diverged for run in runs)
     if as_json:
@@ -60,7 +67,7 @@ def record(
 
 
 def runs_ls(store: StorePath, plot: Plot = None, as_json: AsJson = False) -> None:
-    """List the runs of STORE; draw their mean losses."""
+    """List the runs of STORE, and draw their mean losses with --plot."""
     import pandas as pd
 
     from simfluence.cli.output import draw, print_json, print_table
@@ -85,25 +92,27 @@ def runs_show(
     from simfluence.cli.output import print_json
     from simfluence.storage.store import RunStore
 
-    found = RunStore(store).read(run)
-    recipe = found.recipe.model_dump() if found.recipe else None
-    shown = _row(found) | {"recipe": recipe, "checkpoints": sorted(found.checkpoints)}
+    stored = RunStore(store).read(run)
+    recipe = stored.recipe.model_dump() if stored.recipe else None
+    fields = _row(stored) | {"recipe": recipe, "checkpoints": sorted(stored.checkpoints)}
     if as_json:
-        mean = [float(value) for value in found.losses.mean(1)]
-        print_json(shown | {"mean_losses": mean, "curriculum": found.curriculum.tolist()})
+        mean = [float(value) for value in stored.losses.mean(1)]
+        print_json(fields | {"mean_losses": mean, "curriculum": stored.curriculum.tolist()})
     else:
-        for name, value in shown.items():
+        for name, value in fields.items():
             print(f"{name:>14}  {value}")
 
 
 def _task(reference: str | None, spec: RecordingSpec) -> Task:
-    """The user's own task if one is given, else the ready-made one of the specification."""
+    """Build the user's own task, or by default the ready-made task of the specification."""
     from simfluence import tasks
 
     if reference:
         return tasks.imported(reference)
     if spec.task is None:
-        raise InvalidInput("which task? Name a ready-made one in the file, or give --task package.module:function")
+        raise InvalidInput(
+            "a task is required: name a ready-made one in the file, or pass --task package.module:function"
+        )
     return spec.task.build()
 
 

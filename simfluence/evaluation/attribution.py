@@ -127,7 +127,7 @@ def brittleness(
     rng = np.random.default_rng(seed)
     best = [shown[np.argsort(-values[z, shown], kind="stable")] for z in chosen]
     others = [rng.permutation(shown) for _ in chosen]
-    edits = [Remove(order[:number]) for number in k for orders in (best, others) for order in orders]
+    edits = [Remove(rows=order[:number]) for number in k for orders in (best, others) for order in orders]
     retrained = record(task, run.recipe, [e.apply(run.curriculum) for e in edits], store, verification=True)
     after = np.array([retrained_run.losses[-1] for retrained_run in retrained]).reshape(len(k), 2, len(chosen), -1)
     rises = after[:, :, np.arange(len(chosen)), chosen] - run.losses[-1, chosen]  # [k, 2, chosen]

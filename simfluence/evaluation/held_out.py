@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
+from simfluence._internal.checked import checked
 from simfluence._internal.deprecation import renamed_arguments
 from simfluence._internal.html import as_html, card, picture, readable
-from simfluence._internal.types import Losses
+from simfluence._internal.types import Losses, Seed, Share
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.evaluation.metrics import (
+    Resamples,
     all_errors,
     all_steps_mse,
     bootstrap_interval,
@@ -29,6 +30,7 @@ from simfluence.evaluation.metrics import (
 )
 from simfluence.runs import Runs
 from simfluence.simulators import Simulator
+from simfluence.simulators.base import not_fitted_on
 from simfluence.simulators.baselines import MeanTrajectorySimulator
 
 __all__ = ["METRICS", "EvaluationTable", "evaluate", "skill_over_steps"]
@@ -60,21 +62,23 @@ class EvaluationTable(pd.DataFrame):
 
 
 @renamed_arguments(reference="baseline_runs")
+@checked
 def evaluate(
     simulators: Mapping[str, Simulator],
     held: Runs,
     baseline_runs: Runs,
     *,
     metrics: Sequence[str] = METRICS,
-    bootstrap: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Resamples = 1000,
+    confidence: Share = 0.95,
+    seed: Seed = 0,
 ) -> EvaluationTable:
     """Score fitted simulators on held-out runs, one row per simulator.
 
     Args:
         simulators: fitted simulators by name.
-        held: runs to forecast from their initial losses and curricula.
+        held: runs to forecast from their initial losses and curricula. Those that a simulator was fitted on are left
+            out for all of them, with a warning.
         baseline_runs: the fitting runs, whose mean trajectory has skill 0.
         metrics: some of ``METRICS``; each comes with its spread: ``_sd`` over runs (mse, final_spearman), or
             ``_low`` and ``_high``, the bootstrap interval over runs (skill, final_skill, run_correlation).
@@ -86,7 +90,8 @@ def evaluate(
         An undefined metric (such as the run correlation of a constant forecast) is NaN.
 
     Raises:
-        InvalidInput: a metric is unknown, there is no run, or a run is in both ``held`` and ``baseline_runs``.
+        InvalidInput: a metric is unknown, there is no run, a run is in both ``held`` and ``baseline_runs``, or the
+            simulators were fitted on all runs of ``held``.
 
     >>> rng = np.random.default_rng(0)
     >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
@@ -98,7 +103,7 @@ def evaluate(
     for metric in metrics:
         if metric not in METRICS:
             raise InvalidInput(f"unknown metric {metric!r}, {did_you_mean(metric, METRICS)}")
-    held, baseline_runs = _checked(simulators, held, baseline_runs, confidence)
+    held, baseline_runs = _usable(simulators, held, baseline_runs)
     true = held.losses.astype(np.float64)
     mean = MeanTrajectorySimulator().fit(baseline_runs).simulate(held.curricula, held.initial_losses)
     resamples = np.random.default_rng(seed).integers(len(held), size=(bootstrap, len(held)))
@@ -117,14 +122,15 @@ def evaluate(
 
 
 @renamed_arguments(reference="baseline_runs")
+@checked
 def skill_over_steps(
     simulators: Mapping[str, Simulator],
     held: Runs,
     baseline_runs: Runs,
     *,
-    bootstrap: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Resamples = 1000,
+    confidence: Share = 0.95,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """Compute the skill at each step of training, pooled over runs and test examples.
 
@@ -144,7 +150,7 @@ def skill_over_steps(
     >>> table[["step", "skill"]].to_numpy().tolist()
     [[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0], [5.0, 0.0]]
     """
-    held, baseline_runs = _checked(simulators, held, baseline_runs, confidence)
+    held, baseline_runs = _usable(simulators, held, baseline_runs)
     true = held.losses.astype(np.float64)
     mean = MeanTrajectorySimulator().fit(baseline_runs).simulate(held.curricula, held.initial_losses)
     baseline_sse = np.nansum(squared_errors(mean, true), axis=2)  # [runs, times]
@@ -163,22 +169,24 @@ def skill_over_steps(
     return table
 
 
-def _checked(
-    simulators: Mapping[str, Simulator], held: Runs, baseline_runs: Runs, confidence: float
-) -> tuple[Runs, Runs]:
-    """Check the arguments and return the usable runs.
+def _usable(simulators: Mapping[str, Simulator], held: Runs, baseline_runs: Runs) -> tuple[Runs, Runs]:
+    """Return the runs that can be evaluated on, and those to compare with.
 
     Raises:
-        InvalidInput: simulators are no mapping, no run is usable, runs are in both parts, or confidence is invalid.
+        InvalidInput: there is no simulator, no run is usable, or a run is in both parts.
     """
-    if not isinstance(simulators, Mapping) or not simulators:
+    if not simulators or not all(isinstance(simulator, Simulator) for simulator in simulators.values()):
         raise InvalidInput('simulators must be a mapping from row names to simulators, such as {"linear": linear}')
-    if not 0 < confidence < 1:
-        raise InvalidInput(f"confidence must be between 0 and 1, got {confidence}")
     held, baseline_runs = held.usable("evaluate on"), baseline_runs.usable("compare with")
+    for size in ("n_train", "n_test"):
+        if getattr(held, size) != getattr(baseline_runs, size):
+            raise InvalidInput(
+                f"held has {held.n_train} training and {held.n_test} test examples, but baseline_runs has "
+                f"{baseline_runs.n_train} and {baseline_runs.n_test}: give runs of one task"
+            )
     if shared := set(held.ids) & set(baseline_runs.ids):
         raise InvalidInput(f"{len(shared)} runs are in both held and baseline_runs: split(…) gives disjoint parts")
-    return held, baseline_runs
+    return not_fitted_on(simulators, held, stacklevel=5), baseline_runs
 
 
 def _scored(

@@ -5,17 +5,20 @@ Losses are ``[runs, steps + 1, test]``. NaN in the true losses means not recorde
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import scipy.stats
+from annotated_types import Interval
 from jaxtyping import Float
 
-from simfluence._internal.types import Losses
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Count, Losses, Seed, Share
 from simfluence.errors import InvalidInput
 
 __all__ = [
     "MIN_SKILL",
+    "Resamples",
     "all_errors",
     "all_steps_mse",
     "bootstrap_interval",
@@ -42,32 +45,40 @@ __all__ = [
 
 PerRun = Float[np.ndarray, " runs"]
 
+#: A number of bootstrap resamples, bounded because each is held in memory.
+Resamples = Annotated[int, Interval(ge=1, le=100_000)]
+
 #: Smallest value of ``bounded_skill``; the skill of a simulator that diverges or cannot be fitted.
 MIN_SKILL = -1e6
 
 _BOOTSTRAP_ENTRIES = 2_000_000  # number of resampled losses to rank at a time
 
 
+@checked
 def all_steps_mse(simulated: Losses, true: Losses) -> PerRun:
     """Compute the mean of (simulated − true)² over steps 1…T and test examples, per run."""
     return np.nanmean(squared_errors(simulated, true)[:, 1:], axis=(1, 2))
 
 
+@checked
 def final_spearman(simulated: Losses, true: Losses) -> PerRun:
     """Compute Spearman's ρ of simulated and true final loss over test examples, per run."""
     return row_spearman(final(simulated, true), final(true, true))
 
 
+@checked
 def skill(simulated: Losses, true: Losses, mean: Losses) -> float:
     """Compute 1 − SSE(simulated)/SSE(mean trajectory), pooled over runs, steps 1…T and test examples."""
     return pooled_skill(all_errors(simulated, true), all_errors(mean, true))
 
 
+@checked
 def final_skill(simulated: Losses, true: Losses, mean: Losses) -> float:
     """Compute the ``skill`` of the final losses only."""
     return pooled_skill(final_errors(simulated, true), final_errors(mean, true))
 
 
+@checked
 def run_correlation(simulated: Losses, true: Losses) -> float:
     """Compute Spearman's ρ of simulated and true final loss over runs, averaged over test examples.
 
@@ -77,48 +88,59 @@ def run_correlation(simulated: Losses, true: Losses) -> float:
     return mean_or_nan(row_spearman(final(simulated, true).T, final(true, true).T))
 
 
+@checked
 def correlation_over_runs(
     predicted: Float[np.ndarray, "runs test"],
     actual: Float[np.ndarray, "runs test"],
     *,
-    bootstrap: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Resamples = 1000,
+    confidence: Share = 0.95,
+    seed: Seed = 0,
 ) -> tuple[float, float, float]:
     """Compute the ``run_correlation`` of predicted and actual final losses, with a bootstrap interval over runs."""
+    _check_same(predicted, actual)
     resamples = np.random.default_rng(seed).integers(len(actual), size=(bootstrap, len(actual)))
     draws = resampled_correlations(predicted, actual, resamples)
     return mean_or_nan(row_spearman(predicted.T, actual.T)), *bootstrap_interval(draws, confidence)
 
 
+@checked
 def coverage(low: Losses, high: Losses, true: Losses) -> float:
     """Compute the share of final losses that lie within their intervals."""
+    for bound in (low, high):
+        _check_same(bound, true)
     last = final(true, true)
     return float(((final(low, true) <= last) & (last <= final(high, true))).mean())
 
 
+@checked
 def delta_correlation(predicted: Float[np.ndarray, " test"], actual: Float[np.ndarray, " test"]) -> float:
     """Compute Pearson's r of predicted and retrained change over test examples; NaN if a change is constant."""
+    _check_same(predicted, actual)
     if np.ptp(predicted) == 0 or np.ptp(actual) == 0:
         return float("nan")
     return float(np.corrcoef(predicted, actual)[0, 1])
 
 
+@checked
 def relative_error(predicted: Float[np.ndarray, "*changes"], actual: Float[np.ndarray, "*changes"]) -> float:
     """Compute the squared error of predicted changes relative to predicting no change; NaN if nothing changes.
 
     >>> relative_error(np.array([1.0, 0.0]), np.array([2.0, 0.0]))
     0.25
     """
+    _check_same(predicted, actual)
     size = float(np.mean(actual**2))
     return float(np.mean((predicted - actual) ** 2)) / size if size > 0 else float("nan")
 
 
-def hit_rate(predicted: Float[np.ndarray, " test"], actual: Float[np.ndarray, " test"], k: int = 10) -> float:
+@checked
+def hit_rate(predicted: Float[np.ndarray, " test"], actual: Float[np.ndarray, " test"], k: Count = 10) -> float:
     """Compute the share of the ``k`` most changed test examples that are among the ``k`` predicted to change most.
 
     NaN if nothing changes or no change was predicted.
     """
+    _check_same(predicted, actual)
     k = min(k, len(actual))
     if not (actual.any() and predicted.any()):
         return float("nan")
@@ -126,8 +148,11 @@ def hit_rate(predicted: Float[np.ndarray, " test"], actual: Float[np.ndarray, " 
     return len(named & largest) / k
 
 
+@checked
 def seed_share(changes: Float[np.ndarray, "*queries seeds test"]) -> float:
     """Compute the variance of retrained changes over seeds, as a share of their mean square; NaN if nothing changes."""
+    if changes.ndim < 2 or changes.shape[-2] < 2:
+        raise InvalidInput(f"changes must be of two seeds or more, [queries, seeds, test], got {list(changes.shape)}")
     size = float(np.mean(changes**2))
     return float(np.var(changes, axis=-2, ddof=1).mean()) / size if size > 0 else float("nan")
 
@@ -150,6 +175,7 @@ def bounded_skill(sse: Any, baseline_sse: Any) -> Any:
 
 def final(losses: Losses, true: Losses) -> Float[np.ndarray, "runs test"]:
     """Return each run's losses at the last time that is recorded in ``true``."""
+    _check_same(losses, true)
     recorded = ~np.isnan(true).any(axis=2)  # [runs, times]
     last = recorded.shape[1] - 1 - np.argmax(recorded[:, ::-1], axis=1)
     return losses[np.arange(len(losses)), last]
@@ -157,8 +183,7 @@ def final(losses: Losses, true: Losses) -> Float[np.ndarray, "runs test"]:
 
 def squared_errors(simulated: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Compute (simulated − true)², NaN where the true loss is not recorded."""
-    if simulated.shape != true.shape:
-        raise InvalidInput(f"simulated losses {simulated.shape} and true losses {true.shape} differ in shape")
+    _check_same(simulated, true)
     return (simulated - true) ** 2
 
 
@@ -202,3 +227,14 @@ def sd_or_nan(values: np.ndarray) -> float:
     """Return the standard deviation of the values that are not NaN; NaN for fewer than two."""
     finite = values[~np.isnan(values)]
     return float(finite.std(ddof=1)) if len(finite) > 1 else float("nan")
+
+
+def _check_same(predicted: np.ndarray, actual: np.ndarray) -> None:
+    """Check that two arrays have the same shape, and any content."""
+    if predicted.shape != actual.shape:
+        raise InvalidInput(
+            f"predicted and actual values differ in shape: {list(predicted.shape)} and {list(actual.shape)}; give both "
+            "for the same runs, times and test examples"
+        )
+    if predicted.size == 0:
+        raise InvalidInput(f"there is nothing to compare: the values are empty, of shape {list(predicted.shape)}")

@@ -1,7 +1,7 @@
 """Choose a simulator and its parameters by cross-validation.
 
-Trial k of a search depends on the arguments and on trials 0…k−1 alone, and a storage holds finished trials only. So
-the storage is a memory: a search that was killed, or that is asked for more trials, goes on as if never stopped.
+Trial k of a search depends only on the arguments and on trials 0…k−1, and a storage holds only finished trials. So a
+search that was killed, or that is asked for more trials, continues from its storage as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ from simfluence.runs import Runs
 from simfluence.simulators import SIMULATORS, MeanTrajectorySimulator, Simulator
 from simfluence.task import Task
 
+__all__ = ["Search", "search", "tune"]
+
 _STARTUP_TRIALS = 5  # drawn at random, and never stopped early
 
 
@@ -39,12 +43,12 @@ class Search:
     """The candidates that a search tried, and the best of them.
 
     Attributes:
-        kind: the class of the best simulator.
-        parameters: its best parameters; those that are not named here are at their defaults.
+        kind: class of the best simulator.
+        parameters: its parameters; any others have their defaults.
         skill: its cross-validated skill.
-        trials: a row per candidate in the order tried, one kind after the other: ``simulator``, its parameters,
-            ``skill`` over the ``folds`` that were scored (fewer than all where it was stopped early), and the
-            ``problem`` of a candidate that does not work.
+        trials: a row per candidate, grouped by kind and in the order tried: ``simulator``, its parameters, the number
+            of ``folds`` scored (fewer if it was stopped early), the ``skill`` over these folds, and the ``problem`` of
+            a candidate that does not work.
     """
 
     kind: type[Simulator]
@@ -54,12 +58,12 @@ class Search:
 
     @property
     def name(self) -> str:
-        """The name of the best simulator."""
+        """Name of the best simulator."""
         return kind_name(self.kind)
 
     @property
     def simulator(self) -> Simulator:
-        """The best simulator, not fitted yet."""
+        """The best simulator, not yet fitted."""
         return self.kind().with_parameters(**self.parameters)
 
 
@@ -75,9 +79,9 @@ def tune(
     storage: str | Path | None = None,
     progress: bool = True,
 ) -> Simulator:
-    """Return the simulator of best cross-validated skill, fitted on all ``runs``: ``search``, then ``fit``.
+    """Return the simulator with the best cross-validated skill, fitted on all ``runs``.
 
-    Arguments and errors are those of ``search``.
+    This is ``search`` followed by ``fit``; see ``search`` for arguments and errors.
 
     >>> rng = np.random.default_rng(0)
     >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
@@ -101,78 +105,81 @@ def search(
     storage: str | Path | None = None,
     progress: bool = True,
 ) -> Search:
-    """Try parameters, and score each by its rollouts of runs it was not fitted on.
+    """Try different parameters, and score each candidate by cross-validation on held-out runs.
 
-    The skill is that of ``evaluate``, against the mean trajectory of each fold's fitting runs, pooled over all
-    folds. The first candidate has the default parameters; the next are drawn by Optuna's TPE sampler from
-    ``Simulator.suggest``. One that is below the median of the others after a fold is stopped.
+    The skill is that of ``evaluate``, relative to the mean trajectory of each fold's fitting runs and pooled over all
+    folds. The first candidate has the default parameters; the others are drawn from ``Simulator.suggest`` by Optuna's
+    TPE sampler. A candidate that is below the median of the others after a fold is stopped early.
 
     Args:
-        simulator: a name; a class, also one of your own; or an instance, whose parameters that are not at their
-            defaults are given and not searched. With "best" every kind is tried with its defaults, then the kinds
-            race: in each round those still in the race share the round's trials and the better half goes on, so most
-            trials are spent on the best kinds and few on slow ones that do not pay.
-        runs: whose order does not matter; diverged ones are left out with a warning.
-        trials: how many candidates in all; for "best" at least one for each kind.
-        seed: of the folds and of the draws.
+        simulator: a name, a class (your own too) or an instance. Parameters of an instance that differ from the
+            defaults are fixed. With "best", every kind is tried with its defaults, followed by successive halving: the
+            kinds share the trials of a round equally, and the better half stays for the next round. So most trials are
+            spent on the best kinds, and few on slow kinds that do not pay off.
+        runs: runs to cross-validate on, in any order; diverged ones are left out with a warning.
+        trials: total number of candidates; "best" tries at least one of each kind.
+        seed: seed of the folds and of the sampler.
         folds: number of disjoint parts that are held out in turn.
-        fixed: parameters that are given, not searched. "best" chooses among the kinds that have them. The tangent
-            kernel needs ``fixed={"task": task}``, and takes part in "best" where that is given.
-        storage: SQLite file that remembers finished trials, for this search and any other.
-        progress: show a bar, if on a terminal.
+        fixed: parameters that are not searched. "best" chooses among the kinds that have them. The tangent kernel
+            needs ``fixed={"task": task}``, and "best" includes it only then.
+        storage: SQLite file that stores finished trials; several searches can share it.
+        progress: show a progress bar on a terminal.
 
     Raises:
-        InvalidInput: fewer runs than folds, runs that are all alike, arguments out of range, or no candidate could
-            be fitted.
+        InvalidInput: fewer runs than folds, runs that are all alike, arguments out of range, or no candidate that
+            could be fitted.
         StoreError: ``storage`` cannot be used.
     """
     if trials < 1 or seed < 0 or folds < 2:
-        raise InvalidInput(f"trials={trials}, seed={seed}, folds={folds}: at least 1, 0 and 2 are needed")
+        raise InvalidInput(f"trials={trials}, seed={seed}, folds={folds}: they must be at least 1, 0 and 2")
     runs, fixed = runs.usable("tune on"), dict(fixed or {})
     kinds, fixed = _kinds(simulator, fixed)
     plan = _Plan(_folds(runs, folds, seed), fixed, seed, f"seed{seed}-folds{folds}-{_digest(runs, fixed)}")
-    with _quiet(), _memory(storage) as memory, bar("tuning", trials, progress) as advance:
-        entries = [_Entry(kind, plan, memory) for kind in kinds]
+    with _quiet(), _opened(storage) as stored, bar("tuning", trials, progress) as advance:
+        entries = [_Entry(kind, plan, stored) for kind in kinds]
         _race(entries, trials, advance)
     winner = max(entries, key=lambda entry: entry.skill)
     best = winner.best.user_attrs
     if winner.skill <= MIN_SKILL:
-        raise InvalidInput(f"nothing that was tried for {simulator!r} works: {best['problem']}")
+        raise InvalidInput(f"no candidate for {simulator!r} works: {best['problem']}")
     table = pd.DataFrame([row for entry in entries for row in entry.rows()]).rename_axis("candidate")
     return Search(winner.kind, best["parameters"] | _fixed_for(winner.kind, fixed), winner.skill, table)
 
 
 @dataclass(frozen=True)
 class _Fold:
-    """Runs to fit on, runs to score on, and how far the mean trajectory of the former is from the latter."""
+    """Fitting runs, held-out runs, and the squared error of the fitting runs' mean trajectory on the held-out ones."""
 
-    part: Runs
-    held: Runs
+    fitting: Runs
+    held_out: Runs
     error_of_mean: float
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What every trial of a search has in common."""
+    """Settings that all trials of a search share."""
 
     folds: Sequence[_Fold]
     fixed: Mapping[str, Any]
     seed: int
-    about: str
+    study_suffix: str
 
 
 class _Entry:
-    """One kind of simulator in a search. Its first ``count`` trials count, however many the memory has."""
+    """One kind of simulator in a search. Only its first ``count`` trials are used, even if the storage has more."""
 
-    def __init__(self, kind: type[Simulator], plan: _Plan, memory: optuna.storages.BaseStorage | None) -> None:
+    def __init__(self, kind: type[Simulator], plan: _Plan, storage: optuna.storages.BaseStorage | None) -> None:
         self.kind, self.plan, self.count = kind, plan, 0
-        self.memory = optuna.create_study(
-            study_name=f"{kind_name(kind)}-{plan.about}", storage=memory, direction="maximize", load_if_exists=True
+        self.stored = optuna.create_study(
+            study_name=f"{kind_name(kind)}-{plan.study_suffix}",
+            storage=storage,
+            direction="maximize",
+            load_if_exists=True,
         )
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
         self.study = optuna.create_study(direction="maximize", pruner=pruner)
-        finished = self.memory.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
-        # Two processes at the same search both keep what they tried, and it is the same.
+        finished = self.stored.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+        # Two processes that run the same search may both store a trial; the copies are equal.
         self.study.add_trials({trial.user_attrs["index"]: trial for trial in finished}.values())
 
     @property
@@ -193,15 +200,15 @@ class _Entry:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for trial in self.trials:
-            known = {"simulator": kind_name(self.kind)} | trial.user_attrs["parameters"]
+            candidate = {"simulator": kind_name(self.kind)} | trial.user_attrs["parameters"]
             scores = {"skill": _value(trial), "folds": len(trial.intermediate_values)}
-            yield known | scores | {"problem": trial.user_attrs.get("problem", "")}
+            yield candidate | scores | {"problem": trial.user_attrs.get("problem", "")}
 
     def next(self) -> None:
-        """The next trial: remembered, or made and kept."""
+        """Take the next trial from the storage, or run and store it."""
         if self.count == len(self.study.get_trials(deepcopy=False)):
             self._try(self.count)
-            self.memory.add_trial(self.study.get_trials(deepcopy=False)[self.count])
+            self.stored.add_trial(self.study.get_trials(deepcopy=False)[self.count])
         self.count += 1
 
     def _try(self, index: int) -> None:
@@ -210,110 +217,111 @@ class _Entry:
         if index == 0:
             self.study.enqueue_trial(kind().get_params())
         trial = self.study.ask()
-        parameters = kind.suggest(_Partly(trial, fixed)) | fixed
+        parameters = kind.suggest(_PartlyFixedTrial(trial, fixed)) | fixed
         trial.set_user_attr("index", index)
         trial.set_user_attr("parameters", _plain(parameters))
         try:
             skill = self._score(trial, kind().with_parameters(**parameters))
-        except SimfluenceError as error:  # parameters that exclude each other, a solver that gives up
+        except SimfluenceError as error:  # parameters that exclude each other, a solver that does not converge
             trial.set_user_attr("problem", str(error))
             skill = MIN_SKILL
         self.study.tell(trial, skill, TrialState.PRUNED if skill is None else TrialState.COMPLETE)
 
     def _score(self, trial: optuna.Trial, simulator: Simulator) -> float | None:
-        """Skill pooled over the folds, or None for a candidate that is stopped early."""
+        """Return the skill pooled over the folds, or None if the candidate is stopped early."""
         sse = baseline_sse = skill = 0.0
         for index, fold in enumerate(self.plan.folds):
             if index and trial.should_prune():
                 return None
-            sse += fitted_errors(simulator, fold.part, fold.held)[0].sum()
+            sse += fitted_errors(simulator, fold.fitting, fold.held_out)[0].sum()
             baseline_sse += fold.error_of_mean
             skill = float(bounded_skill(sse, baseline_sse))
             trial.report(skill, index)
         if skill <= MIN_SKILL:
-            trial.set_user_attr("problem", "its rollouts run away")
+            trial.set_user_attr("problem", "its simulated losses grow without bounds")
         return skill
 
 
-class _Partly(optuna.Trial):
-    """The same trial, in which some parameters are given, of whatever value, and only the others drawn."""
+class _PartlyFixedTrial(optuna.Trial):
+    """A copy of a trial that returns fixed parameters as they are, of any value, and samples only the others."""
 
-    def __init__(self, trial: optuna.Trial, given: Mapping[str, Any]) -> None:
+    def __init__(self, trial: optuna.Trial, fixed: Mapping[str, Any]) -> None:
         vars(self).update(vars(trial))
-        self.given = given
+        self.fixed = fixed
 
     def suggest_float(self, name: str, *space: Any, **options: Any) -> Any:
-        return self.given[name] if name in self.given else super().suggest_float(name, *space, **options)
+        return self.fixed[name] if name in self.fixed else super().suggest_float(name, *space, **options)
 
     def suggest_int(self, name: str, *space: Any, **options: Any) -> Any:
-        return self.given[name] if name in self.given else super().suggest_int(name, *space, **options)
+        return self.fixed[name] if name in self.fixed else super().suggest_int(name, *space, **options)
 
     def suggest_categorical(self, name: str, *space: Any, **options: Any) -> Any:
-        return self.given[name] if name in self.given else super().suggest_categorical(name, *space, **options)
+        return self.fixed[name] if name in self.fixed else super().suggest_categorical(name, *space, **options)
 
 
 def _sampler(seed: int, index: int) -> optuna.samplers.BaseSampler:
-    """Seeded anew for each trial, so that the draw depends on the trials before it alone.
+    """Return a sampler for one trial, with its own seed, so that a draw depends only on the earlier trials.
 
-    All kinds have the same seeds, so the first parameters that they share are the same, and the race is fair.
+    The seeds are the same for all kinds, so kinds that share parameters start with the same values of them.
     """
-    drawn = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-    return optuna.samplers.TPESampler(seed=drawn, n_startup_trials=_STARTUP_TRIALS, constant_liar=False)
+    trial_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(seed=trial_seed, n_startup_trials=_STARTUP_TRIALS, constant_liar=False)
 
 
 def _race(entries: Sequence[_Entry], trials: int, advance: Callable[[], None]) -> None:
-    """Successive halving. The defaults of all come first; kinds with nothing to tune are left at that, and free."""
+    """Try all kinds with their defaults, then spend the other trials by successive halving.
+
+    Kinds without parameters to tune are tried once, and do not count towards ``trials``.
+    """
     for entry in entries:
         entry.next()
     racing = [entry for entry in entries if entry.is_tunable]
-    left = trials - len(racing)
+    remaining = trials - len(racing)
     for rounds in range(math.ceil(math.log2(max(1, len(racing)))) + 1, 0, -1):
-        share = max(0, left) // rounds // max(1, len(racing))
+        share = max(0, remaining) // rounds // max(1, len(racing))
         for entry in racing * share:
             entry.next()
             advance()
-        left -= share * len(racing)
+        remaining -= share * len(racing)
         racing = sorted(racing, key=lambda entry: -entry.skill)[: math.ceil(len(racing) / 2)]
 
 
 def _kinds(
     simulator: str | Simulator | type[Simulator], fixed: dict[str, Any]
 ) -> tuple[list[type[Simulator]], dict[str, Any]]:
-    """Return the kinds that take part, checked to take the fixed parameters, and all parameters that are fixed."""
+    """Return the kinds to search, checked to accept the fixed parameters, and all fixed parameters."""
     fixed = _changed_parameters(simulator) | fixed
-    kinds = _able(fixed) if isinstance(simulator, str) and simulator == "best" else [_kind_of(simulator)]
+    kinds = _kinds_with(fixed) if isinstance(simulator, str) and simulator == "best" else [_kind_of(simulator)]
     for kind in kinds:
         if kind.needs_task and fixed.get("task") is None:
-            raise InvalidInput(
-                f"simulator {kind_name(kind)!r} needs the task besides the runs: give fixed={{'task': task}}"
-            )
+            raise InvalidInput(f"simulator {kind_name(kind)!r} needs the task: pass fixed={{'task': task}}")
         kind().with_parameters(**_fixed_for(kind, fixed))
     return kinds, fixed
 
 
 def _kind_of(simulator: Any) -> type[Simulator]:
-    """Return the class that a name, an instance or a class itself means."""
+    """Return the class of a simulator that is passed as a name, an instance or a class."""
     if isinstance(simulator, Simulator):
         return type(simulator)
     if isinstance(simulator, type) and issubclass(simulator, Simulator):
         return simulator
     if simulator not in SIMULATORS:
         raise InvalidInput(f"unknown simulator {simulator!r}, {did_you_mean(str(simulator), (*SIMULATORS, 'best'))}")
-    named: type[Simulator] = SIMULATORS[simulator]
-    return named
+    kind: type[Simulator] = SIMULATORS[simulator]
+    return kind
 
 
 def _changed_parameters(simulator: object) -> dict[str, Any]:
-    """Return the parameters of an instance that are not at their defaults; a name or a class has none."""
+    """Return the parameters of an instance that differ from their defaults; a name or a class has none."""
     if not isinstance(simulator, Simulator):
         return {}
     defaults = type(simulator)().get_params(deep=False)
     values = simulator.get_params(deep=False)
-    return {name: value for name, value in values.items() if not np.all(value == defaults[name])}  # of arrays too
+    return {name: value for name, value in values.items() if not np.all(value == defaults[name])}  # arrays too
 
 
-def _able(fixed: Mapping[str, Any]) -> list[type[Simulator]]:
-    """Return the kinds that have all fixed parameters; those that need a task take part where it is given."""
+def _kinds_with(fixed: Mapping[str, Any]) -> list[type[Simulator]]:
+    """Return the kinds that have all fixed parameters, and the task among them if they need one."""
     kinds = [
         kind
         for kind in SIMULATORS.values()
@@ -326,36 +334,40 @@ def _able(fixed: Mapping[str, Any]) -> list[type[Simulator]]:
 
 
 def _fixed_for(kind: type[Simulator], fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fixed parameters of a kind: the task is only for kinds that need it."""
+    """Return the fixed parameters of a kind, without the task if the kind does not need it."""
     return {name: value for name, value in fixed.items() if name != "task" or "task" in kind().get_params()}
 
 
 def kind_name(kind: type[Simulator]) -> str:
-    """The name of a kind; its class's where it has none of its own."""
+    """Return the name of a kind, or of its class if it has none."""
     return kind.name or kind.__name__
 
 
 def _folds(runs: Runs, count: int, seed: int) -> list[_Fold]:
-    """Disjoint parts of the runs, shuffled from their order by id, are held out in turn."""
+    """Split the runs into disjoint folds, shuffled by the seed but independent of the order of ``runs``."""
     ids = sorted(set(runs.ids))
     if len(ids) < count:
-        advice = f"ask for folds={len(ids)}" if len(ids) > 1 else "2 are needed"
-        raise InvalidInput(f"{len(ids)} runs cannot be held out in {count} folds: record more, or {advice}")
+        advice = f"record more runs, or use folds={len(ids)}" if len(ids) > 1 else "record at least 2"
+        raise InvalidInput(f"{len(ids)} run(s) cannot be split into {count} folds: {advice}")
     shuffled = np.random.default_rng(seed).permutation(len(ids))
-    fold_of = {ids[index]: place % count for place, index in enumerate(shuffled)}
+    fold_of = {ids[index]: position % count for position, index in enumerate(shuffled)}
     ordered = sorted(runs, key=lambda run: run.id)
     folds = []
     for fold in range(count):
-        part = Runs(run for run in ordered if fold_of[run.id] != fold)
-        held = Runs(run for run in ordered if fold_of[run.id] == fold)
-        folds.append(_Fold(part, held, float(fitted_errors(MeanTrajectorySimulator(), part, held)[0].sum())))
+        fitting = Runs(run for run in ordered if fold_of[run.id] != fold)
+        held_out = Runs(run for run in ordered if fold_of[run.id] == fold)
+        error_of_mean = float(fitted_errors(MeanTrajectorySimulator(), fitting, held_out)[0].sum())
+        folds.append(_Fold(fitting, held_out, error_of_mean))
     if not any(fold.error_of_mean for fold in folds):
         raise InvalidInput("the mean trajectory forecasts these runs exactly: there is nothing to tune")
     return folds
 
 
 def _digest(runs: Runs, fixed: Mapping[str, Any]) -> str:
-    """Of all else that scores depend on; the losses, as another measure of the same runs may stand in their place."""
+    """Return a digest of the version, the fixed parameters, the examples and the runs.
+
+    It includes the losses, because ``Runs.select`` puts another measure of the same runs in their place.
+    """
     digest = hashlib.sha256(json.dumps([__version__, _plain(fixed)], sort_keys=True, default=repr).encode())
     for examples in (runs.train, runs.test):
         for values in () if examples is None else (examples.features, examples.targets):
@@ -367,14 +379,14 @@ def _digest(runs: Runs, fixed: Mapping[str, Any]) -> str:
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """For a memory: a task by its fingerprint, a recipe by its fields."""
+    """Replace a task by its fingerprint and a recipe by its fields, so that a storage can hold them."""
 
-    def told(value: Any) -> Any:
+    def plain(value: Any) -> Any:
         if isinstance(value, Task):
             return value.fingerprint
         return value.canonical() if isinstance(value, Recipe) else value
 
-    return {name: told(value) for name, value in parameters.items()}
+    return {name: plain(value) for name, value in parameters.items()}
 
 
 def _value(trial: FrozenTrial) -> float:
@@ -382,8 +394,8 @@ def _value(trial: FrozenTrial) -> float:
 
 
 @contextlib.contextmanager
-def _memory(path: str | Path | None) -> Iterator[optuna.storages.BaseStorage | None]:
-    """The SQLite file ``path``, made if it is not there; nothing without a path."""
+def _opened(path: str | Path | None) -> Iterator[optuna.storages.BaseStorage | None]:
+    """Open the SQLite file ``path``, or create it; yield None without a path."""
     if path is None:
         yield None
         return
@@ -391,19 +403,47 @@ def _memory(path: str | Path | None) -> Iterator[optuna.storages.BaseStorage | N
 
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-        try:
+        if not Path(path).exists():
+            _create(Path(path))
+        with _database(path) as storage:
             yield storage
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
     except (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise StoreError(f"cannot keep trials in {path}: {error}") from error
+        raise StoreError(f"cannot store trials in {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _database(path: str | Path) -> Iterator[optuna.storages.BaseStorage]:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _create(path: Path) -> None:
+    """Create an empty database in another folder, then move it to ``path`` in one step.
+
+    SQLite commits each table and index separately. A process killed in between would leave a database without the
+    index that keeps the names of studies unique, and no search could use it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with _database(Path(folder) / path.name):
+            pass
+        content = (Path(folder) / path.name).read_bytes()
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        os.link(unfinished, path)
+    except FileExistsError:  # another process was faster
+        pass
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Optuna need not tell of each trial; the user's own settings come back."""
+    """Silence Optuna's log of each trial inside the block."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

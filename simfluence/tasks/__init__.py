@@ -1,4 +1,4 @@
-"""Ready-made tasks, and tasks made of a user's own arrays."""
+"""Ready-made tasks, and tasks from a user's own arrays and texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simfluence.tasks.text.prompted import boolq, copa, rte, sst2, winogrande
 from simfluence.tasks.text.tasks import classification, language_modelling, multiple_choice
 from simfluence.tasks.text.topics import topics
 
-#: Tasks that a file may name.
+#: Ready-made tasks by name, as in specification files and on the command line.
 READY_MADE: Mapping[str, Callable[..., Task]] = {
     "digits": digits,
     "breast_cancer": breast_cancer,
@@ -36,10 +36,10 @@ READY_MADE: Mapping[str, Callable[..., Task]] = {
 
 
 def build(name: str, **arguments: object) -> Task:
-    """The ready-made task called ``name``.
+    """Build the ready-made task called ``name``.
 
     Raises:
-        InvalidInput: there is none of that name, or it does not take these arguments.
+        InvalidInput: no ready-made task has that name, or it does not take these arguments.
 
     >>> build("digits", n_train=20, n_test=5)
     Task('digits', train=20, test=5)
@@ -53,40 +53,40 @@ def build(name: str, **arguments: object) -> Task:
 
 
 def rebuild(info: TaskInfo) -> Task:
-    """The ready-made task that a store was recorded from.
+    """Build the ready-made task that a store was recorded with.
 
     Raises:
-        StoreError: the task is a user's own, or is no longer what it was.
+        StoreError: the task is a user's own, or differs from the recorded one.
 
     >>> task = build("digits", n_train=20, n_test=5)
     >>> rebuild(task.info).fingerprint == task.fingerprint
     True
     """
     if info.name not in READY_MADE:
-        raise StoreError(f"task {info.name!r} is not a ready-made one: give it (task=…, or --task module:function)")
+        raise StoreError(f"task {info.name!r} is not a ready-made one: pass it (task=…, or --task module:function)")
     python = info.arguments.get("python")
-    needed = (
+    versions = (
         "" if python is None else f"; its texts are those of Python {python}, and this is {platform.python_version()}"
     )
     try:
         task = build(info.name, **info.arguments)
     except InvalidInput as error:
-        raise StoreError(f"task {info.name!r} cannot be built here{needed}: {error}") from error
+        raise StoreError(f"task {info.name!r} cannot be built here{versions}: {error}") from error
     if task.fingerprint != info.fingerprint:
         raise StoreError(
-            f"task {info.name!r} as built here differs from the recorded one (other data or model){needed}. Fits and "
-            "what-ifs need the store alone; training and attributing again need the task as it was"
+            f"task {info.name!r} as built here differs from the recorded one (other data or model){versions}. Fits and "
+            "what-ifs need only the store; to train or attribute again, rebuild the recorded task"
         )
     return task
 
 
 def imported(reference: str) -> Task:
-    """A user's own task: the result of calling ``function`` of ``package.module:function``.
+    """Import a user's own task: call the function that ``package.module:function`` names.
 
-    This runs the user's code, so a reference is taken from the command line alone, never from a file.
+    This runs the user's code, so use it only for names from the command line, never for names from a file.
 
     Raises:
-        InvalidInput: there is no such module or function, or it returns something else than a task.
+        InvalidInput: the module or function does not exist, or does not return a task.
 
     >>> imported("simfluence.tasks:breast_cancer").name
     'breast_cancer'

@@ -1,4 +1,4 @@
-"""A task made of a user's own arrays and model."""
+"""Tasks from a user's own arrays and model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from simfluence.examples import Examples
 from simfluence.task import Data, Task, take, tensors
 from simfluence.tasks.losses import BY_NAME
 
+__all__ = ["from_arrays"]
+
 
 def from_arrays(
     model: nn.Module | Callable[[], nn.Module],
@@ -28,22 +30,23 @@ def from_arrays(
     seed: int = 0,
     name: str = "arrays",
 ) -> Task:
-    """A task from arrays: NumPy, torch, or mappings and sequences of them; the first axis counts examples.
+    """Build a task from arrays: NumPy, torch, or mappings and sequences of them; the first axis counts examples.
 
     Args:
-        model: a factory of fresh modules, or a module whose present weights every run starts from.
+        model: function without arguments that returns a fresh module, or a module whose present weights every run
+            starts from.
         X, y: inputs and targets.
         loss: "cross_entropy", "squared_error", or ``loss(outputs, targets)`` → ``[batch]``, not reduced.
-        test: the test side as ``(X, y)``, or how many (int) or which fraction (float) of the examples to
-            hold out for it, drawn with ``seed``.
-        metadata: one row per example of ``X`` for filters to speak of. By default, whole-number targets
-            become a column ``label``.
-        test_metadata: the same for a test side given as arrays.
-        seed: of the held-out sample.
-        name: of the task.
+        test: test examples as ``(X, y)``, or the number (int) or fraction (float) of the examples to hold out,
+            drawn with ``seed``.
+        metadata: table with one row per example of ``X``, for filters. By default, whole-number targets become a
+            column ``label``.
+        test_metadata: the same for test examples that are given as arrays.
+        seed: seed of the held-out sample.
+        name: name of the task.
 
     Raises:
-        InvalidInput: unequal lengths, an unknown loss, or a test side that leaves no training example.
+        InvalidInput: lengths differ, the loss is unknown, or no training or test example is left.
 
     >>> rng = np.random.default_rng(0)
     >>> from_arrays(nn.Linear(2, 3), rng.normal(size=(8, 2)), rng.integers(3, size=8), "cross_entropy")
@@ -56,23 +59,21 @@ def from_arrays(
     data = _as_data(X, y, as_classes)
     if not isinstance(test, int | float):
         X_test, y_test = test
-        train, held = _examples(data, metadata), _as_data(X_test, y_test, as_classes)
-        return Task(name, model, data, held, loss, train, _examples(held, test_metadata))
+        train, test_data = _examples(data, metadata), _as_data(X_test, y_test, as_classes)
+        return Task(name, model, data, test_data, loss, train, _examples(test_data, test_metadata))
     rows = np.random.default_rng(seed).permutation(len(data[1]))
     n_test = round(test * len(rows)) if isinstance(test, float) else test
     if not 1 <= n_test < len(rows):
-        raise InvalidInput(f"test={test!r} of {len(rows)} examples: leave some for each side")
-    everything = _examples(data, metadata).table
-    sides = [np.sort(rows[n_test:]), np.sort(rows[:n_test])]
-    train_data, test_data = (take(data, torch.as_tensor(side)) for side in sides)
-    train, held_out = (
-        Examples(everything["id"].iloc[side].tolist(), everything.drop(columns="id").iloc[side]) for side in sides
-    )
+        raise InvalidInput(f"test={test!r} of {len(rows)} examples: leave at least one each for training and test")
+    table = _examples(data, metadata).table
+    parts = [np.sort(rows[n_test:]), np.sort(rows[:n_test])]
+    train_data, test_data = (take(data, torch.as_tensor(part)) for part in parts)
+    train, held_out = (Examples(table["id"].iloc[part].tolist(), table.drop(columns="id").iloc[part]) for part in parts)
     return Task(name, model, train_data, test_data, loss, train, held_out)
 
 
 def _as_data(X: Any, y: Any, as_classes: bool) -> Data:
-    inputs, targets = _tensors_of(X), _tensors_of(y)
+    inputs, targets = _as_tensors(X), _as_tensors(y)
     if not isinstance(targets, Tensor):
         raise InvalidInput("targets must be one array")
     if as_classes:
@@ -85,19 +86,19 @@ def _as_data(X: Any, y: Any, as_classes: bool) -> Data:
     return inputs, targets
 
 
-def _tensors_of(data: Any) -> Any:
-    """NumPy and pandas become tensors; the recipe's dtype is applied when recording."""
+def _as_tensors(data: Any) -> Any:
+    """Convert NumPy and pandas data to tensors; the recipe's dtype is applied when recording."""
     if isinstance(data, dict):
-        return {name: _tensors_of(part) for name, part in data.items()}
+        return {name: _as_tensors(part) for name, part in data.items()}
     if isinstance(data, tuple) or (isinstance(data, list) and data and isinstance(data[0], np.ndarray | Tensor)):
-        return tuple(_tensors_of(part) for part in data)
+        return tuple(_as_tensors(part) for part in data)
     if isinstance(data, Tensor):
         return data.detach()
     array = np.asarray(data)
     if array.dtype.kind not in "biuf":
         raise InvalidInput(
-            f"arrays must hold numbers, got {array.dtype}: encode text first (labels by "
-            "sklearn.preprocessing.LabelEncoder, say) and keep it in metadata="
+            f"arrays must hold numbers, got {array.dtype}: encode text first (labels with "
+            "sklearn.preprocessing.LabelEncoder, for example) and pass it as metadata="
         )
     return torch.tensor(array)
 

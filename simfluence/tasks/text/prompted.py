@@ -1,7 +1,7 @@
 """COPA, RTE, Winogrande, SST-2 and BoolQ as prompts with two choices, from the hub or a local folder.
 
-A local folder holds a file per split, ``train`` and ``validation``, each ``.jsonl``, ``.csv`` or ``.parquet``, with the
-columns that the data set has on the hub.
+A local folder has one file per split, ``train`` and ``validation``, each ``.jsonl``, ``.csv`` or ``.parquet``, with the
+data set's columns on the hub.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from simfluence.tasks.text.pretrained import Pretrained, extra
 from simfluence.tasks.text.tables import chosen, read_rows, sampled
 from simfluence.tasks.text.tasks import multiple_choice
 
+__all__ = ["DATA", "Prompted", "boolq", "copa", "prompted", "rte", "sst2", "winogrande"]
+
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """A data set, and how its rows become a prompt, choices and an answer.
+    """A data set, and how to turn its rows into a prompt, choices and an answer.
 
     Args:
-        hub: its name on the hub and, if it is one of several, which.
-        columns: that its rows have.
-        label: the column of the answer.
-        labels: what the answers are called, in the order of the choices; the values of the label column, or their
-            numbers.
-        prompt, choices: of a row.
+        hub: name on the hub, and the configuration if there are several.
+        columns: required columns.
+        label: column of the answer.
+        labels: names of the answers, in the order of the choices; the label column has these names or their numbers.
+        prompt: function from a row to its prompt.
+        choices: function from a row to its choices.
     """
 
     hub: tuple[str, ...]
@@ -44,10 +46,10 @@ class Prompted:
     choices: Callable[[Row], list[str]]
 
     def rows(self, table: pd.DataFrame) -> pd.DataFrame:
-        """``table`` with the columns ``text`` (the prompt), ``choices``, ``answer`` (a number) and ``label`` (a name).
+        """Add the columns ``text`` (the prompt), ``choices``, ``answer`` (a number) and ``label`` (a name).
 
         Raises:
-            InvalidInput: a column is not there, or a label is none of the known ones.
+            InvalidInput: a column is missing, or a label is unknown.
         """
         rows: list[dict[Any, Any]] = chosen(table, [*self.columns, self.label]).to_dict("records")
         answers = [self._answer(row[self.label], number) for number, row in enumerate(rows)]
@@ -59,23 +61,25 @@ class Prompted:
         )
 
     def _answer(self, value: Any, row: int) -> int:
-        named = str(value).lower() if isinstance(value, bool) else str(value)
-        if named in self.labels:
-            return self.labels.index(named)
+        name = str(value).lower() if isinstance(value, bool) else str(value)
+        if name in self.labels:
+            return self.labels.index(name)
         if not isinstance(value, bool | str) and value in range(len(self.labels)):
             return int(value)
-        raise InvalidInput(f"label {value!r} of row {row} is none of {', '.join(self.labels)}, nor a number of one")
+        raise InvalidInput(
+            f"label {value!r} of row {row} is unknown, choose from: {', '.join(self.labels)} (or their numbers)"
+        )
 
 
 def _copa_prompt(row: Row) -> str:
-    known = {"cause": "because", "effect": "so"}
-    if row["question"] not in known:
+    connectives = {"cause": "because", "effect": "so"}
+    if row["question"] not in connectives:
         raise InvalidInput(f"a COPA question asks for a 'cause' or an 'effect', not {row['question']!r}")
-    return f"{row['premise'].rstrip().rstrip('.')} {known[row['question']]}"
+    return f"{row['premise'].rstrip().rstrip('.')} {connectives[row['question']]}"
 
 
 def _lowered(text: str) -> str:
-    """Within a sentence: the first letter small, but for "I"."""
+    """Put the first letter in lower case, as within a sentence, except for "I"."""
     return text if text[:2] in ("I ", "I'") else text[:1].lower() + text[1:]
 
 
@@ -119,28 +123,28 @@ def prompted(
     truncate: bool = False,
     seed: int = 0,
 ) -> Task:
-    """One of ``DATA`` by rank classification of its choices.
+    """Build a task from one of ``DATA``, by rank classification of its choices.
 
-    ``tasks.copa(…)``, ``tasks.rte(…)`` and so on are this function with ``data`` given.
+    ``tasks.copa(…)``, ``tasks.rte(…)`` and so on are this function with ``data`` filled in.
 
     Args:
-        data: which.
+        data: name of the data set.
         model: folder or hub name of a causal or sequence-to-sequence language model.
-        source: a local folder of the same schema; the hub by default.
-        n_train, n_test: sizes of random samples of the training and the validation rows.
-        tuning, tuning_args: as of ``Pretrained``.
-        max_length, truncate: as of ``multiple_choice``.
-        seed: of the samples.
+        source: local folder with the same columns; by default the hub.
+        n_train, n_test: sizes of random samples of the training and validation rows.
+        tuning, tuning_args: same as in ``Pretrained``.
+        max_length, truncate: same as in ``multiple_choice``.
+        seed: seed of the samples.
 
     Raises:
-        InvalidInput: rows without the data set's columns or with unknown labels, fewer rows than are asked for, no
-            network and no local copy; as of ``multiple_choice``.
+        InvalidInput: a column is missing, a label is unknown, there are fewer rows than requested, or there is neither
+            a network nor a local copy; or same as in ``multiple_choice``.
     """
     if data not in DATA:
         raise InvalidInput(f"unknown data {data!r}, {did_you_mean(data, DATA)}")
-    form = DATA[data]
+    dataset = DATA[data]
     train, test = (
-        sampled(form.rows(_split(data, form.hub, source, split)), count, seed)
+        sampled(dataset.rows(_split(data, dataset.hub, source, split)), count, seed)
         for split, count in (("train", n_train), ("validation", n_test))
     )
     arguments = {
@@ -158,10 +162,10 @@ def _split(data: str, hub: tuple[str, ...], source: str | Path | None, split: st
     if source is None:
         return _from_hub(data, hub, split)
     files = [path for kind in ("jsonl", "json", "csv", "parquet") for path in [Path(source) / f"{split}.{kind}"]]
-    there = [path for path in files if path.is_file()]
-    if not there:
-        raise InvalidInput(f"{source}: no file {split}.jsonl, {split}.csv or {split}.parquet of {data!r} there")
-    return read_rows(there[0])
+    existing = [path for path in files if path.is_file()]
+    if not existing:
+        raise InvalidInput(f"{source}: {data!r} needs a file {split}.jsonl, {split}.csv or {split}.parquet in it")
+    return read_rows(existing[0])
 
 
 def _from_hub(data: str, hub: tuple[str, ...], split: str) -> pd.DataFrame:
@@ -170,9 +174,9 @@ def _from_hub(data: str, hub: tuple[str, ...], split: str) -> pd.DataFrame:
         return read_rows(datasets.load_dataset(*hub, split=split))
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"{data!r} is not in the cache, and the hub did not give it ({str(error).strip().splitlines()[0]}). On a "
-            f"machine with a network run `hf download {hub[0]} --repo-type dataset --local-dir FOLDER`, put its splits "
-            "into one folder as train.parquet and validation.parquet, and give that as source="
+            f"{data!r} is not in the cache, and not available from the hub ({str(error).strip().splitlines()[0]}). On "
+            f"a machine with a network run `hf download {hub[0]} --repo-type dataset --local-dir FOLDER`, put its "
+            "splits into one folder as train.parquet and validation.parquet, and pass that folder as source="
         ) from error
 
 

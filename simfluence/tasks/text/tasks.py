@@ -1,7 +1,7 @@
 """Tasks of language models: classification, multiple choice by rank, causal and sequence-to-sequence modelling.
 
 Texts are tokenised once; a task's inputs are padded tensors with a mask, so everything that works on tensors works on
-text. Padding has no part in any loss: an example's loss is the same alone and in any batch.
+text. Losses do not depend on padding: an example has the same loss alone and in any batch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ from simfluence.tasks.text.encoding import continuations, padded_alike, texts
 from simfluence.tasks.text.padding import trimmed
 from simfluence.tasks.text.pretrained import Factory, Pretrained
 from simfluence.tasks.text.tables import Rows, chosen, described, read_rows
+
+__all__ = [
+    "Model",
+    "RankedChoices",
+    "classification",
+    "language_modelling",
+    "losses_by_token",
+    "multiple_choice",
+]
 
 Model = Pretrained | str | Path
 
@@ -44,40 +53,41 @@ def classification(
     name: str = "classification",
     arguments: Mapping[str, Any] | None = None,
 ) -> Task:
-    """Which class is a text, or a pair of texts, of? A language model with a classification head; cross-entropy.
+    """Build a task that classifies texts or pairs of texts: a language model with a classification head; cross-entropy.
 
     Args:
-        model: a ``Pretrained``, or the folder or name of one that is tuned in full.
-        train, test: rows of text, as of ``read_rows``.
-        text: the column of the text, or the two columns of a pair.
-        label: the column of the class.
-        classes: the classes in their order; by default those that the model's own head has names for, if the labels
-            are such, else those of the training rows, sorted.
-        max_length: tokens that a text may have; by default as many as the longest one has.
-        truncate: cut longer texts there; without it they are an error.
-        keep_text: whether the metadata, and so a store, has the text.
-        features: what makes examples alike: the untouched model's mean last hidden states over an example's tokens.
-        name: of the task.
-        arguments: what rebuilds a ready-made task from its name.
+        model: a ``Pretrained``, or the folder or hub name of a model to tune in full.
+        train, test: rows of text, same as in ``read_rows``.
+        text: column of the text, or the two columns of a pair.
+        label: column of the class.
+        classes: the classes in order; by default those of the model's own head if it knows all labels, else the sorted
+            labels of the training rows.
+        max_length: maximum number of tokens per text; by default only the model's own limit.
+        truncate: cut longer texts instead of raising an error.
+        keep_text: keep the text in the metadata, and so in a store.
+        features: compute features of the examples: the pretrained model's last hidden states, averaged over tokens.
+        name: name of the task.
+        arguments: arguments that rebuild a ready-made task.
 
     Raises:
-        InvalidInput: missing columns, unknown labels, texts longer than the model allows; as of ``Pretrained``.
+        InvalidInput: a column is missing, a label is unknown, or a text is longer than allowed; or same as in
+            ``Pretrained``.
     """
     pretrained = _pretrained(model)
     columns = [text] if isinstance(text, str) else list(text)
-    sides = [chosen(read_rows(rows), [*columns, label]) for rows in (train, test)]
-    names = _classes(pretrained, sides, label, classes)
-    encoded = [texts(pretrained, side[columns], max_length, truncate) for side in sides]
-    targets = [torch.tensor([names.index(value) for value in side[label]]) for side in sides]
+    tables = [chosen(read_rows(rows), [*columns, label]) for rows in (train, test)]
+    names = _classes(pretrained, tables, label, classes)
+    encoded = [texts(pretrained, table[columns], max_length, truncate) for table in tables]
+    targets = [torch.tensor([names.index(value) for value in table[label]]) for table in tables]
     inputs = padded_alike(pretrained, encoded)
     left_out = () if keep_text else columns
-    both = _both_described(pretrained, sides, inputs, left_out, features)
-    numbered = {
-        "id2label": {k: str(v) for k, v in enumerate(names)},
-        "label2id": {str(v): k for k, v in enumerate(names)},
+    examples = _examples(pretrained, tables, inputs, left_out, features)
+    config = {
+        "id2label": {number: str(label) for number, label in enumerate(names)},
+        "label2id": {str(label): number for number, label in enumerate(names)},
     }
-    factory = Factory(pretrained, "AutoModelForSequenceClassification", numbered)
-    return _of_text(name, factory, inputs, targets, cross_entropy, both, CLASSIFICATION, arguments)
+    factory = Factory(pretrained, "AutoModelForSequenceClassification", config)
+    return _text_task(name, factory, inputs, targets, cross_entropy, examples, CLASSIFICATION, arguments)
 
 
 def multiple_choice(
@@ -94,46 +104,48 @@ def multiple_choice(
     name: str = "multiple_choice",
     arguments: Mapping[str, Any] | None = None,
 ) -> Task:
-    """Which choice follows a prompt? Rank classification by a causal or sequence-to-sequence language model.
+    """Build a task that ranks choices after a prompt with a causal or sequence-to-sequence language model.
 
     A choice's score is the mean log-likelihood of its tokens after the prompt; outputs are the scores ``[batch,
     choices]``, and the loss is the cross-entropy of their softmax.
 
     Args:
-        model: a ``Pretrained``, or the folder or name of one that is tuned in full.
-        train, test: rows of text, as of ``read_rows``.
-        prompt: the column of the prompt.
-        choices: the column with a list of choices, or the columns with one each; as many for every example.
-        answer: the column of the right choice's number, from 0.
-        max_length, truncate: of the prompt with each choice (of each of them, for sequence to sequence), in tokens; a
-            prompt is cut at its beginning.
-        features, name, arguments: as of ``classification``.
+        model: a ``Pretrained``, or the folder or hub name of a model to tune in full.
+        train, test: rows of text, same as in ``read_rows``.
+        prompt: column of the prompt.
+        choices: column with a list of choices, or columns with one choice each; all examples have the same number.
+        answer: column of the right choice's number, from 0.
+        max_length, truncate: limit on prompt plus choice (on each alone, for sequence to sequence), in tokens; a causal
+            model's prompt is cut at its beginning. See ``classification``.
+        features, name, arguments: same as in ``classification``.
 
     Raises:
-        InvalidInput: missing columns, unequal numbers of choices, an empty choice, an answer that is no choice's
-            number, texts longer than the model allows; as of ``Pretrained``.
+        InvalidInput: a column is missing, numbers of choices differ, a choice is empty, an answer is not the number of
+            a choice, or a text is longer than allowed; or same as in ``Pretrained``.
     """
     pretrained = _pretrained(model)
     listed = [choices] if isinstance(choices, str) else list(choices)
-    sides = [chosen(read_rows(rows), [prompt, *listed, answer]) for rows in (train, test)]
-    options = [_choices(side, choices) for side in sides]
-    counts = sorted({len(each) for side in options for each in side})
+    tables = [chosen(read_rows(rows), [prompt, *listed, answer]) for rows in (train, test)]
+    options = [_choices(table, choices) for table in tables]
+    counts = sorted({len(row) for rows in options for row in rows})
     if len(counts) > 1 or counts[0] < 2:
-        raise InvalidInput(f"every example must have as many choices, two or more; found {counts}")
-    targets = [_numbers(side[answer], len(options[0][0])) for side in sides]
-    continued = [
-        [(text, choice) for text, each in zip(side[prompt], several, strict=True) for choice in each]
-        for side, several in zip(sides, options, strict=True)
+        raise InvalidInput(f"every example must have the same number of choices, two or more; got {counts}")
+    targets = [_numbers(table[answer], len(options[0][0])) for table in tables]
+    pairs = [
+        [(text, choice) for text, row in zip(table[prompt], rows, strict=True) for choice in row]
+        for table, rows in zip(tables, options, strict=True)
     ]
     inputs = [
-        {name: tensor.unflatten(0, (-1, counts[0])) for name, tensor in each.items()}
-        for each in continuations(pretrained, continued, max_length, truncate)
+        {name: torch.unflatten(tensor, 0, (-1, counts[0])) for name, tensor in part.items()}
+        for part in continuations(pretrained, pairs, max_length, truncate)
     ]
     if pretrained.config.is_encoder_decoder:  # the prompt is the same for all choices
-        inputs = [{n: t[:, 0] if n in _ENCODED else t for n, t in each.items()} for each in inputs]
-    both = _both_described(pretrained, sides, inputs, (), features)
+        inputs = [
+            {name: tensor[:, 0] if name in _ENCODED else tensor for name, tensor in part.items()} for part in inputs
+        ]
+    examples = _examples(pretrained, tables, inputs, (), features)
     factory = Factory(pretrained, _language_model(pretrained), wrap=RankedChoices)
-    return _of_text(name, factory, inputs, targets, cross_entropy, both, CLASSIFICATION, arguments)
+    return _text_task(name, factory, inputs, targets, cross_entropy, examples, CLASSIFICATION, arguments)
 
 
 def language_modelling(
@@ -150,35 +162,37 @@ def language_modelling(
     name: str = "language_modelling",
     arguments: Mapping[str, Any] | None = None,
 ) -> Task:
-    """What text follows? A causal or sequence-to-sequence language model; mean cross-entropy over an example's targets.
+    """Build a language-modelling task: a causal or sequence-to-sequence model; mean cross-entropy over target tokens.
 
     Args:
-        model: a ``Pretrained``, or the folder or name of one that is tuned in full. Its configuration says which kind.
-        train, test: rows of text, as of ``read_rows``.
-        target: the column of the text to be said.
-        prompt: the column of what comes before it; needed for sequence to sequence.
-        max_length, truncate: as of ``multiple_choice``.
-        keep_text, features, name, arguments: as of ``classification``.
+        model: a ``Pretrained``, or the folder or hub name of a model to tune in full. Its configuration tells whether
+            it is causal or sequence-to-sequence.
+        train, test: rows of text, same as in ``read_rows``.
+        target: column of the text to predict.
+        prompt: column of the text before it; required for sequence to sequence.
+        max_length, truncate: same as in ``multiple_choice``.
+        keep_text, features, name, arguments: same as in ``classification``.
 
     Raises:
-        InvalidInput: missing columns, an empty target, texts longer than the model allows; as of ``Pretrained``.
+        InvalidInput: a column is missing, a target is empty, or a text is longer than allowed; or same as in
+            ``Pretrained``.
     """
     pretrained = _pretrained(model)
     if prompt is None and pretrained.config.is_encoder_decoder:
-        raise InvalidInput("a sequence-to-sequence model needs something to read: give prompt= a column")
+        raise InvalidInput("a sequence-to-sequence model needs a prompt: pass prompt=, the name of its column")
     columns = [target] if prompt is None else [prompt, target]
-    sides = [chosen(read_rows(rows), columns) for rows in (train, test)]
-    pairs = [[(row[0] if prompt else "", row[-1]) for row in side[columns].to_numpy().tolist()] for side in sides]
+    tables = [chosen(read_rows(rows), columns) for rows in (train, test)]
+    pairs = [[(row[0] if prompt else "", row[-1]) for row in table[columns].to_numpy().tolist()] for table in tables]
     inputs = continuations(pretrained, pairs, max_length, truncate)
-    targets = [each.pop("labels") for each in inputs]
+    targets = [part.pop("labels") for part in inputs]
     left_out = () if keep_text else columns
-    both = _both_described(pretrained, sides, inputs, left_out, features)
+    examples = _examples(pretrained, tables, inputs, left_out, features)
     factory = Factory(pretrained, _language_model(pretrained))
-    return _of_text(name, factory, inputs, targets, token_cross_entropy, both, LANGUAGE, arguments)
+    return _text_task(name, factory, inputs, targets, token_cross_entropy, examples, LANGUAGE, arguments)
 
 
 class RankedChoices(nn.Module):
-    """Scores ``[batch, choices]`` of what may follow a prompt: mean log-likelihoods of each choice's tokens.
+    """A module that scores choices after a prompt, ``[batch, choices]``: mean log-likelihood of each choice's tokens.
 
     Args:
         outputs: a causal or sequence-to-sequence language model.
@@ -189,19 +203,20 @@ class RankedChoices(nn.Module):
         self.outputs = outputs
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **decoder: Tensor) -> Tensor:
-        """``labels [batch, choices, tokens]``; a causal model's inputs are of the same shape, an encoder's have no
-        axis of choices."""
+        """Compute the scores from ``labels [batch, choices, tokens]``; a causal model's inputs have the same shape, an
+        encoder's have no axis of choices."""
         flat = labels.flatten(0, 1)
         if decoder:
             logits = self._decoded(input_ids, attention_mask, **decoder)
         else:
             logits = self.outputs(input_ids=input_ids.flatten(0, 1), attention_mask=attention_mask.flatten(0, 1))
-        return -token_cross_entropy(logits, flat).unflatten(0, labels.shape[:2])
+        scores: Tensor = torch.unflatten(-token_cross_entropy(logits, flat), 0, labels.shape[:2])
+        return scores
 
     def _decoded(
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
     ) -> Tensor:
-        """The prompt is read once, whatever the number of choices."""
+        """Compute logits for all choices, encoding the prompt only once."""
         count = decoder_input_ids.shape[1]
         encoder: Any = self.outputs.model.get_encoder()  # type: ignore[operator, union-attr]
         states = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -215,7 +230,7 @@ class RankedChoices(nn.Module):
 
 
 def losses_by_token(task: Task, model: nn.Module, data: Data) -> Tensor:
-    """The loss of each target token of a language-modelling task, ``[batch, tokens]``; 0 where there is no target."""
+    """Compute the loss of each target token of a language-modelling task, ``[batch, tokens]``; 0 without a target."""
     with torch.no_grad():
         return token_losses(model(**data[0]), data[1])
 
@@ -233,35 +248,34 @@ def _language_model(pretrained: Pretrained) -> str:
 
 
 def _classes(
-    pretrained: Pretrained, sides: Sequence[pd.DataFrame], label: str, classes: Sequence[Any] | None
+    pretrained: Pretrained, tables: Sequence[pd.DataFrame], label: str, classes: Sequence[Any] | None
 ) -> list[Any]:
-    """The names of the classes, in order.
+    """Return the names of the classes, in order.
 
     Raises:
-        InvalidInput: a label that is none of them.
+        InvalidInput: a label is unknown, or there is only one class.
     """
     own = [pretrained.config.id2label[number] for number in sorted(pretrained.config.id2label)]
     if classes is not None:
         names = list(classes)
-    elif set(sides[0][label]) <= set(own):
+    elif set(tables[0][label]) <= set(own):
         names = own
     else:
-        names = sorted(set(sides[0][label]))
-    for side, where in zip(sides, ("training", "test"), strict=True):
-        for row, value in enumerate(side[label]):
+        names = sorted(set(tables[0][label]))
+    for table, part in zip(tables, ("training", "test"), strict=True):
+        for row, value in enumerate(table[label]):
             if value not in names:
                 raise InvalidInput(
-                    f"label {value!r} of {where} row {row} is unknown to the model, {did_you_mean(value, names)}"
+                    f"label {value!r} of {part} row {row} is unknown to the model, {did_you_mean(value, names)}"
                 )
     if len(names) < 2:
         raise InvalidInput(f"all training labels are {names[0]!r}: a classifier needs two classes or more")
     return names
 
 
-def _choices(side: pd.DataFrame, choices: str | Sequence[str]) -> list[list[str]]:
-    if isinstance(choices, str):
-        return [[str(choice) for choice in each] for each in side[choices]]
-    return [[str(choice) for choice in row] for row in side[list(choices)].to_numpy().tolist()]
+def _choices(table: pd.DataFrame, choices: str | Sequence[str]) -> list[list[str]]:
+    rows = table[choices] if isinstance(choices, str) else table[list(choices)].to_numpy().tolist()
+    return [[str(choice) for choice in row] for row in rows]
 
 
 def _numbers(labels: pd.Series, count: int) -> Tensor:
@@ -271,35 +285,35 @@ def _numbers(labels: pd.Series, count: int) -> Tensor:
     return torch.tensor(labels.astype(int).to_numpy())
 
 
-def _of_text(
+def _text_task(
     name: str,
     factory: Factory,
     inputs: Sequence[Mapping[str, Tensor]],
     targets: Sequence[Tensor],
     loss: _Measure,
-    both: tuple[Examples, Examples],
+    examples: tuple[Examples, Examples],
     measures: Mapping[str, _Measure],
     arguments: Mapping[str, Any] | None,
 ) -> Task:
     train, test = zip(inputs, targets, strict=True)
-    return Task(name, factory, train, test, loss, *both, arguments or {}, measures, trim=trimmed)
+    return Task(name, factory, train, test, loss, *examples, arguments or {}, measures, trim=trimmed)
 
 
-def _both_described(
+def _examples(
     pretrained: Pretrained,
     tables: Sequence[pd.DataFrame],
     inputs: Sequence[Mapping[str, Tensor]],
     left_out: Sequence[str],
     features: bool,
 ) -> tuple[Examples, Examples]:
-    """Metadata and features of both sides; of several choices, those of the first."""
-    tokens, masks = ([each[name][:, 0] if each[name].ndim == 3 else each[name] for each in inputs] for name in _ENCODED)
+    """Return training and test examples with metadata and features; with several choices, of the first choice."""
+    tokens, masks = ([part[name][:, 0] if part[name].ndim == 3 else part[name] for part in inputs] for name in _ENCODED)
     vectors: list[Any] = [None, None]
     if features:
-        found = pretrained.embedded(torch.cat(tokens), torch.cat(masks)).numpy()
-        vectors = [found[: len(tokens[0])], found[len(tokens[0]) :]]
+        embeddings = pretrained.embedded(torch.cat(tokens), torch.cat(masks)).numpy()
+        vectors = [embeddings[: len(tokens[0])], embeddings[len(tokens[0]) :]]
     train, test = (
-        described(table, side, mask.sum(1).tolist(), left_out, vector)
-        for table, side, mask, vector in zip(tables, ("train", "test"), masks, vectors, strict=True)
+        described(table, part, mask.sum(1).tolist(), left_out, vector)
+        for table, part, mask, vector in zip(tables, ("train", "test"), masks, vectors, strict=True)
     )
     return train, test

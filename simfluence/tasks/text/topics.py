@@ -1,6 +1,6 @@
-"""Small language modelling that needs no hub: the texts of Python's own help topics, byte by byte.
+"""Small language modelling without the hub: the texts of Python's own help topics, byte by byte.
 
-The texts are those of ``help("topics")`` in the running Python; see ``docstrings`` for what that means for stores.
+The texts are those of ``help("topics")`` in the running Python; ``docstrings`` explains what that means for stores.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from simfluence.tasks.losses import LANGUAGE, token_cross_entropy
 from simfluence.tasks.text.padding import IGNORED
 from simfluence.tasks.text.pretrained import Outputs, extra
 
-#: Bytes, and where T5's decoder starts.
+__all__ = ["paragraphs", "topics"]
+
+#: Token id with which T5's decoder starts, after the 256 bytes.
 _START = 256
+#: Number of token ids.
 _WORDS = 257
 
 
@@ -34,32 +37,36 @@ def topics(
     seed: int = 0,
     python: str | None = None,
 ) -> Task:
-    """Paragraphs of Python's help topics, by a small model with random weights; mean cross-entropy over bytes.
+    """Build a task that predicts Python's help topics with a small, randomly initialised model; mean cross-entropy.
 
     Args:
         n_train, n_test: sizes of the two disjoint random samples of paragraphs.
-        shape: "gpt2" says each byte after those before it; "t5" reads the first half and says the second. Both have
-            two layers (T5's decoder too) and 32 dimensions.
-        length: bytes of a paragraph that are read; shorter ones are left out.
-        seed: of the sample.
-        python: as of ``docstrings``.
+        shape: "gpt2" predicts each byte from those before it; "t5" reads the first half and predicts the second. Both
+            have two layers (T5 in encoder and decoder each) and 32 dimensions.
+        length: number of bytes of each paragraph; shorter paragraphs are left out.
+        seed: seed of the samples.
+        python: same as in ``docstrings``.
 
     Raises:
-        InvalidInput: more paragraphs than there are, an unknown shape, a length below 2, no extra ``hf``.
+        InvalidInput: there are fewer paragraphs than requested, the shape is unknown, or the length is below 2; when
+            the model is built, the extra ``hf`` is not installed.
     """
     if shape not in _MODELS:
         raise InvalidInput(f"unknown shape {shape!r}, {did_you_mean(shape, _MODELS)}")
     if length < 2:
-        raise InvalidInput(f"length={length}: there is nothing to say after less than two bytes")
-    found = paragraphs(length)
-    if min(n_train, n_test) < 1 or n_train + n_test > len(found):
-        raise InvalidInput(f"n_train={n_train} and n_test={n_test}: there are {len(found)} paragraphs, take some")
-    rows = [found[row] for row in np.random.default_rng(seed).permutation(len(found))[: n_train + n_test]]
+        raise InvalidInput(f"length={length} must be 2 or more: the first byte has no prediction")
+    every = paragraphs(length)
+    if min(n_train, n_test) < 1 or n_train + n_test > len(every):
+        raise InvalidInput(
+            f"n_train={n_train} and n_test={n_test} must be 1 or more, and at most {len(every)} paragraphs together"
+        )
+    rows = [every[row] for row in np.random.default_rng(seed).permutation(len(every))[: n_train + n_test]]
+    parts = rows[:n_train], rows[n_train:]
     train, test = (
-        Examples([name for name, _, _ in side], pd.DataFrame({"label": [label for _, label, _ in side]}))
-        for side in (rows[:n_train], rows[n_train:])
+        Examples([name for name, _, _ in part], pd.DataFrame({"label": [label for _, label, _ in part]}))
+        for part in parts
     )
-    data = [_data([text for _, _, text in side], shape) for side in (rows[:n_train], rows[n_train:])]
+    data = [_data([text for _, _, text in part], shape) for part in parts]
     arguments = {
         "n_train": n_train, "n_test": n_test, "shape": shape, "length": length, "seed": seed,
         "python": python or platform.python_version(),
@@ -71,33 +78,33 @@ def topics(
 
 
 def paragraphs(length: int) -> list[tuple[str, str, bytes]]:
-    """``(name, topic, first bytes)`` of every paragraph of so many bytes or more; the same bytes stand once."""
-    every: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    found: dict[bytes, tuple[str, str, bytes]] = {}
-    for topic, text in sorted(every.items()):
+    """Return ``(name, topic, first bytes)`` of every paragraph of at least ``length`` bytes, without duplicates."""
+    texts: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    unique: dict[bytes, tuple[str, str, bytes]] = {}
+    for topic, text in sorted(texts.items()):
         for number, paragraph in enumerate(text.split("\n\n")):
             start = " ".join(paragraph.split()).encode()[:length]
-            if len(start) == length and start not in found:
-                found[start] = (f"{topic}-{number}", topic, start)
-    return list(found.values())
+            if len(start) == length and start not in unique:
+                unique[start] = (f"{topic}-{number}", topic, start)
+    return list(unique.values())
 
 
 def _data(texts: list[bytes], shape: str) -> Data:
-    """Nothing is padded: all texts have the same length."""
+    """Return inputs and targets; nothing is padded, as all texts have the same length."""
     tokens = torch.tensor([list(text) for text in texts])
     mask = torch.ones_like(tokens)
     if shape == "gpt2":
-        return {"input_ids": tokens, "attention_mask": mask}, _moved(tokens[:, 1:], after=IGNORED)
+        return {"input_ids": tokens, "attention_mask": mask}, _with_ignored_end(tokens[:, 1:])
     half = tokens.shape[1] // 2
-    read, said = tokens[:, :half], tokens[:, half:]
-    start = torch.full_like(said[:, :1], _START)
-    inputs = {"input_ids": read, "attention_mask": mask[:, :half], "decoder_input_ids": torch.cat([start, said], 1)}
-    return inputs, _moved(said, after=IGNORED)
+    source, target = tokens[:, :half], tokens[:, half:]
+    start = torch.full_like(target[:, :1], _START)
+    inputs = {"input_ids": source, "attention_mask": mask[:, :half], "decoder_input_ids": torch.cat([start, target], 1)}
+    return inputs, _with_ignored_end(target)
 
 
-def _moved(targets: Tensor, after: int) -> Tensor:
-    """With one more place, which has no target."""
-    return torch.cat([targets, torch.full_like(targets[:, :1], after)], 1)
+def _with_ignored_end(targets: Tensor) -> Tensor:
+    """Append a position without a target."""
+    return torch.cat([targets, torch.full_like(targets[:, :1], IGNORED)], 1)
 
 
 def _gpt2(length: int) -> nn.Module:
