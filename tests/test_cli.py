@@ -198,7 +198,7 @@ def test_tangent_kernel(run, folder, tmp_path):
     assert json.loads(out)["held_out"]["skill"] > 0.5
     code, out, _ = run("leave-one-out", folder / "runs", "--simulator", file, "--held-out", 3, "--derivative", "--json")
     assert code == 0
-    changes = sf.leave_one_out(sf.Simulator.load(file), held[0], "derivative").mean(0)
+    changes = sf.leave_one_out(sf.Simulator.load(file), held[0], "derivative").values.mean(0)
     assert json.loads(out)["ranking"][0]["gain"] == pytest.approx(-changes.min())
     code, out, _ = run("learning-curve", folder / "runs", *options, "--repeats", 1, "--json")
     assert code == 0

@@ -68,11 +68,11 @@ def test_suspects_of_a_simulator(fitted, runs):
     table = sf.rank_suspects(fitted, runs[0])
     assert list(table.columns)[:3] == ["gain", "shown", "id"]
     assert table["gain"].is_monotonic_decreasing
-    assert np.allclose(table["gain"].sort_index(), -changes.mean(0))
+    assert np.allclose(table["gain"].sort_index(), -changes.values.mean(0))
     assert table["shown"].sort_index().tolist() == runs[0].curriculum.counts.toarray().sum(0).tolist()
     one = sf.rank_suspects(fitted, runs[0], test=[3])
     assert np.allclose(one["gain"].sort_index(), -changes[3])
-    both = [sf.leave_one_out(fitted, run).mean(0) for run in runs[:2]]
+    both = [sf.leave_one_out(fitted, run).values.mean(0) for run in runs[:2]]
     shown = np.array([run.curriculum.counts.toarray().sum(0) > 0 for run in runs[:2]])
     expected = -np.sum(both, axis=0) / np.maximum(shown.sum(0), 1)  # over the runs that show it
     assert np.allclose(sf.rank_suspects(fitted, runs[:2])["gain"].sort_index(), expected)
@@ -119,5 +119,20 @@ def test_bad_questions(fitted, runs):
         sf.show_again(fitted, runs[0], at=10)
     alone = dataclasses.replace(runs[0], curriculum=sf.Curriculum([[3]] * 10, n_train=12))
     for simulator in (fitted, sf.MeanTrajectorySimulator().fit(runs)):
-        with pytest.raises(InvalidInput, match="would leave no(ne| example)"):
+        with pytest.raises(InvalidInput, match=r"would leave no(ne| example)"):
             sf.leave_one_out(simulator, alone)
+
+
+def test_effects_are_scores(fitted, runs):
+    """They have ids, a unit and axes, as those of an attributor; an array's attributes still answer, with a warning."""
+    changes = sf.leave_one_out(fitted, runs[0])
+    assert (changes.unit, changes.method, sf.show_again(fitted, runs[0]).unit) == ("loss", "linear", "change")
+    frame = changes.to_frame()
+    assert frame.iloc[13].tolist() == [runs[0].test.ids[1], runs[0].train.ids[1], changes.values[1, 1]]
+    assert np.array_equal(changes - 1, changes.values - 1)
+    assert np.array_equal(changes < changes, np.zeros((5, 12), bool))
+    assert len(changes) == 5
+    with pytest.warns(DeprecationWarning, match=r"scores\.mean was renamed to scores\.values\.mean"):
+        assert changes.mean() == changes.values.mean()
+    with pytest.raises(AttributeError, match="Scores have no 'average_of_all'"):
+        changes.average_of_all  # noqa: B018

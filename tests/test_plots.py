@@ -223,7 +223,7 @@ def test_removal_curve(runs, simulators, ax):
 
 def test_heat_map(runs, simulators, ax):
     changes = (
-        pd.DataFrame(sf.leave_one_out(simulators["linear"], runs[0])).rename_axis("test").rename_axis(columns="train")
+        pd.DataFrame(sf.leave_one_out(simulators["linear"], runs[0]).values).rename_axis("test").rename_axis(columns="train")
     )
     plots.heat_map(changes, ax)
     assert np.allclose(ax.images[0].get_array(), changes)

@@ -1,4 +1,4 @@
-"""Scores of an attributor: one number per pair of a test and a training example."""
+"""Scores: one number per pair of a test and a training example, from an attributor or from a simulator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from simfluence._internal.deprecation import warn_renamed
 from simfluence.errors import InvalidInput
 
 __all__ = ["Scores", "Tail", "TopScores"]
@@ -18,16 +19,17 @@ _MIN_TAIL = 20  # smallest number of scores that the tail's exponent is estimate
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """Scores ``[test, train]``, or ``[layer, test, train]``; ``np.asarray`` gives the array.
+class Scores(np.lib.mixins.NDArrayOperatorsMixin):
+    """Scores ``[test, train]``, or ``[layer, test, train]``. They are indexed and computed with like an array.
 
     A positive score of (z, i): training on i lowers the loss of z.
 
     Args:
         values: the scores.
         unit: "loss" is the predicted rise of z's loss if every occurrence of i were removed from training; the effect
-            of removing several is the sum. "raw" is the method's own number.
-        method: name of the attributor that computed the scores.
+            of removing several is about the sum. "change" is the predicted rise of z's loss by another edit of i, such
+            as showing it once more. "raw" is the method's own number.
+        method: name of the attributor or simulator that computed the scores.
         layers: layer names along the first axis, if the scores are by layer.
         train, test: ids of the examples, by default 0, 1, 2, …
 
@@ -49,6 +51,23 @@ class Scores:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype=dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = [part.values if isinstance(part, Scores) else part for part in inputs]
+        return getattr(ufunc, method)(*arrays, **options)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values[index]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the array that ``leave_one_out`` and its relatives returned before."""
+        if name.startswith("_") or not hasattr(np.ndarray, name):
+            raise AttributeError(f"Scores have no {name!r}")
+        warn_renamed(f"scores.{name}", f"scores.values.{name}")
+        return getattr(self.values, name)
 
     @property
     def shape(self) -> tuple[int, ...]:

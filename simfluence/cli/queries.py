@@ -153,7 +153,7 @@ def _left_out(fitted: Simulator, base: Run, by: str | None, method: Literal["sim
     if by:
         return leave_group_out(fitted, base, by).rename_axis("test")
     columns = pd.RangeIndex(base.curriculum.n_train, name="train")
-    return pd.DataFrame(leave_each_out(fitted, base, method), columns=columns).rename_axis("test")
+    return pd.DataFrame(leave_each_out(fitted, base, method).values, columns=columns).rename_axis("test")
 
 
 def removal(

@@ -1,7 +1,7 @@
 """Forecast effects of each training example on each test loss: when it is left out, moved, or shown again.
 
-Each function edits one base run in many ways and returns the change of the final losses, ``[test, train]``: positive
-where the edit raises the loss. Simulators of the Markov family are asked all at once.
+Each function edits one base run in many ways and returns the changes of the final losses as ``Scores``,
+``[test, train]``, positive where the edit raises the loss. Simulators of the Markov family are asked all at once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from simfluence._internal.checked import checked
 from simfluence._internal.types import Target
+from simfluence.attribution.scores import Scores
 from simfluence.edits import Insert, Move
 from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
@@ -22,11 +22,9 @@ from simfluence.queries.tables import check_base, column_of, described
 from simfluence.runs import Run, Runs
 from simfluence.simulators import Simulator
 
-Changes = Float[np.ndarray, "test train"]
-
 
 @checked
-def leave_one_out(simulator: Simulator, run: Run, method: Literal["simulate", "derivative"] = "simulate") -> Changes:
+def leave_one_out(simulator: Simulator, run: Run, method: Literal["simulate", "derivative"] = "simulate") -> Scores:
     """Forecast how each test example's final loss changes if one training example is never shown, for each of them.
 
     Batches shrink, as with ``Remove``. Examples that the run never shows get 0.
@@ -47,13 +45,14 @@ def leave_one_out(simulator: Simulator, run: Run, method: Literal["simulate", "d
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
-    >>> leave_one_out(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).round(2)
+    >>> leave_one_out(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).values.round(2)
     array([[ 2. , -0.5]])
     """
     check_base(simulator, run)
     if method == "derivative":
-        return simulator.derivatives_without(run.curriculum, run.initial_losses).T
-    return simulator.changes_without(run.curriculum, np.eye(run.curriculum.n_train, dtype=bool), run.initial_losses).T
+        return _scores(simulator, run, simulator.derivatives_without(run.curriculum, run.initial_losses).T, "loss")
+    changes = simulator.changes_without(run.curriculum, np.eye(run.curriculum.n_train, dtype=bool), run.initial_losses)
+    return _scores(simulator, run, changes.T, "loss")
 
 
 @checked
@@ -82,7 +81,7 @@ def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, T
 
 
 @checked
-def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
+def move_each(simulator: Simulator, run: Run, to: int = 0) -> Scores:
     """Forecast how each final loss changes if all showings of one training example move to batch ``to`` (0: the first,
     −1: the last), for each of them; see ``Move``. Examples that the run never shows get 0.
 
@@ -91,7 +90,7 @@ def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
-    >>> move_each(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], to=-1).round(2)  # [[], [1], [0, 0]] for 0
+    >>> move_each(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0], to=-1).values.round(2)  # [[], [1], [0, 0]] for 0
     array([[1.  , 0.25]])
     """
     check_base(simulator, run)
@@ -99,11 +98,11 @@ def move_each(simulator: Simulator, run: Run, to: int = 0) -> Changes:
     moved = [Move(rows=[int(index)], to=to).apply(run.curriculum) for index in shown]
     changes = np.zeros((run.losses.shape[1], run.curriculum.n_train))
     changes[:, shown] = simulator.changes(run.curriculum, moved, run.initial_losses).T
-    return changes
+    return _scores(simulator, run, changes, "change")
 
 
 @checked
-def show_again(simulator: Simulator, run: Run, at: int = -1) -> Changes:
+def show_again(simulator: Simulator, run: Run, at: int = -1) -> Scores:
     """Forecast how each final loss changes if one training example is shown once more in batch ``at`` (−1: the last),
     for each of them; see ``Insert``.
 
@@ -112,12 +111,12 @@ def show_again(simulator: Simulator, run: Run, at: int = -1) -> Changes:
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], []]], [[[3.0], [2.0], [2.5], [2.5]]])
-    >>> show_again(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).round(2)
+    >>> show_again(sf.AdditiveSimulator(l2=1e-6).fit(runs), runs[0]).values.round(2)
     array([[-1. ,  0.5]])
     """
     check_base(simulator, run)
     edited = [Insert(rows=[index], at=at).apply(run.curriculum) for index in range(run.curriculum.n_train)]
-    return simulator.changes(run.curriculum, edited, run.initial_losses).T
+    return _scores(simulator, run, simulator.changes(run.curriculum, edited, run.initial_losses).T, "change")
 
 
 @checked
@@ -157,7 +156,7 @@ def rank_suspects(
     if isinstance(source, Simulator):
         if not runs:
             raise InvalidInput("a simulator forecasts removals from a run: give base=, a run or several")
-        gains = [-_mean_over_tests(leave_one_out(source, run, method), run.test, test) for run in runs]
+        gains = [-_mean_over_tests(leave_one_out(source, run, method).values, run.test, test) for run in runs]
         shown = np.array([run.curriculum.counts.sum(axis=0) for run in runs])
         gain = np.sum(gains, axis=0) / np.maximum((shown > 0).sum(axis=0), 1)
         table = pd.DataFrame({"gain": gain, "shown": shown.sum(axis=0)})
@@ -173,6 +172,12 @@ def rank_suspects(
     if isinstance(source, Simulator):
         totals["together"] = np.mean([-_group_gains(source, run, by, test) for run in runs], axis=0)
     return totals.sort_values("gain", ascending=False, kind="stable")
+
+
+def _scores(simulator: Simulator, run: Run, changes: np.ndarray, unit: str) -> Scores:
+    """Return changes ``[test, train]`` with the ids of the examples."""
+    train, test = (None if examples is None else examples.ids for examples in (run.train, run.test))
+    return Scores(changes, unit, simulator.name, train=train, test=test)
 
 
 def chosen_tests(test: Target | None, examples: Examples | None, count: int) -> np.ndarray:
