@@ -46,7 +46,7 @@ bench: $(READY)  ## every claim of speed, measured here
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/leave_one_out.py
 	$(BIN)/python benchmarks/unseen_examples.py
-	$(BIN)/python benchmarks/frozen_trunk.py
+	$(BIN)/python benchmarks/activation_cache.py
 	$(BIN)/python benchmarks/tangent_speed.py
 
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/peers.txt

@@ -5,7 +5,7 @@ longest example of all (as a loop without further ado does), padding trimmed and
 frozen layers kept too. Losses are compared in single precision, where rounding grows with every step of Adam, and in a
 few steps of double precision.
 
-    python benchmarks/frozen_trunk.py [--repetitions 3] [--runs 1] [--steps 12] [--threads 1]
+    python benchmarks/activation_cache.py [--repetitions 3] [--runs 1] [--steps 12] [--threads 1]
 """
 
 from __future__ import annotations
