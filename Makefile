@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow fuzz lint format bench peers bench-peers table tangent-table text-table what-if-table \
+.PHONY: demo test test-slow coverage fuzz lint format bench peers bench-peers table tangent-table text-table what-if-table \
 	attribution-table notebooks docs front-page wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ test: $(READY)  ## the tests, on two cores
 
 test-slow: $(READY)  ## the longer tests
 	$(BIN)/python -m pytest -m slow
+
+coverage: $(READY)  ## the tests, and the lines that they run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 fuzz: $(READY)  ## damaged files, wrong calls and kills, for half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/files.py --files 10000
