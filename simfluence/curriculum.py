@@ -5,15 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
+from annotated_types import Interval
 
-from simfluence._internal.validation import checked_indices
+from simfluence._internal.checked import checked, shown
+from simfluence._internal.columns import plain_column
+from simfluence._internal.types import Count, Seed
 from simfluence.errors import InvalidInput
 
 __all__ = ["Curriculum", "random_curricula"]
+
+#: Largest number of training examples, and of slots that ``random_curricula`` draws: indices are stored as int32.
+_MOST = 2**31 - 1
+
+TrainCount = Annotated[int, Interval(ge=1, le=_MOST)]
 
 
 class Curriculum:
@@ -38,21 +47,40 @@ class Curriculum:
            [0, 0, 0]])
     """
 
-    def __init__(self, batches: Iterable[Any], n_train: int | None = None) -> None:
-        rows = [_as_indices(batch, step) for step, batch in enumerate(batches)]
+    @checked
+    def __init__(self, batches: Iterable[Any], n_train: TrainCount | None = None) -> None:
+        if getattr(batches, "ndim", 1) == 0:  # an array of NumPy or torch
+            raise InvalidInput("batches must have one sequence of training indices per step, got a single number")
+        rows = [_as_indices(f"batch {step}", batch) for step, batch in enumerate(batches)]
         indices = np.concatenate(rows) if rows else np.empty(0, np.int64)
         self._set(indices, np.array([len(row) for row in rows], np.int64), n_train)
 
     @classmethod
-    def from_flat(cls, indices: np.ndarray, sizes: np.ndarray, n_train: int) -> Curriculum:
-        """Build a curriculum from its batches laid end to end, ``indices``, and their ``sizes``."""
+    @checked
+    def from_flat(
+        cls, indices: np.ndarray | Sequence[Any], sizes: np.ndarray | Sequence[Any], n_train: TrainCount
+    ) -> Curriculum:
+        """Build a curriculum from its batches laid end to end.
+
+        Args:
+            indices: training indices of all batches, ``[slots]``.
+            sizes: number of examples in each batch, ``[steps]``.
+            n_train: number of training examples.
+
+        Raises:
+            InvalidInput: an index or a size is no whole number, an index is out of range, or the sizes do not add up to
+                the number of indices.
+
+        >>> Curriculum.from_flat(np.array([0, 2, 1]), np.array([2, 1]), n_train=3).tolist()
+        [[0, 2], [1]]
+        """
         self = cls.__new__(cls)
-        self._set(np.asarray(indices), np.asarray(sizes, np.int64), n_train)
+        self._set(_as_indices("indices", indices), _whole_numbers("sizes", sizes, "batch sizes"), n_train)
         return self
 
     def _set(self, indices: np.ndarray, sizes: np.ndarray, n_train: int | None) -> None:
         _check(indices, sizes, n_train)
-        self.n_train = int(indices.max()) + 1 if n_train is None else int(n_train)
+        self.n_train = int(indices.max()) + 1 if n_train is None else n_train
         self.indices = _frozen(indices.astype(np.int32))  # [slots] of all batches, end to end
         self.offsets = _frozen(np.concatenate([[0], np.cumsum(sizes)]))  # [steps + 1]
 
@@ -114,13 +142,14 @@ class Curriculum:
         return f"Curriculum(steps={len(self)}, batch={sizes}, examples={seen} of {self.n_train})"
 
 
+@checked
 def random_curricula(
-    n_train: int,
-    runs: int,
-    steps: int,
-    batch_size: int,
-    subset: float | int = 1.0,
-    seed: int = 0,
+    n_train: TrainCount,
+    runs: Count,
+    steps: Count,
+    batch_size: Count,
+    subset: int | float = 1.0,
+    seed: Seed = 0,
     *,
     replacement: bool = False,
     sort_by: Any = None,
@@ -146,19 +175,22 @@ def random_curricula(
             batches come from the examples of its list that are in the subset.
 
     Raises:
-        InvalidInput: an argument is out of range, or a stage has no example of a run's subset.
+        InvalidInput: an argument is out of range, the curricula have 2³¹ slots or more together, a value of ``sort_by``
+            is missing or not comparable with the others, or a stage has no example of a run's subset.
 
     >>> random_curricula(n_train=10, runs=2, steps=3, batch_size=2, subset=0.5, seed=0)[0]
     Curriculum(steps=3, batch=2, examples=5 of 10)
     >>> random_curricula(n_train=4, runs=1, steps=4, batch_size=1, stages=[[2], [3]])[0].tolist()
     [[2], [2], [3], [3]]
     """
-    _check_positive(n_train=n_train, runs=runs, steps=steps, batch_size=batch_size)
-    if seed < 0:
-        raise InvalidInput(f"seed must not be negative, got {seed}")
+    if runs * steps * batch_size > _MOST:
+        raise InvalidInput(
+            f"runs={runs}, steps={steps} and batch_size={batch_size} make {runs * steps * batch_size:,} slots, which "
+            f"do not fit into memory: ask for {_MOST:,} at most"
+        )
     size = _subset_size(n_train, subset)
     ranks = None if sort_by is None else _ranks(sort_by, descending, n_train, replacement)
-    members = [np.arange(n_train)] if stages is None else [checked_indices(stage, n_train) for stage in stages]
+    members = [np.arange(n_train)] if stages is None else _stages(stages, n_train)
     if not 1 <= len(members) <= steps:
         raise InvalidInput(f"{len(members)} stages for {steps} steps: give at least one stage, and a step per stage")
     lengths = [len(part) * batch_size for part in np.array_split(np.arange(steps), len(members))]
@@ -187,14 +219,53 @@ def _stream(
 
 
 def _ranks(sort_by: Any, descending: bool, n_train: int, replacement: bool) -> np.ndarray:
-    """Return the ascending sort key of each training example."""
-    values = np.asarray(sort_by)
+    """Return the ascending sort key of each training example, ``[train]``."""
     if replacement:
         raise InvalidInput("sort_by orders epochs, but replacement=True has no epochs: choose one of the two")
-    if values.shape != (n_train,):
-        raise InvalidInput(f"sort_by must have one value for each of {n_train} training examples, got {values.shape}")
-    ranks = np.unique(values, return_inverse=True)[1]
+    ranks = _sort_column(sort_by, n_train).rank(method="dense").to_numpy(np.int64)
     return -ranks if descending else ranks
+
+
+def _sort_column(sort_by: Any, n_train: int) -> pd.Series:
+    """Return the values of ``sort_by`` as a column of one kind: numbers, text, dates or ordered categories."""
+    try:
+        values = sort_by if isinstance(sort_by, pd.Series) else pd.Series(_one_axis(sort_by))
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(f"sort_by must be a list or an array, got {shown(sort_by)}") from None
+    if len(values) != n_train:
+        raise InvalidInput(f"sort_by must have one value for each of {n_train} training examples, got {len(values)}")
+    missing = np.flatnonzero(values.isna())
+    if len(missing):
+        raise InvalidInput(f"sort_by has no value (NaN or None) for training example {missing[0]}: fill it")
+    column = values if isinstance(values.dtype, pd.CategoricalDtype) and values.dtype.ordered else plain_column(values)
+    if column.dtype == object:
+        kinds = sorted({type(value).__name__ for value in column})
+        raise InvalidInput(f"sort_by has values that cannot be sorted ({', '.join(kinds)}): give only numbers or text")
+    return column.reset_index(drop=True)
+
+
+def _one_axis(values: Any) -> Any:
+    """Return the values of a list or an array with one axis, NumPy's where it is another library's.
+
+    A list stays a list: NumPy would make numbers beside text into text.
+    """
+    if isinstance(values, Sequence | pd.Index) and not isinstance(values, str | bytes):
+        return values
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(array.shape)
+    return array.astype(array.dtype.newbyteorder("="))
+
+
+def _stages(stages: Sequence[Any], n_train: int) -> list[np.ndarray]:
+    """Return the training indices of each stage."""
+    members = [_as_indices(f"stage {number}", stage) for number, stage in enumerate(stages)]
+    for number, stage in enumerate(members):
+        if len(stage) == 0:
+            raise InvalidInput(f"stage {number} has no example: give it one or more, or leave it out")
+        if stage.max() >= n_train:
+            raise InvalidInput(f"stage {number} has no example {stage.max()}: indices go from 0 to {n_train - 1}")
+    return members
 
 
 def _stage_members(chosen: np.ndarray, stage: np.ndarray, number: int, run: int) -> np.ndarray:
@@ -205,7 +276,7 @@ def _stage_members(chosen: np.ndarray, stage: np.ndarray, number: int, run: int)
 
 
 def _subset_size(n_train: int, subset: float | int) -> int:
-    is_fraction = isinstance(subset, float | np.floating)
+    is_fraction = isinstance(subset, float)
     size = round(subset * n_train) if is_fraction and 0 < subset <= 1 else 0 if is_fraction else int(subset)
     if not 1 <= size <= n_train:
         raise InvalidInput(
@@ -215,28 +286,38 @@ def _subset_size(n_train: int, subset: float | int) -> int:
     return size
 
 
-def _check_positive(**values: int) -> None:
-    bad = [f"{name}={value!r}" for name, value in values.items() if value < 1]
-    if bad:
-        raise InvalidInput(f"must be 1 or more: {', '.join(bad)}")
-
-
-def _as_indices(batch: Any, step: int) -> np.ndarray:
-    array = np.asarray(batch)
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InvalidInput(f"batch {step} must be a sequence of integer training indices, got {batch!r}")
+def _as_indices(name: str, values: Any) -> np.ndarray:
+    """Return training indices from 0 to 2³¹ − 2, ``[n]``."""
+    array = _whole_numbers(name, values, "integer training indices")
+    if array.size and array.max() >= _MOST:
+        raise InvalidInput(f"{name} has {array.max()}: training indices go from 0 to {_MOST - 1}")
     return array
+
+
+def _whole_numbers(name: str, values: Any, what: str) -> np.ndarray:
+    """Return whole numbers from 0 up as an int64 array, ``[n]``."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # such as lists of different lengths
+        array = np.asarray(None)
+    plain = array.ndim == 1 and (array.dtype.kind in "iu" or array.size == 0)
+    if plain and isinstance(values, list | tuple):  # NumPy takes True in a list of numbers for 1
+        plain = not any(isinstance(value, bool | np.bool_) for value in values)
+    if not plain:
+        raise InvalidInput(f"{name} must be a sequence of {what}, got {shown(values)}")
+    outside = array[(array < 0) | (array >= 2**63)]
+    if len(outside):
+        raise InvalidInput(f"{name} has {outside[0]}: {what} go from 0 to {_MOST - 1}")
+    return array.astype(np.int64)
 
 
 def _check(indices: np.ndarray, sizes: np.ndarray, n_train: int | None) -> None:
     if len(indices) == 0:
         raise InvalidInput(f"the curriculum is empty: {len(sizes)} steps without a training example")
-    if sizes.sum() != len(indices) or sizes.min() < 0:
-        raise InvalidInput(f"batch sizes add up to {sizes.sum()}, but the curriculum has {len(indices)} slots")
-    limit = np.iinfo(np.int32).max if n_train is None else n_train
-    bad = np.flatnonzero((indices < 0) | (indices >= limit))
+    if sizes.max(initial=0) > len(indices) or sizes.sum() != len(indices):  # the sum of larger ones could overflow
+        raise InvalidInput(f"batch sizes do not add up to the number of indices, {len(indices)}")
+    limit = _MOST if n_train is None else n_train
+    bad = np.flatnonzero(indices >= limit)
     if len(bad):
         step = int(np.searchsorted(np.cumsum(sizes), bad[0], side="right"))
         raise InvalidInput(f"batch {step} names training example {indices[bad[0]]}: indices go from 0 to {limit - 1}")

@@ -13,10 +13,14 @@ from typing import Any, overload
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from simfluence import filters
+from simfluence._internal.checked import checked, shown
+from simfluence._internal.fields import check_fields
 from simfluence._internal.html import card, picture
-from simfluence._internal.types import InitialLosses, Losses, RunLosses
+from simfluence._internal.types import Count, InitialLosses, Losses, RunLosses, Seed
+from simfluence._internal.validation import whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import DivergedWarning, InvalidInput, did_you_mean
 from simfluence.examples import Examples
@@ -69,6 +73,7 @@ class Run:
     task_name: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.losses.shape[0] != len(self.curriculum) + 1:
             raise InvalidInput(
                 f"run {self.id}: {len(self.curriculum)} steps need {len(self.curriculum) + 1} rows of losses "
@@ -90,6 +95,7 @@ class Run:
         """The times 0…T at which the test examples were evaluated."""
         return np.arange(len(self.losses)) if self.recorded is None else np.flatnonzero(self.recorded)
 
+    @checked
     def check_task(self, task: Task) -> None:
         """Check that the run is of this task, as far as the run knows its task.
 
@@ -102,6 +108,7 @@ class Run:
                 "from those that it was recorded with"
             )
 
+    @checked
     def times_of(self, name: str) -> Int[np.ndarray, " k"]:
         """Return the times at which the loss or a measure was recorded.
 
@@ -115,6 +122,7 @@ class Run:
         unread = np.isnan(self.measures[name]).all(axis=1) & np.isfinite(self.losses).all(axis=1)
         return self.times[~unread[self.times]]
 
+    @checked
     def select(self, name: str) -> Run:
         """Return the run with the measure ``name`` as its losses; the losses become the measure "loss"."""
         readings = dict(self.measures)
@@ -148,21 +156,26 @@ class Runs(Sequence[Run]):
     (Runs(1: train=2, test=5), (2, 3, 5), [[0], [1]])
     """
 
+    @checked
     def __init__(self, runs: Iterable[Run]) -> None:
         self._runs = tuple(runs)
+        for position, run in enumerate(self._runs):
+            if not isinstance(run, Run):
+                raise InvalidInput(f"Runs: runs[{position}] must be a Run, got {shown(run)}")
         sizes = {(run.curriculum.n_train, run.losses.shape[1]) for run in self._runs}
         if len(sizes) > 1:
-            shown = "; ".join(f"{train} training and {test} test examples" for train, test in sorted(sizes))
-            raise InvalidInput(f"runs must have the same numbers of examples, got {shown}")
+            counts = "; ".join(f"{train} training and {test} test examples" for train, test in sorted(sizes))
+            raise InvalidInput(f"runs must have the same numbers of examples, got {counts}")
         if len({run.fingerprint for run in self._runs if run.fingerprint}) > 1:
             raise InvalidInput("runs must be of one task, but their task fingerprints differ")
 
     @classmethod
+    @checked
     def from_arrays(
         cls,
         curricula: Iterable[Any],
-        losses: Any,
-        n_train: int | None = None,
+        losses: np.ndarray | Sequence[Any],
+        n_train: Count | None = None,
         *,
         train: Examples | None = None,
         test: Examples | None = None,
@@ -189,8 +202,9 @@ class Runs(Sequence[Run]):
         if len(curricula) != len(losses):
             raise InvalidInput(f"{len(curricula)} curricula, but losses of {len(losses)} runs")
         pairs = zip(curricula, losses, strict=True)
-        return cls(_from_arrays(curriculum, np.asarray(run)) for curriculum, run in pairs).with_examples(train, test)
+        return cls(_from_arrays(curriculum, _as_array(run)) for curriculum, run in pairs).with_examples(train, test)
 
+    @checked
     def with_examples(self, train: Examples | None = None, test: Examples | None = None) -> Runs:
         """Return the same runs with other training or test examples, such as ones with features.
 
@@ -249,6 +263,7 @@ class Runs(Sequence[Run]):
     def task_name(self) -> str | None:
         return self[0].task_name if len(self) else None
 
+    @checked
     def plot(self, ax: Any = None, title: str = "") -> Any:
         """Plot the mean test loss along training, a thin line per run, and the mean over runs.
 
@@ -268,6 +283,7 @@ class Runs(Sequence[Run]):
         title = title or f"{name}{len(self)} runs, mean of {self.n_test} test examples"
         return plots.recorded(means, ax, title, mean=middle, unit="mean test loss")
 
+    @checked
     def select(self, name: str) -> Runs:
         """Return the runs with the measure ``name`` as their losses, for simulators and ``evaluate``.
 
@@ -281,6 +297,7 @@ class Runs(Sequence[Run]):
         """The description of each run, one row per run; ``where`` filters by these columns."""
         return pd.DataFrame([_described(run) for run in self])
 
+    @checked
     def where(self, text: str) -> Runs:
         """Return the runs that a filter over ``table`` matches, such as ``optimizer == "adamw" and steps > 100``."""
         chosen = np.flatnonzero(filters.parse(text).mask(self.table)) if len(self) else ()
@@ -294,10 +311,25 @@ class Runs(Sequence[Run]):
         """Return curricula and losses ``[runs, steps + 1, test]``, the arguments of ``from_arrays``."""
         return self.curricula, self.losses
 
+    @checked
     def take(self, indices: Iterable[Any]) -> Runs:
-        """Return the runs at these positions, in this order; a position may occur several times."""
-        return Runs(self._runs[int(index)] for index in indices)
+        """Return the runs at these positions, in this order; a position may occur several times.
 
+        Raises:
+            InvalidInput: a position is no whole number, or there is no run at it.
+        """
+        if getattr(indices, "ndim", 1) == 0:  # an array of NumPy or torch
+            raise InvalidInput("take: indices must be a list of positions, got a single number")
+        positions = [
+            whole("a position", index.item() if isinstance(index, Tensor) and not index.ndim else index)
+            for index in indices
+        ]
+        for position in positions:
+            if not -len(self) <= position < len(self):
+                raise InvalidInput(f"take: there is no run at position {position} of {len(self)} runs")
+        return Runs(self._runs[position] for position in positions)
+
+    @checked
     def usable(self, purpose: str) -> Runs:
         """Return the runs that did not diverge, checked to share one recipe; warn about the others.
 
@@ -320,7 +352,8 @@ class Runs(Sequence[Run]):
             raise InvalidInput(f"cannot {purpose} runs of several recipes together: load(recipe=…) chooses one")
         return finite
 
-    def split(self, held_out: int | float, seed: int = 0) -> tuple[Runs, Runs]:
+    @checked
+    def split(self, held_out: int | float, seed: Seed = 0) -> tuple[Runs, Runs]:
         """Split into disjoint ``(fit, held)``, each sorted by run id, so that the order of the runs does not matter.
 
         Args:
@@ -329,8 +362,6 @@ class Runs(Sequence[Run]):
         Raises:
             InvalidInput: a part would be empty.
         """
-        if seed < 0:
-            raise InvalidInput(f"seed must not be negative, got {seed}")
         ids = sorted(set(self.ids))
         count = round(held_out * len(ids)) if isinstance(held_out, float) else held_out
         if not 1 <= count < len(ids):
@@ -411,6 +442,15 @@ def _tidy(run: Run) -> pd.DataFrame:
     index = {"run": run.id, "step": np.repeat(times, tests), "test": np.tile(np.arange(tests), len(times))}
     readings = {"loss": run.losses} | dict(run.measures)
     return pd.DataFrame(index | {name: values[times].ravel() for name, values in readings.items()})
+
+
+def _as_array(losses: Any) -> np.ndarray:
+    try:
+        return np.asarray(losses)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(
+            f"losses must be numbers of shape [runs, steps + 1, test]; a run has {shown(losses)}"
+        ) from None
 
 
 def _from_arrays(curriculum: Curriculum, losses: np.ndarray) -> Run:

@@ -1,6 +1,7 @@
 """Specifications in YAML of recordings and what-if queries.
 
-They are plain data: aliases, and tags that would build objects, are refused.
+They are plain data: aliases, and tags that would build objects, are refused. The size of a file and the sizes that it
+asks for are bounded, because a file may be a stranger's.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Any, ClassVar, TypeVar
 
 import pydantic
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from simfluence import tasks
+from simfluence._internal.checked import checked
+from simfluence._internal.files import size_of
 from simfluence._internal.spec import InvalidSpec, Spec
 from simfluence.curriculum import Curriculum, random_curricula
 from simfluence.edits import Edit
@@ -37,6 +40,14 @@ __all__ = [
     "WhatIfSpec",
 ]
 
+#: What a file may ask for at most. Python code may ask for more.
+MOST_BYTES = 2**24
+MOST_VALUES = 300_000
+MOST_NESTED = 20
+MOST_RUNS = 100_000
+MOST_SLOTS = 10**8  # of all runs together: runs × steps × batch_size
+_MOST_BITS = 64  # of a whole number
+
 
 class TaskSpec(Spec):
     """A ready-made task by name."""
@@ -45,6 +56,8 @@ class TaskSpec(Spec):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
     def build(self) -> Task:
+        if "name" in self.arguments:
+            raise InvalidInput(f"task {self.name!r} takes no argument 'name'")
         return tasks.build(self.name, **self.arguments)
 
 
@@ -71,6 +84,19 @@ class SubsetCurricula(CurriculaSpec):
     batch_size: int = Field(ge=1)
     subset: float | int = 1.0
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> SubsetCurricula:
+        slots = self.runs * self.steps * self.batch_size
+        if self.runs > MOST_RUNS or slots > MOST_SLOTS:
+            raise InvalidSpec(
+                "curricula",
+                {
+                    "runs": f"{self.runs} runs of {self.steps} batches of {self.batch_size} are too many: a file may ask "
+                    f"for {MOST_RUNS:,} runs and for {MOST_SLOTS:,} examples in all their batches"
+                },
+            )
+        return self
 
     def build(self, train: Examples) -> list[Curriculum]:
         return self._random(train)
@@ -113,12 +139,27 @@ class StagedCurricula(SubsetCurricula):
 
     def build(self, train: Examples) -> list[Curriculum]:
         values = train.column(self.column)
-        stages = self.stages if self.stages is not None else [(value,) for value in sorted(set(values))]
+        stages = self.stages if self.stages is not None else [(value,) for value in _ascending(self.column, values)]
         members = [[i for i, value in enumerate(values) if value in stage] for stage in stages]
         for stage, stage_members in zip(stages, members, strict=True):
             if not stage_members:
                 raise InvalidInput(f"curricula.stages: no training example has {self.column} in {list(stage)}")
         return self._random(train, stages=members)
+
+
+def _ascending(column: str, values: Sequence[Any]) -> list[Any]:
+    """Return the distinct values of a column in ascending order.
+
+    Raises:
+        InvalidInput: the values have no order.
+    """
+    try:
+        return sorted(set(values))
+    except TypeError:
+        raise InvalidInput(
+            f"curricula.column: the values of {column!r} have no order (missing values, or texts beside numbers): "
+            "write the values of each stage as curricula.stages"
+        ) from None
 
 
 class ExplicitCurricula(CurriculaSpec):
@@ -152,27 +193,42 @@ class FileSpec(Spec):
     """A specification that is a whole file."""
 
     @classmethod
+    @checked
     def read(cls: type[SpecT], path: str | Path) -> SpecT:
         """Read the specification from a file.
 
         Raises:
-            InvalidInput: the file does not exist or is not a specification; the message names every bad key.
+            InvalidInput: the file does not exist, is too large or is not a specification; the message names the file,
+                the line, and every bad key.
         """
         try:
+            size = Path(path).stat().st_size
+            if size > MOST_BYTES:
+                raise InvalidInput(f"a file of {size_of(size)} is too large for a specification")
             return cls.parse(Path(path).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, InvalidInput) as error:
+        except (OSError, ValueError) as error:  # also of bytes that are not UTF-8, and InvalidInput
             raise InvalidInput(f"{path}: {error}") from None
 
     @classmethod
+    @checked
     def parse(cls: type[SpecT], text: str) -> SpecT:
-        """Parse the specification from YAML text."""
+        """Parse the specification from YAML text.
+
+        Raises:
+            InvalidInput: the text is not plain YAML, or not a specification; the message names the place.
+        """
         try:
             content = yaml.load(text, _PlainLoader)  # noqa: S506 (a subclass of SafeLoader)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise InvalidInput(f"not plain YAML: {error}") from None
+        except yaml.YAMLError as error:
+            raise InvalidInput(f"not plain YAML: {_said(error)}") from None
         if not isinstance(content, dict):
             raise InvalidInput(f"not a mapping with the keys {', '.join(cls.model_fields)}")
-        return cls(**{str(name): value for name, value in content.items()})
+        try:
+            return cls(**{str(name): value for name, value in content.items()})
+        except InvalidInput:
+            raise
+        except (*_UNREADABLE, RecursionError) as error:
+            raise InvalidInput(f"a value cannot be used: {error}") from None
 
 
 class RecordingSpec(FileSpec):
@@ -195,7 +251,7 @@ class RecordingSpec(FileSpec):
             return content
         fields = {str(name): value for name, value in content.items()}
         kind = fields.pop("kind", "subset")
-        if kind not in CURRICULA:
+        if not isinstance(kind, str) or kind not in CURRICULA:
             problem = {"kind": f"unknown kind {kind!r}, {did_you_mean(str(kind), CURRICULA)}"}
             raise InvalidSpec("curricula", problem)
         return CURRICULA[kind](**fields)
@@ -245,14 +301,59 @@ def _query(name: str, content: Any) -> tuple[Edit, ...]:
     return tuple(edits)
 
 
+#: Errors of Python that a YAML loader lets through, such as of dates with a thirteenth month.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses aliases, with which a few lines could expand to gigabytes."""
+    """A safe YAML loader of bounded size, which refuses what is not plain.
+
+    It refuses aliases, with which a few lines could expand to gigabytes, keys that appear twice, and values that its
+    base class cannot read. Every error has the place.
+    """
+
+    _values = _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # yaml's stubs lack it
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", event.start_mark)
-        return super().compose_node(parent, index)
+            raise _problem("aliases are not allowed", mark)
+        self._values += 1
+        self._depth += 1
+        if self._depth > MOST_NESTED:
+            raise _problem(f"lists and mappings are nested more than {MOST_NESTED} deep", mark)
+        if self._values > MOST_VALUES:
+            raise _problem(f"the file has more than {MOST_VALUES:,} values", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except _UNREADABLE as error:
+            raise _problem(f"this value cannot be read ({error})", node.start_mark) from None
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise _problem(f"this whole number has more than {_MOST_BITS} bits", node.start_mark)
+        return value
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise _problem("a key appears twice in this mapping", node.start_mark)
+        return mapping
+
+
+def _problem(problem: str, mark: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
+def _said(error: yaml.YAMLError) -> str:
+    """Return an error of YAML in one line, with its place."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    return f"{problem} at line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _lists(content: Any) -> Any:

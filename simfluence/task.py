@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from simfluence._internal.deprecation import renamed_names
+from simfluence._internal.fields import check_fields
 from simfluence._internal.html import card, picture
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.examples import Examples
@@ -101,7 +104,8 @@ class Task:
             the first, such as ``tasks.padding.trimmed``. It saves time; losses must not depend on it.
 
     Raises:
-        InvalidInput: the numbers of examples, inputs and targets differ, or a number or measure is invalid.
+        InvalidInput: a field has the wrong type; the numbers of examples, inputs and targets differ; the model cannot
+            be built or copied; or the loss is reduced to one number.
 
     ``tasks.from_arrays`` builds a task from arrays with less code.
 
@@ -121,30 +125,35 @@ class Task:
     test: Examples
     arguments: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=dict)
-    l2: float = 0.0
+    l2: Annotated[float, Ge(0)] = 0.0
     trim: Callable[[Data], Data] | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.l2) and self.l2 >= 0):
-            raise InvalidInput(f"l2 must be a number from 0 up, got {self.l2!r}")
+        check_fields(self)
+        _check_loss(self.name, self.loss)
+        _check_model(self.name, self.model)
         if "loss" in self.measures:
             raise InvalidInput("'loss' is the name of the loss itself: give the measure another name")
         for part, examples, data in (("train", self.train, self.train_data), ("test", self.test, self.test_data)):
+            if len(data) != 2 or not isinstance(data[1], Tensor) or any(tensor.ndim == 0 for tensor in tensors(data)):
+                raise InvalidInput(f"{part}_data must be (inputs, targets), tensors with one row per example")
             counts = {len(examples)} | {len(tensor) for tensor in tensors(data)}
             if len(counts) > 1 or 0 in counts:
                 raise InvalidInput(f"{part} examples, inputs and targets must be equally many and not empty: {counts}")
             object.__setattr__(self, part, _described(examples, data))  # frozen
 
     def build_model(self, seed: int) -> nn.Module:
-        """Build a model with the initial weights of ``seed``, without changing torch's global random state."""
+        """Build a model with the initial weights of ``seed``, without changing torch's global random state.
+
+        Raises:
+            InvalidInput: the function fails or returns no module, or the module cannot be trained or copied.
+        """
         if isinstance(self.model, nn.Module):
-            return copy.deepcopy(self.model)
+            return _copied(self.name, self.model)
         with torch.random.fork_rng(devices=[]):
             set_seed(seed)
-            model = self.model()
-        if not isinstance(model, nn.Module):
-            raise InvalidInput(f"task {self.name!r}: model() returned {type(model).__name__}, not a torch module")
-        return copy.deepcopy(model)  # a factory may return the same module each time
+            model = _built(self.name, self.model)
+        return _copied(self.name, model)  # a factory may return the same module each time
 
     def read(self, outputs: Any, targets: Tensor, measures: Iterable[str] = ()) -> dict[str, Tensor]:
         """Compute the loss and the named measures of each example, each ``[batch]``.
@@ -155,6 +164,10 @@ class Task:
         readings = {"loss": self.loss(outputs, targets)}
         readings |= {name: self.measures[name](outputs, targets) for name in measures}
         for name, values in readings.items():
+            if not isinstance(values, Tensor):
+                raise InvalidInput(
+                    f"{name} of task {self.name!r} returned {type(values).__name__}: return a tensor, [batch]"
+                )
             if values.shape != targets.shape[:1]:
                 raise InvalidInput(
                     f"{name} of task {self.name!r} has shape {tuple(values.shape)} for {len(targets)} examples: "
@@ -254,6 +267,90 @@ def _described(examples: Examples, data: Data) -> Examples:
     if features is examples.features and added_targets is None:
         return examples
     return examples.with_features(features, None if added_targets is None else added_targets.detach().cpu().numpy())
+
+
+def _check_loss(name: str, loss: Callable[..., Any]) -> None:
+    """Check that the loss is not one of torch's classes, or a loss of torch that averages over the batch."""
+    if isinstance(loss, type):
+        raise InvalidInput(
+            f"the loss of task {name!r} is the class {loss.__name__}: pass {loss.__name__}(reduction='none')"
+        )
+    reduction = getattr(loss, "reduction", "none") if isinstance(loss, nn.Module) else "none"
+    if reduction != "none":
+        kind = type(loss).__name__
+        raise InvalidInput(
+            f"the loss of task {name!r}, {kind}(), returns one number for the whole batch (reduction={reduction!r}): "
+            f"pass {kind}(reduction='none'), so that each example has a loss of its own"
+        )
+
+
+def _check_model(name: str, model: nn.Module | Callable[[], nn.Module]) -> None:
+    """Check, without building it, that the model can be trained, or that its function needs no arguments."""
+    if isinstance(model, nn.Module):
+        _check_module(name, model)
+        return
+    try:
+        inspect.signature(model).bind()
+    except TypeError as error:
+        called = getattr(model, "__name__", type(model).__name__)
+        raise InvalidInput(
+            f"the model of task {name!r} cannot be built by {called}(): {error}. Pass a function without arguments, "
+            f"such as lambda: {called}(…)"
+        ) from None
+    except ValueError:  # a built-in function without a signature
+        return
+
+
+def _check_module(name: str, model: nn.Module) -> None:
+    """Check that a module has all its weights, that they are real numbers, and that no old hook computes them.
+
+    Raises:
+        InvalidInput: naming the layer or the parameter.
+    """
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise InvalidInput(
+                f"the model of task {name!r} has no weights yet ({path!r} is lazy): run it once on an example of its "
+                "inputs in the function that builds it, or use layers with their sizes given"
+            )
+        if tensor.is_complex() and isinstance(tensor, nn.Parameter):
+            raise InvalidInput(
+                f"the model of task {name!r} has complex weights ({path!r}), but a recipe trains real ones: keep the "
+                "real and imaginary parts as a last axis of 2, and use torch.view_as_complex in forward"
+            )
+    for path, module in model.named_modules():
+        hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        old = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
+        for hook in (hook for hook in hooks if hook in old):
+            raise InvalidInput(
+                f"layer {path!r} of the model of task {name!r} has torch.nn.utils.{old[hook]}, and such a layer cannot "
+                f"be copied: use torch.nn.utils.parametrizations.{old[hook]}, which computes the same"
+            )
+
+
+def _built(name: str, function: Callable[[], Any]) -> nn.Module:
+    try:
+        model = function()
+    except (SimfluenceError, Warning, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InvalidInput(f"the model of task {name!r} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"task {name!r}: model() returned {type(model).__name__}, not a torch module")
+    return model
+
+
+def _copied(name: str, model: nn.Module) -> nn.Module:
+    """Return a copy of a module that shares nothing with it."""
+    _check_module(name, model)
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(
+            f"the model of task {name!r} cannot be copied ({reason}): runs start from copies of it. Keep computed "
+            "tensors, locks and open files out of its attributes"
+        ) from error
 
 
 def set_seed(seed: int) -> None:

@@ -277,7 +277,7 @@ def test_a_model_of_ones_own(name):
 def test_bad_input(name):
     case, attributor = shared(name, mlp)
     X, y = case.train
-    with pytest.raises(InvalidInput, match="batch_size must be a whole number from 1 up"):
+    with pytest.raises(InvalidInput, match="batch_size must be at least 1, got 0"):
         fitted(name, case, batch_size=0)
     with pytest.raises(InvalidInput, match="a loss is required"):
         sklearn.base.clone(attributor).fit(case.model, (X, y))

@@ -207,7 +207,7 @@ def test_bad_models():
         HiddenSimilarity().fit(nn.Sequential(nn.Conv1d(1, 1, 1)), case.train)
     with pytest.raises(InvalidInput, match="layer 'words' are whole numbers, not representations"):
         HiddenSimilarity(layer="words").fit(words.model, words.train)
-    with pytest.raises(InvalidInput, match="batch_size must be a whole number from 1 up"):
+    with pytest.raises(InvalidInput, match="batch_size must be at least 1, got 0"):
         HiddenSimilarity(batch_size=0).fit(case.model, case.train)
     with pytest.raises(InvalidInput, match="equally many"):
         HiddenSimilarity().fit(case.model, (case.train[0], case.train[1][:3]))

@@ -7,7 +7,7 @@ from comparing import relative
 from torch import nn
 
 import simfluence as sf
-from simfluence.errors import EngineWarning
+from simfluence.errors import EngineWarning, InvalidInput
 from simfluence.recording.engines.batched import obstacle
 from simfluence.recording.plan import GROUP_RUNS, plan
 from simfluence.recording.session import run_id
@@ -224,8 +224,6 @@ class Masked(nn.Module):
     [
         (with_padding_row, "cross_entropy", True, "loop"),
         (with_sparse_gradients, "cross_entropy", True, "loop"),
-        (normalising_over_the_batch, "cross_entropy", False, "loop"),
-        (plain, loss_over_the_batch, False, "loop"),
         (Masked, "cross_entropy", True, "loop"),
         (Scaled, "cross_entropy", False, "batched"),
         (plain, "cross_entropy", False, "batched"),
@@ -243,6 +241,17 @@ def test_the_automatic_engine_gives_the_losses_of_the_loop(model, loss, whole_nu
     automatic, loop = (sf.record(task, recipe, curricula, engine=each) for each in ("auto", "loop"))
     assert {run.engine for run in automatic} == {engine}
     assert relative(automatic.losses, loop.losses) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"), [(normalising_over_the_batch, "cross_entropy"), (plain, loss_over_the_batch)]
+)
+def test_examples_that_interact_are_neither_batched_nor_recorded(model, loss):
+    rng = np.random.default_rng(0)
+    task = sf.tasks.from_arrays(model, rng.normal(size=(24, 5)).astype(np.float32), rng.integers(3, size=24), loss)
+    assert "do examples interact?" in obstacle(task, sf.Recipe())
+    with pytest.raises(InvalidInput, match="depends on the other examples of the batch"):
+        sf.record(task, sf.Recipe(), sf.random_curricula(18, 3, 6, 6))
 
 
 def test_checkpoints_of_tied_weights(tmp_path):

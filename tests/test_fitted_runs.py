@@ -89,7 +89,9 @@ def test_wrappers_carry_the_runs_of_their_parts(parts, tmp_path):
     attributed = sf.AttributedSimulator(scores).fit(fit)
     attributed.save(tmp_path / "attributed.safetensors")
     assert sf.Simulator.load(tmp_path / "attributed.safetensors").fitted_ids_ == sorted({*fit.ids, held[0].id})
-    with pytest.raises(InvalidInput, match=f"run {held[0].id} is held out, but a part of 'attributed' was fitted on it"):
+    with pytest.raises(
+        InvalidInput, match=f"run {held[0].id} is held out, but a part of 'attributed' was fitted on it"
+    ):
         learning_curve(sf.AttributedSimulator(scores), sf.Runs([*fit, *held]), held_out=4, seed=0)
 
 

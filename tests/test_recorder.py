@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +12,14 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import simfluence as sf
 from simfluence.errors import InvalidInput, StoreError
+from simfluence.storage import journal as journal_module
 from simfluence.storage import recorder as recorder_module
 from simfluence.storage import run_file
 
@@ -198,6 +202,74 @@ def test_a_torn_last_line_is_cut_off_a_damaged_one_found(tmp_path):
         pass
 
 
+def outcome(store, steps=5):
+    """Go on with a recording after all its steps: its losses if the store has a run of it then, else None."""
+    with contextlib.suppress(InvalidInput, StoreError), store.recorder("a", resume=steps) as rec:
+        rec.step([5], [-1.0] * 3)
+    return (store.read("a").curriculum.tolist(), store.read("a").losses.tolist()) if "a" in store else None
+
+
+def test_no_flipped_bit_is_gone_on_with(tmp_path):
+    store, journal = broken_off(tmp_path, steps=3)
+    content = journal.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.permutation(len(content))[:120]:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        journal.write_bytes(flipped)
+        assert outcome(store, steps=3) is None
+    lines = content.splitlines(keepends=True)
+    for other in (
+        [*lines[:2], *lines[3:]],
+        [*lines[:3], lines[2], *lines[3:]],
+        [*lines[:2], lines[3], lines[2], lines[4]],
+    ):
+        journal.write_bytes(b"".join(other))  # a line lost, repeated, moved
+        assert outcome(store, steps=3) is None
+        with pytest.raises(StoreError, match=r"journal.jsonl is damaged at byte .*resume=0"), store.recorder("a"):
+            pass
+    journal.write_bytes(content)
+    assert outcome(store, steps=3) == ([[0], [1], [2], [5]], [[v] * 3 for v in (0.0, 1.0, 2.0, 3.0, -1.0)])
+
+
+def test_a_damaged_recording_is_made_again(tmp_path):
+    store, journal = broken_off(tmp_path)
+    journal.write_bytes(journal.read_bytes().replace(b"a", b"b"))
+    with pytest.raises(StoreError, match="start over with resume=0"), store.recorder("a"):
+        pass
+    with store.recorder("a", resume=0) as rec:
+        rec.read([7.0] * 3)
+        rec.step([1], [8.0] * 3)
+    assert store.read("a").losses[:, 0].tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("event", [
+    {"batch": [6]}, {"batch": [-1]}, {"batch": [True]}, {"batch": [0.5]}, {"batch": 3}, {"batch": [[0]]},
+    {"batch": [2**80]}, {"batch": [0], "lr": "x"}, {"batch": [0], "losses": "AAAA"}, {"batch": [0], "losses": 5},
+    {"batch": [0], "losses": "ä"}, {"batch": [0], "more": 1}, {"losses": None}, {"measure.m": "AAAA"},
+])  # fmt: skip
+def test_a_journal_of_a_stranger(tmp_path, event):
+    store, journal = broken_off(tmp_path)
+    last = list(journal_module.journal_entries(journal))[-1]
+    with open(journal, "ab") as file:
+        file.write(journal_module.journal_line(event, last.checksum)[0])
+    with pytest.raises((StoreError, InvalidInput)), store.recorder("a", resume=6):
+        pass
+    assert store.ids() == []
+
+
+def test_a_journal_changed_while_it_is_written_is_no_run(tmp_path):
+    for change in (lambda content: content[:-1], lambda content: content[:-40], lambda content: b""):
+        with pytest.raises(StoreError, match="is damaged"), started(tmp_path) as rec:  # noqa: PT012
+            rec.read([1, 2, 3])
+            rec.step([0], [1, 2, 3])
+            rec.step([1], [4, 5, 6])
+            journal = rec.store.partial("a") / "journal.jsonl"
+            journal.write_bytes(change(journal.read_bytes()))
+        assert sf.RunStore(tmp_path).ids() == []
+        shutil.rmtree(tmp_path / "partial")
+
+
 def test_resuming_keeps_what_it_is_told(tmp_path):
     store, journal = broken_off(tmp_path)
     with pytest.raises(InvalidInput, match="only 5 steps of run 'a' are recorded"), store.recorder("a", resume=6):
@@ -259,6 +331,116 @@ def test_blocks_and_one_block_are_the_same_run(runs, store, monkeypatch):
         store.write_rows(recorder_module.RunHeader("b", "other", 12, None, False), cut)
 
 
+IN_ANY_ORDER = [3, 1, 2, 0, 4]
+
+
+@pytest.mark.parametrize("train", [IN_ANY_ORDER, list(map(str, IN_ANY_ORDER)), range(5, 0, -1)])
+@pytest.mark.parametrize("batch", [[3, 1], np.array([3, 1]), torch.tensor([3, 1]), pd.Series([3, 1]), (1,)])
+def test_ids_that_are_numbers_are_not_taken_for_positions(tmp_path, train, batch):
+    with sf.RunStore(tmp_path).recorder("a", train=train, test=["t"]) as rec:
+        rec.read([1.0])
+        with pytest.raises(InvalidInput, match=r"step 1: .* can mean ids or rows: write ids=\[…\] or rows=\[…\]"):
+            rec.step(batch, [0.5])
+        rec.leave()
+    assert sf.RunStore(tmp_path).ids() == []
+
+
+def test_rows_and_ids_of_a_batch(tmp_path):
+    store = sf.RunStore(tmp_path)
+    with store.recorder("a", train=IN_ANY_ORDER, test=["t"]) as rec:
+        rec.read([1.0])
+        for batch in ({"ids": [3, 1, 3]}, {"rows": [3, 1, 3]}, {"ids": ["0", 4]}, {"batch": ["0", "4"]}, {"batch": []}):
+            rec.step(**batch)
+        for batch in ({"rows": []}, {"ids": []}, {"ids": torch.tensor([0, 0])}, {"rows": np.array([4])}):
+            rec.step(**batch)
+        rec.step(np.array(3) == IN_ANY_ORDER, [0.5])  # a mask
+        for wrong in ({"ids": [5]}, {"rows": [5]}, {"rows": ["3"]}, {"ids": [3.0]}, {"ids": [3], "rows": [3]}):
+            with pytest.raises(InvalidInput, match="step 11: "):
+                rec.step(**wrong)
+    batches = [[0, 1, 0], [3, 1, 3], [3, 4], [3, 4], [], [], [], [3, 3], [4], [0]]
+    assert store.read("a").curriculum.tolist() == batches  # an example that is there twice counts twice
+    assert store.read("a").train.ids == list(map(str, IN_ANY_ORDER))
+
+
+def test_ids_out_of_tensors(tmp_path):
+    for number, train in enumerate([list(torch.tensor([3, 1])), list(np.array([3, 1]))]):
+        store = sf.RunStore(tmp_path / str(number))
+        store.recorder("a", train=train, test=["t"])
+        assert store.sides()[0].ids == ["3", "1"]
+
+
+def test_measures_of_any_name(tmp_path):
+    names = ["batch", "lr", "measure.lr", "ids"]  # as the journal's own
+    store = sf.RunStore(tmp_path)
+    values = {name: [float(n), 0.5, -1.0] for n, name in enumerate(names)}
+    with store.recorder("a", train=TRAIN, test=TEST, measures=names) as rec:
+        rec.read([1, 2, 3], values)
+        rec.step([0], [4, 5, 6], measures=values, lr=torch.tensor(0.25))
+    run = store.read("a")
+    assert run.curriculum.tolist() == [[0]]
+    assert run.learning_rates.tolist() == [0.25]
+    assert {name: run.measures[name].tolist() for name in names} == {n: [v, v] for n, v in values.items()}
+    with pytest.raises(InvalidInput, match="distinct"):
+        store.recorder("b", measures=["m", "m"])
+
+
+def test_a_full_disk_does_not_damage_the_journal(tmp_path, monkeypatch):
+    with started(tmp_path) as rec:
+        rec.read([1, 2, 3])
+        rec.step([0], [4, 5, 6])
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder_module, "SECONDS_BETWEEN_SYNCS", -1.0)
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(StoreError, match="No space left"):
+                rec.step([1], [7, 8, 9])
+        rec.step([2], [7, 8, 9])
+    assert sf.RunStore(tmp_path).read("a").curriculum.tolist() == [[0], [2]]
+
+
+LONG = """
+import sys
+from pathlib import Path
+import simfluence as sf
+from simfluence.storage.journal import journal_line
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1e3
+
+def record(folder, steps):
+    store = sf.RunStore(folder)
+    with store.recorder("a", train="abcdef".split("-") + ["g"], test=["t"]) as rec:
+        rec.read([0.5])
+        rec.step([0], [0.5])
+        rec.leave()
+    with open(store.partial("a") / "journal.jsonl", "ab") as file:  # as step writes it, faster
+        checksum = rec._checksum
+        for step in range(1, steps):
+            line, checksum = journal_line({"batch": [0, 1, 0], "lr": 0.1, "losses": "AAAAPw=="}, checksum)
+            file.write(line)
+    with store.recorder("a", resume=steps):
+        pass
+    return store
+
+record(sys.argv[1] + "/warm", 3)
+before = peak()
+store = record(sys.argv[1] + "/long", int(sys.argv[2]))
+print(peak() - before)
+run = store.read("a")
+assert run.steps == int(sys.argv[2]) and run.losses[:, 0].tolist() == [0.5] * (run.steps + 1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
+def test_a_long_run_is_finished_in_little_memory(tmp_path):
+    found = subprocess.run([sys.executable, "-c", LONG, str(tmp_path), "100000"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) < 70  # megabytes; all steps in one block take more than 150
+
+
 def started(path, **arguments):
     return sf.RunStore(path).recorder("a", train=TRAIN, test=TEST, **arguments)
 
@@ -271,10 +453,26 @@ def started(path, **arguments):
         (lambda rec: rec.read(["a", "b", "c"]), "one number for each"),
         (lambda rec: rec.read(0.5), "reduction='none'"),
         (lambda rec: (rec.read([1, 2, 3]), rec.read([1, 2, 3])), "already recorded"),
-        (lambda rec: (rec.read([1, 2, 3]), rec.step(["t00"])), "no training example 't00', did you mean 't0'"),
-        (lambda rec: (rec.read([1, 2, 3]), rec.step([6])), "indices from 0 to 5; got 6"),
-        (lambda rec: (rec.read([1, 2, 3]), rec.step([-1])), "got -1"),
-        (lambda rec: (rec.read([1, 2, 3]), rec.step([True])), "got True"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step(["t00"])), "step 1: no example 't00', did you mean 't0'"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([6])), "step 1: no example 6: indices go from 0 to 5"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([-1])), "no example -1"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([True])), "mask has 1 entries for 6 examples"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step("t0")), "step 1: batch must be a list of examples"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step(pd.DataFrame({0: [1]}))), "batch must be a list of examples"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step({"t0": 1})), "batch must be a list of examples"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step(torch.tensor(3))), "batch must be a list of examples"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step(torch.ones(2, 2).long())), "batch must contain ids"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step(np.array([0.0, 1.0]))), "got 0.0"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], ids=["t0"])), "pass one of .*, got batch and ids"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step()), "pass one of .*, got none"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step(["t0", 1])), "step 1"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], [1, 2])), r"step 1: losses: pass one number .* int64\[2\]"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], [[1], [2, 3]])), "step 1: losses: pass one number"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], lr=float("nan"))), "step 1: lr must be a number"),
+        (lambda rec: (rec.read([1, 2, 3]), rec.step([0], lr="0.1")), "lr must be"),
+        (lambda rec: rec.read([1, np.nan, 3]), "before any update: the loss of test example 'y' is nan"),
+        (lambda rec: rec.read([1, 2, 1e300]), "test example 'z' is inf in float32"),
+        (lambda rec: rec.read(np.ma.array([1, 2, 3], mask=[0, 1, 0])), "one number for each"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([0.5])), "got 0.5"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([0], measures={"m": [1, 2, 3]})), "only together with losses"),
         (lambda rec: (rec.read([1, 2, 3]), rec.step([0], [1, 2, 3], measures={"m": [1, 2, 3]})), "name them all"),

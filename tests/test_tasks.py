@@ -142,10 +142,26 @@ def test_bad_tasks(call, said):
         call()
 
 
-def test_a_reduced_loss_is_refused():
-    task = tasks.from_arrays(linear, X, Y, nn.functional.cross_entropy)
-    with pytest.raises(InvalidInput, match="one number per example"):
-        sf.record(task, sf.Recipe(), [sf.Curriculum([[0]], n_train=6)])
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (nn.functional.cross_entropy, "one number per example"),
+        (lambda outputs, targets: outputs.sum(1, keepdim=True), "one number per example"),
+        (lambda outputs, targets: 0.5, "returned float: return a tensor"),
+        (nn.CrossEntropyLoss(), r"pass CrossEntropyLoss\(reduction='none'\)"),
+        (nn.MSELoss(reduction="sum"), r"reduction='sum'\): pass MSELoss\(reduction='none'\)"),
+        (nn.CrossEntropyLoss, "is the class CrossEntropyLoss"),
+        ("mse", "unknown loss 'mse', did you mean 'squared_error'"),
+        ("MSELoss", "did you mean 'squared_error'"),
+        ("CrossEntropyLoss()", "did you mean 'cross_entropy'"),
+        ("bce", "choose from: cross_entropy, squared_error, token_cross_entropy"),
+        ("cross-entropy", "did you mean 'cross_entropy'"),
+        (3, "loss must be a string or a function"),
+    ],
+)
+def test_losses_that_are_none(loss, said):
+    with pytest.raises(InvalidInput, match=said):
+        tasks.from_arrays(linear, X, Y, loss)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +280,8 @@ def test_a_given_module_with_counters():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: tasks.from_arrays(linear, X, list("abcdefgh"), "cross_entropy"), "encode text first"),
+        (lambda: tasks.from_arrays(linear, X, list("abcdefgh"), "cross_entropy"), "model has 2 outputs"),
+        (lambda: tasks.from_arrays(linear, X, list("abcdefgh"), "squared_error"), "encode text first"),
         (
             lambda: record(tasks.from_arrays(linear, X.astype(int), Y, "cross_entropy", test=2)),
             "does not run on its data",

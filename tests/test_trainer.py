@@ -216,7 +216,7 @@ def stream(bert):
         ({"cls": HiddenSampler}, {}, "sampler hides which examples it draws"),
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size restarts training"),
         ({"dataloader_num_workers": 2, "dataloader_in_order": False}, {}, "out of order"),
-        ({}, {"every": 0}, "every must be 1 or more"),
+        ({}, {"every": 0}, "every must be at least 1"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, {"every": 2},
             "record with every=1",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -12,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from simfluence._internal.checked import checked, fitting
 from simfluence._internal.progress import bar
 from simfluence._internal.types import Indices
-from simfluence._internal.validation import checked_indices, whole
+from simfluence._internal.validation import checked_indices, number
 from simfluence.attribution.gradients.hooks import Gradients, Loss, Mask, attention_mask, rows_of
 from simfluence.attribution.gradients.inner_products import (
     Query,
@@ -27,6 +30,7 @@ from simfluence.attribution.gradients.inner_products import (
 from simfluence.attribution.gradients.layers import Factors
 from simfluence.attribution.gradients.per_example import per_example_gradients
 from simfluence.attribution.scores import Scores, TopScores
+from simfluence.attribution.snapshot import Snapshot
 from simfluence.errors import InvalidInput, NotFittedError, did_you_mean
 from simfluence.task import Data, Task, take, tensors
 
@@ -37,8 +41,8 @@ __all__ = [
     "LayerFactors",
     "Queries",
     "Solve",
+    "check_parameters",
     "checked_data",
-    "versions",
 ]
 
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
@@ -54,7 +58,7 @@ Queries = Mapping[str, Query]
 Solve = Callable[[LayerFactors], Queries]
 
 
-class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-ignore]  # scikit-learn is untyped
+class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is untyped
     """Scores how much each training example lowers the loss of a test example: call ``fit``, then ``scores``.
 
     The common form is ``score(z, i) = Σ_k w_k ⟨P_k ∇ℓ_z(θ_k), ∇ℓ_i(θ_k)⟩`` over one or several states θ_k of the model;
@@ -70,15 +74,19 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
     layers: Sequence[str] | None
     batch_size: int
 
+    @checked
     def fit(
         self: AttributorT,
         model: nn.Module,
-        data: Data | Task,
+        data: Data | Sequence[Any] | Task,
         loss: Loss | None = None,
         l2: float | None = None,
         mask: Mask = attention_mask,
     ) -> AttributorT:
-        """Prepare scoring against the training examples. The model is neither copied nor changed.
+        """Prepare scoring against the training examples. The model is not changed.
+
+        It is not copied either, except for a model in half precision (bfloat16, float16): gradients are those of a
+        copy in float32.
 
         Args:
             model: the trained model.
@@ -92,6 +100,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
             InvalidInput: there are no layers to attribute to, the loss is reduced, a label is out of range, a gradient
                 is not finite, the forward pass is random, or a parameter is out of range.
         """
+        check_parameters(self)
         self._check_parameters()
         task = data if isinstance(data, Task) else None
         train = checked_data(task.train_data if task is not None else data)
@@ -100,16 +109,18 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
             raise InvalidInput("a loss is required: pass loss=…, a function (outputs, targets) → [batch]")
         self.task_, self.train_data_ = task, train
         self.l2_ = l2 if l2 is not None else (0.0 if task is None else task.l2)
-        if not self.l2_ >= 0:
-            raise InvalidInput(f"l2 must be a number from 0 up, got {self.l2_!r}")
-        self.gradients_ = per_example_gradients(model, loss, train, self.layers, mask)
+        number("l2", self.l2_, least=0)
+        precise = _in_single_precision(model)
+        self.gradients_ = per_example_gradients(precise, loss, train, self.layers, mask, self.batch_size)
+        snapshot = Snapshot.of(model)
         self._fit()
-        self.versions_ = versions(model)
+        self.snapshot_ = snapshot
         return self
 
+    @checked
     def scores(
         self,
-        test_data: Data | None = None,
+        test_data: Data | Sequence[Any] | None = None,
         unit: str | None = None,
         by_layer: bool = False,
         train: Sequence[int] | Indices | None = None,
@@ -140,6 +151,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
         layers = tuple(names) if by_layer else None
         return Scores(values, unit or self.units[0], type(self).__name__, layers, train_ids, test_ids)
 
+    @checked
     def self_influence(self, unit: str | None = None) -> Float[np.ndarray, " train"]:
         """Compute the score of each training example for itself: large if the model has memorised the example.
 
@@ -156,7 +168,8 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
                 values[rows] += scale * self._self_products(solve, factors).cpu().numpy()
         return values
 
-    def top_k(self, k: int, test_data: Data | None = None, unit: str | None = None) -> TopScores:
+    @checked
+    def top_k(self, k: int, test_data: Data | Sequence[Any] | None = None, unit: str | None = None) -> TopScores:
         """Find the k training examples with the largest scores for each test example, without the full matrix.
 
         Raises:
@@ -175,8 +188,9 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
             indices[rows] = torch.cat([indices[rows], block_indices], 1).gather(1, order)
         return TopScores(indices.numpy(), scale * values.numpy(), unit or self.units[0], type(self).__name__)
 
+    @checked
     def token_scores(
-        self, test_data: Data | None = None, unit: str | None = None
+        self, test_data: Data | Sequence[Any] | None = None, unit: str | None = None
     ) -> Float[np.ndarray, "test train positions"]:
         """Split the scores by position (token) of the training examples.
 
@@ -233,8 +247,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
         return max(1, min(self.batch_size, QUERIES // (gradients.size * gradients.like.element_size())))
 
     def _check_parameters(self) -> None:
-        """Raise ``InvalidInput`` if a parameter is out of range."""
-        whole("batch_size", self.batch_size, 1)
+        """Raise ``InvalidInput`` if a parameter is out of a range that its annotation does not say."""
 
     def _blocks(self, test: Data, chosen: Indices | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield test rows, training rows (counted among the chosen) and their products ``[layer, test, train]``."""
@@ -304,12 +317,15 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
             pass
 
     def _check_ready(self) -> None:
-        if not hasattr(self, "versions_"):
+        if not hasattr(self, "snapshot_"):
             raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit(model, data, loss=…) first")
-        if versions(self.gradients_.model) != self.versions_:
-            raise InvalidInput("the model's weights changed since fit: fit again, or fit on a copy of the model")
+        self._check_weights()
 
-    def _checked_test(self, test_data: Data | None) -> Data:
+    def _check_weights(self) -> None:
+        """Raise ``InvalidInput`` if the model's weights changed since ``fit``."""
+        self.snapshot_.check()
+
+    def _checked_test(self, test_data: Data | Sequence[Any] | None) -> Data:
         self._check_ready()
         if test_data is None and self.task_ is None:
             raise InvalidInput(
@@ -318,7 +334,7 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc, unused-
         return checked_data(test_data if test_data is not None or self.task_ is None else self.task_.test_data)
 
     def _ids(
-        self, test_data: Data | None, chosen: Indices | None = None
+        self, test_data: Data | Sequence[Any] | None, chosen: Indices | None = None
     ) -> tuple[Sequence[Any] | None, Sequence[Any] | None]:
         train_ids = None if self.task_ is None else self.task_.train.ids
         if chosen is not None:
@@ -342,9 +358,24 @@ def checked_data(data: Any) -> Data:
     return data[0], data[1]
 
 
-def versions(model: nn.Module) -> tuple[int, ...]:
-    """Return PyTorch's count of in-place changes of each parameter, such as optimizer steps."""
-    return tuple(parameter._version for parameter in model.parameters())
+def check_parameters(estimator: sklearn.base.BaseEstimator) -> None:
+    """Check the parameters of an estimator against the annotations of its ``__init__``.
+
+    Raises:
+        InvalidInput: one is of another type or out of range.
+    """
+    hints = typing.get_type_hints(type(estimator).__init__, include_extras=True)
+    for name, value in estimator.get_params(deep=False).items():
+        try:
+            fitting(name, value, hints.get(name, Any))
+        except InvalidInput as error:
+            raise InvalidInput(f"{type(estimator).__name__}: {error}") from None
+
+
+def _in_single_precision(model: nn.Module) -> nn.Module:
+    """Return the model, or a copy in float32 if a parameter has half precision, in which products overflow."""
+    half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+    return copy.deepcopy(model).float() if half else model
 
 
 def _numpy_dtype(like: Tensor) -> type[np.floating[Any]]:

@@ -12,12 +12,15 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Count, Seed
 from simfluence.attribution.gradients.hooks import Loss, called, rows_of
 from simfluence.attribution.gradients.labels import relabelling
 from simfluence.errors import ConvergenceWarning, InvalidInput
@@ -27,6 +30,8 @@ from simfluence.tasks.losses import cross_entropy, squared_error
 #: Newton steps at the end of a minimisation, and most parameters for which they are taken (they need the Hessian).
 _NEWTON_STEPS = 20
 _NEWTON_PARAMETERS = 2000
+
+NotNegative = Annotated[float, Ge(0)]
 
 Matrix = Float[Tensor, "parameters parameters"]
 
@@ -75,18 +80,21 @@ class _Problem:
         return self.losses(theta, data).sum()
 
 
+@checked
 def gradients(model: nn.Module, data: Data, loss: Loss) -> Float[Tensor, "examples parameters"]:
     """Return the gradient of each example's loss, from one pass per example."""
     problem = _Problem.of(model, loss)
     return torch.stack([torch.func.grad(problem.total)(problem.theta, example) for example in _examples(data)])
 
 
+@checked
 def hessian(model: nn.Module, data: Data, loss: Loss) -> Matrix:
     """Return the Hessian of the mean loss, ``∇² (1/N) Σ ℓ_i``."""
     problem = _Problem.of(model, loss)
     return _hessian_at(lambda theta: problem.losses(theta, _double(data)).mean(), problem.theta)
 
 
+@checked
 def gauss_newton(model: nn.Module, data: Data, loss: Loss) -> Matrix:
     """Return ``(1/N) Σ Jᵀ H J``: J the outputs' Jacobian, H the loss's Hessian by the outputs (Martens 2020, eq. 6)."""
     problem = _Problem.of(model, loss)
@@ -102,6 +110,7 @@ def _gauss_newton_of_one(problem: _Problem, example: Data) -> Tensor:
     return matrix
 
 
+@checked
 def true_fisher(model: nn.Module, data: Data, loss: Loss) -> Matrix:
     """Return ``(1/N) Σ E[∇ℓ ∇ℓᵀ]``, with the exact expectation over the model's labels.
 
@@ -121,7 +130,8 @@ def true_fisher(model: nn.Module, data: Data, loss: Loss) -> Matrix:
     return total / len(data[1])
 
 
-def sampled_fisher(model: nn.Module, data: Data, loss: Loss, seed: int = 0, draws: int = 1) -> Matrix:
+@checked
+def sampled_fisher(model: nn.Module, data: Data, loss: Loss, seed: Seed = 0, draws: Count = 1) -> Matrix:
     """Estimate ``true_fisher`` from ``draws`` labels per example; draw d has the seed ``seed + d``.
 
     The labels are those that an attributor with ``labels="sampled"`` draws.
@@ -136,17 +146,19 @@ def sampled_fisher(model: nn.Module, data: Data, loss: Loss, seed: int = 0, draw
     return total / draws
 
 
+@checked
 def empirical_fisher(model: nn.Module, data: Data, loss: Loss) -> Matrix:
     """Return ``(1/N) Σ ∇ℓ_i ∇ℓ_iᵀ`` with the real labels."""
     g = gradients(model, data, loss)
     return g.T @ g / len(g)
 
 
+@checked
 def influence(
     curvature: Matrix,
     test: Float[Tensor, "test parameters"],
     train: Float[Tensor, "train parameters"],
-    damping: float = 0.0,
+    damping: NotNegative = 0.0,
 ) -> Float[Tensor, "test train"]:
     """Return ``∇ℓ_zᵀ (G + λI)⁻¹ ∇ℓ_i / N``: how much z's loss would rise without i (Koh & Liang 2017, equation 2).
 
@@ -163,8 +175,14 @@ def influence(
     return scores
 
 
+@checked
 def retrain(
-    model: nn.Module, data: Data, loss: Loss, l2: float = 0.0, weights: Tensor | None = None, tolerance: float = 1e-10
+    model: nn.Module,
+    data: Data,
+    loss: Loss,
+    l2: NotNegative = 0.0,
+    weights: Tensor | None = None,
+    tolerance: NotNegative = 1e-10,
 ) -> nn.Module:
     """Minimise ``Σ w_i ℓ_i + l2/2 ‖θ‖²``, starting at ``model``, by L-BFGS and Newton's method in float64.
 
@@ -186,12 +204,13 @@ def retrain(
     return _with_parameters(problem.model, _minimum(objective, problem.theta, tolerance))
 
 
+@checked
 def leave_one_out(
     model: nn.Module,
     train: Data,
     test: Data,
     loss: Loss,
-    l2: float = 0.0,
+    l2: NotNegative = 0.0,
     removed: Sequence[int] | None = None,
     weight: float | None = None,
 ) -> Float[Tensor, "test removed"]:
@@ -218,14 +237,15 @@ def leave_one_out(
     return torch.stack(columns, 1)
 
 
+@checked
 def pbrf(
     model: nn.Module,
     train: Data,
     test: Data,
     loss: Loss,
-    damping: float,
+    damping: NotNegative,
     removed: Sequence[int] | None = None,
-    tolerance: float = 1e-10,
+    tolerance: NotNegative = 1e-10,
 ) -> Float[Tensor, "test removed"]:
     """Return how much each test loss rises under the proximal Bregman response to removing one training example.
 

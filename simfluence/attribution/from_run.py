@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Count
 from simfluence.attribution.base import Attributor
 from simfluence.attribution.influence import EKFAC, KFAC, Diagonal, Exact
 from simfluence.attribution.iterative import Arnoldi, ConjugateGradients, LiSSA
@@ -35,12 +37,13 @@ OF_MODEL: Mapping[str, type[Attributor]] = {
 METHODS = (*OF_MODEL, "tracin", "tracin-ideal")
 
 
+@checked
 def attributor_from_run(
     method: str,
     task: Task,
     run: Run,
     *,
-    checkpoints: int = 10,
+    checkpoints: Count = 10,
     store: str | Path | RunStore | None = None,
     **parameters: Any,
 ) -> Attributor | TracInIdeal:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from simfluence._internal.validation import whole
+from simfluence._internal.types import Count, Seed
 from simfluence.attribution.base import Attributor, LayerFactors, Queries, Solve
 from simfluence.attribution.curvature.cache import CurvatureCache, fingerprint
 from simfluence.attribution.curvature.kronecker import (
@@ -47,10 +47,10 @@ class _Blocks(Attributor):
         damping: Damping = DEFAULT_DAMPING,
         labels: str | Draw = "sampled",
         layers: Sequence[str] | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
+        batch_size: Count = 64,
+        seed: Seed = 0,
         store: str | Path | None = None,
-        rank: int | None = None,
+        rank: Count | None = None,
     ) -> None:
         self.damping = damping
         self.labels = labels
@@ -63,8 +63,6 @@ class _Blocks(Attributor):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_damping(self.damping)
-        if self.rank is not None:
-            whole("rank", self.rank, 1)
 
     def _fit(self) -> None:
         relabel = relabelling(self.labels, self.gradients_.loss, self.seed)
@@ -93,7 +91,7 @@ class _Blocks(Attributor):
         return torch.stack([self._layer_self_products(name, factors[name]).cpu() for name in factors]).sum(0)
 
     def _layer_self_products(self, name: str, factors: Factors) -> Tensor:
-        if name not in self.rotated_:
+        if name not in self.rotated_ or factors.positions > 1:  # rotated layers can have more in some batches
             return self_products(self._solved(name, factors), factors)
         along = factors.inputs[:, 0].square() @ (1 / self._divisor(name)).T  # (s²)ᵀ W a²: no gradient is formed
         return (along * factors.gradients[:, 0].square()).sum(1)
@@ -216,7 +214,7 @@ class Exact(Attributor):
         damping: Damping = 0.0,
         curvature: str = "gauss_newton",
         layers: Sequence[str] | None = None,
-        batch_size: int = 64,
+        batch_size: Count = 64,
     ) -> None:
         self.damping = damping
         self.curvature = curvature

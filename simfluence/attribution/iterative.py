@@ -5,11 +5,15 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor
 
+from simfluence._internal.types import Count, Seed
 from simfluence.attribution.base import Attributor, LayerFactors, Queries
 from simfluence.attribution.curvature.kronecker import (
     Block,
@@ -27,12 +31,14 @@ from simfluence.task import take
 __all__ = ["Arnoldi", "ConjugateGradients", "LiSSA", "conjugate_gradients"]
 
 Vectors = Float[Tensor, "n parameters"]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
 
 
 class _Iterative(Attributor):
     """``(G + λI)⁻¹ ∇ℓ_z`` from products with G over all training examples."""
 
-    def __init__(self, damping: Damping, curvature: str, layers: Sequence[str] | None, batch_size: int) -> None:
+    def __init__(self, damping: Damping, curvature: str, layers: Sequence[str] | None, batch_size: Count) -> None:
         self.damping = damping
         self.curvature = curvature
         self.layers = layers
@@ -48,7 +54,7 @@ class _Iterative(Attributor):
         self._check_training()
         product = curvature_product(self.curvature, self.gradients_, self.train_data_, self.batch_size)
         added = self._total_damping
-        self.product_: Product = lambda vectors: product(vectors) + added * vectors
+        self.product_: Product = partial(_damped, product, added)  # a lambda would not be copied with its model
         self._prepare()
 
     def _solve(self, factors: LayerFactors) -> Queries:
@@ -64,6 +70,11 @@ class _Iterative(Attributor):
 
     @abstractmethod
     def _solve_flat(self, vectors: Vectors) -> Vectors: ...
+
+
+def _damped(product: Product, damping: float, vectors: Vectors) -> Vectors:
+    """Return ``(G + λI) v`` for each vector v."""
+    return product(vectors) + damping * vectors
 
 
 class ConjugateGradients(_Iterative):
@@ -100,11 +111,11 @@ class ConjugateGradients(_Iterative):
         self,
         damping: Damping = 1e-2,
         curvature: str = "gauss_newton",
-        tolerance: float = 1e-6,
-        iterations: int = 200,
+        tolerance: NotNegative = 1e-6,
+        iterations: Count = 200,
         preconditioned: bool = False,
         layers: Sequence[str] | None = None,
-        batch_size: int = 64,
+        batch_size: Count = 64,
     ) -> None:
         super().__init__(damping, curvature, layers, batch_size)
         self.tolerance = tolerance
@@ -205,13 +216,13 @@ class LiSSA(_Iterative):
         self,
         damping: Damping = 1e-2,
         curvature: str = "gauss_newton",
-        scale: float | None = None,
-        iterations: int = 5000,
-        tolerance: float = 1e-6,
-        sample: int | None = None,
-        seed: int = 0,
+        scale: Positive | None = None,
+        iterations: Count = 5000,
+        tolerance: NotNegative = 1e-6,
+        sample: Count | None = None,
+        seed: Seed = 0,
         layers: Sequence[str] | None = None,
-        batch_size: int = 64,
+        batch_size: Count = 64,
     ) -> None:
         super().__init__(damping, curvature, layers, batch_size)
         self.scale = scale
@@ -298,11 +309,11 @@ class Arnoldi(_Iterative):
         self,
         damping: Damping = 1e-2,
         curvature: str = "gauss_newton",
-        iterations: int = 100,
-        rank: int | None = None,
-        seed: int = 0,
+        iterations: Count = 100,
+        rank: Count | None = None,
+        seed: Seed = 0,
         layers: Sequence[str] | None = None,
-        batch_size: int = 64,
+        batch_size: Count = 64,
     ) -> None:
         super().__init__(damping, curvature, layers, batch_size)
         self.iterations = iterations
@@ -318,7 +329,8 @@ class Arnoldi(_Iterative):
         self.basis_ = vectors[:, largest].T @ basis  # [rank, parameters]
 
     def _solve_flat(self, vectors: Vectors) -> Vectors:
-        return (vectors @ self.basis_.T / self.eigenvalues_) @ self.basis_
+        solution: Tensor = (vectors @ self.basis_.T / self.eigenvalues_) @ self.basis_
+        return solution
 
     def _krylov(self, iterations: int) -> tuple[Tensor, Tensor]:
         """Return an orthonormal basis ``[k, parameters]``, and the matrix in it ``[k, k]``, valid in its upper half."""
@@ -340,10 +352,9 @@ class Arnoldi(_Iterative):
 def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
     """Subtract the part of ``vector`` in the span of ``basis``, twice because of rounding."""
     for _ in range(2):
-        difference: Tensor = vector - basis.T @ (basis @ vector)
-        vector = difference
+        vector = vector - basis.T @ (basis @ vector)
     return vector
 
 
-def _random_vector(size: int, seed: int, like: Tensor) -> Tensor:
+def _random_vector(size: int, seed: Seed, like: Tensor) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like)

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from simfluence._internal.checked import checked
 from simfluence._internal.deprecation import warn_renamed
+from simfluence._internal.types import Share
 from simfluence.errors import InvalidInput
 
 __all__ = ["Scores", "Tail", "TopScores"]
@@ -109,7 +111,8 @@ class Scores(np.lib.mixins.NDArrayOperatorsMixin):
             {"share": shares.mean(axis=1), "low": low, "high": high}, pd.Index(self.layers, name="layer")
         )
 
-    def tail(self, top: float = 0.01) -> Tail:
+    @checked
+    def tail(self, top: Share = 0.01) -> Tail:
         """Measure how unevenly positive influence is spread (Grosse et al. 2023, section 5.2).
 
         Args:
@@ -122,8 +125,6 @@ class Scores(np.lib.mixins.NDArrayOperatorsMixin):
         >>> scores.tail(top=0.25).share
         0.8
         """
-        if not 0 < top < 1:
-            raise InvalidInput(f"top must be between 0 and 1, got {top}")
         values = self.values.astype(np.float64)
         values = values.sum(axis=0) if values.ndim == 3 else values
         ordered = -np.sort(-np.maximum(values, 0.0), axis=1)  # [test, train]

@@ -18,9 +18,10 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
-from simfluence._internal.types import Indices
-from simfluence._internal.validation import checked_indices, whole
-from simfluence.attribution.base import checked_data, versions
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Count, Indices
+from simfluence._internal.validation import checked_indices
+from simfluence.attribution.base import check_parameters, checked_data
 from simfluence.attribution.gradients.hooks import (
     Calls,
     Mask,
@@ -32,6 +33,7 @@ from simfluence.attribution.gradients.hooks import (
     rows_of,
 )
 from simfluence.attribution.scores import Scores
+from simfluence.attribution.snapshot import Snapshot
 from simfluence.errors import InvalidInput, NotFittedError, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Data, Task, cast, forward
@@ -44,9 +46,10 @@ SimilarityT = TypeVar("SimilarityT", bound="_Similarity")
 __all__ = ["HiddenSimilarity", "NGrams", "Texts", "TfIdf", "candidates"]
 
 
-class _Similarity(sklearn.base.BaseEstimator):
+class _Similarity(sklearn.base.BaseEstimator):  # type: ignore[misc]  # scikit-learn is untyped
     """Inner products of features. ``fit`` sets ``train_features_`` and ``train_ids_``."""
 
+    @checked
     def scores(
         self, test_data: Any = None, unit: str | None = None, train: Sequence[int] | Indices | None = None
     ) -> Scores:
@@ -103,12 +106,13 @@ class HiddenSimilarity(_Similarity):
            [0.8, 1. ]], dtype=float32)
     """
 
-    def __init__(self, layer: str | None = None, cosine: bool = True, batch_size: int = 64) -> None:
+    def __init__(self, layer: str | None = None, cosine: bool = True, batch_size: Count = 64) -> None:
         self.layer = layer
         self.cosine = cosine
         self.batch_size = batch_size
 
-    def fit(self, model: nn.Module, data: Data | Task, mask: Mask = attention_mask) -> HiddenSimilarity:
+    @checked
+    def fit(self, model: nn.Module, data: Data | Sequence[Any] | Task, mask: Mask = attention_mask) -> HiddenSimilarity:
         """Compute the training examples' representations. The model is referenced, not copied or changed.
 
         Args:
@@ -120,16 +124,15 @@ class HiddenSimilarity(_Similarity):
             InvalidInput: there is no such module, it is never called, or not with one row per example; the model
                 fails; or a representation is not finite.
         """
-        whole("batch_size", self.batch_size, 1)
+        check_parameters(self)
         task = data if isinstance(data, Task) else None
         self.layer_ = _named(model, self.layer)
-        self.model_, self.mask_, self.versions_ = model, mask, versions(model)
+        self.model_, self.mask_, self.snapshot_ = model, mask, Snapshot.of(model)
         self._take(task, data if task is None else task.train_data, None if task is None else task.train.ids)
         return self
 
     def _features(self, data: Data | None, side: str) -> Float[np.ndarray, "examples features"]:
-        if versions(self.model_) != self.versions_:
-            raise InvalidInput("the model's weights changed since fit: fit again, or fit on a copy of the model")
+        self.snapshot_.check()
         data = checked_data(self.task_.test_data if data is None and self.task_ is not None else data)
         starts = range(0, len(data[1]), self.batch_size)
         batches = [self._of_batch(rows_of(data, slice(s, s + self.batch_size)), s, side) for s in starts]
@@ -192,6 +195,7 @@ class _TextSimilarity(_Similarity):
 
     column: str
 
+    @checked
     def fit(self: SimilarityT, texts: Texts) -> SimilarityT:
         """Learn the vocabulary of the training texts.
 
@@ -280,6 +284,7 @@ def _lengths(n: Any) -> tuple[int, int]:
     return int(low), int(high)
 
 
+@checked
 def candidates(scores: Any, k: int) -> Int[np.ndarray, " candidates"]:
     """Return the indices, sorted, of the training examples among the k best of at least one test example.
 

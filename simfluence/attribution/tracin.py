@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve, versions
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Count
+from simfluence._internal.validation import number
+from simfluence.attribution.base import Attributor, AttributorT, LayerFactors, Queries, Solve
 from simfluence.attribution.curvature.kronecker import FORMED
 from simfluence.attribution.gradients.hooks import Gradients, Loss, Mask, attention_mask
 from simfluence.attribution.gradients.inner_products import matrices, self_products
@@ -48,7 +51,7 @@ class GradientDot(Attributor):
 
     units: ClassVar[tuple[str, ...]] = ("raw",)
 
-    def __init__(self, layers: Sequence[str] | None = None, batch_size: int = 64) -> None:
+    def __init__(self, layers: Sequence[str] | None = None, batch_size: Count = 64) -> None:
         self.layers = layers
         self.batch_size = batch_size
 
@@ -74,7 +77,7 @@ class GradientCosine(Attributor):
 
     units: ClassVar[tuple[str, ...]] = ("raw",)
 
-    def __init__(self, layers: Sequence[str] | None = None, batch_size: int = 64) -> None:
+    def __init__(self, layers: Sequence[str] | None = None, batch_size: Count = 64) -> None:
         self.layers = layers
         self.batch_size = batch_size
 
@@ -105,6 +108,11 @@ class Adam:
 
     beta2: float = 0.999
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        number("Adam: eps", self.eps, least=0)
+        if not 0 <= number("Adam: beta2", self.beta2) < 1:
+            raise InvalidInput(f"Adam: beta2 must be at least 0 and below 1, got {self.beta2!r}")
 
 
 class TracInCP(Attributor):
@@ -137,7 +145,7 @@ class TracInCP(Attributor):
         checkpoints: Sequence[tuple[State, float]] = (),
         adam: Adam | None = None,
         layers: Sequence[str] | None = None,
-        batch_size: int = 64,
+        batch_size: Count = 64,
     ) -> None:
         self.checkpoints = checkpoints
         self.adam = adam
@@ -145,6 +153,7 @@ class TracInCP(Attributor):
         self.batch_size = batch_size
 
     @classmethod
+    @checked
     def from_run(cls, run: Run, **parameters: Any) -> TracInCP:
         """Create an attributor over a run's recorded checkpoints, each with the learning rate of the next step.
 
@@ -162,7 +171,7 @@ class TracInCP(Attributor):
     def fit(
         self: AttributorT,
         model: nn.Module,
-        data: Data | Task,
+        data: Data | Sequence[Any] | Task,
         loss: Loss | None = None,
         l2: float | None = None,
         mask: Mask = attention_mask,
@@ -170,8 +179,9 @@ class TracInCP(Attributor):
         """Fit as in ``Attributor``. The model gives the architecture; the checkpoints' weights go into a copy of it."""
         return super().fit(copy.deepcopy(model), data, loss, l2, mask)
 
+    @checked
     def by_checkpoint(
-        self, test_data: Data | None = None
+        self, test_data: Data | Sequence[Any] | None = None
     ) -> tuple[Int[np.ndarray, " checkpoints"], Float[np.ndarray, "checkpoints test train"]]:
         """Return the steps of the checkpoints, and the scores at each of them without its learning rate.
 
@@ -192,16 +202,15 @@ class TracInCP(Attributor):
     def _fit(self) -> None:
         if not self.checkpoints:
             raise InvalidInput("there are no checkpoints to trace: pass pairs (state, learning rate)")
-        for number, (state, _) in enumerate(self.checkpoints):
-            _check_fits(_parameters(state), self.gradients_.model, number)
+        for index, (state, rate) in enumerate(self.checkpoints):
+            number(f"the learning rate of checkpoint {index}", rate)
+            _check_fits(_parameters(state), self.gradients_.model, index)
 
     def _solve(self, factors: LayerFactors) -> Queries:
         return factors
 
-    def _check_ready(self) -> None:
-        if hasattr(self, "versions_"):  # the copy changes with every checkpoint
-            self.versions_ = versions(self.gradients_.model)
-        super()._check_ready()
+    def _check_weights(self) -> None:
+        """Accept any weights: those of the copy change with every checkpoint."""
 
     def _states(self) -> Iterator[tuple[Gradients, Solve]]:
         for state, rate in self.checkpoints:
@@ -241,7 +250,7 @@ def _parameters(state: State) -> Mapping[str, Tensor]:
     return state.model if isinstance(state, Checkpoint) else state
 
 
-def _check_fits(state: Mapping[str, Tensor], model: nn.Module, number: int) -> None:
+def _check_fits(state: Mapping[str, Tensor], model: nn.Module, index: int) -> None:
     own = model.state_dict()
     problems = [f"{name!r} is missing" for name in own.keys() - state.keys()]
     problems += [f"{name!r} is not in the model" for name in state.keys() - own.keys()]
@@ -251,7 +260,7 @@ def _check_fits(state: Mapping[str, Tensor], model: nn.Module, number: int) -> N
         if state[name].shape != own[name].shape
     ]
     if problems:
-        raise InvalidInput(f"checkpoint {number} is of another architecture: {'; '.join(sorted(problems)[:3])}")
+        raise InvalidInput(f"checkpoint {index} is of another architecture: {'; '.join(sorted(problems)[:3])}")
 
 
 def _adam_steps(state: State, gradients: Gradients, adam: Adam) -> dict[str, Tensor]:
@@ -269,7 +278,7 @@ def _adam_steps(state: State, gradients: Gradients, adam: Adam) -> dict[str, Ten
     return {name: layer.from_parameters(steps) for name, layer in gradients.layers.items()}
 
 
-class TracInIdeal(sklearn.base.BaseEstimator):  # type: ignore[misc, unused-ignore]  # scikit-learn is untyped
+class TracInIdeal(sklearn.base.BaseEstimator):  # type: ignore[misc]  # scikit-learn is untyped
     """``Σ_t count_ti/|c_t| · (L_t(z) − L_{t+1}(z))`` over the steps t of recorded runs, from their losses.
 
     A batch's loss change is divided evenly among its examples. The unit is "loss": the predicted rise of z's loss if
@@ -281,6 +290,7 @@ class TracInIdeal(sklearn.base.BaseEstimator):  # type: ignore[misc, unused-igno
     array([[ 2. , -0.5]])
     """
 
+    @checked
     def fit(self, runs: Run | Runs) -> TracInIdeal:
         """Compute the scores from the losses of the runs.
 
@@ -299,6 +309,7 @@ class TracInIdeal(sklearn.base.BaseEstimator):  # type: ignore[misc, unused-igno
         self.ids_ = [part.ids if part is not None else None for part in (several[0].train, several[0].test)]
         return self
 
+    @checked
     def scores(self, test_data: Any = None, unit: str | None = None) -> Scores:
         """Return the scores ``[test, train]`` of the runs' own test examples.
 

@@ -11,14 +11,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from simfluence._internal.checked import checked, shown
+from simfluence._internal.types import Count, Seed, Share, Target
+from simfluence.attribution.scores import Scores
 from simfluence.edits import Remove
 from simfluence.errors import InvalidInput
-from simfluence.evaluation.metrics import correlation_over_runs
+from simfluence.evaluation.metrics import Resamples, correlation_over_runs
 from simfluence.recording import record
 from simfluence.runs import Run, Runs
 from simfluence.task import Task
 
-__all__ = ["LDS", "agreement", "brittleness", "checked", "lds"]
+__all__ = ["LDS", "agreement", "brittleness", "checked_scores", "lds"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class LDS:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def lds(scores: Any, runs: Runs, *, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0) -> LDS:
+@checked
+def lds(scores: Any, runs: Runs, *, bootstrap: Resamples = 1000, confidence: Share = 0.95, seed: Seed = 0) -> LDS:
     """Compute the linear datamodeling score (Park et al. 2023, definition 2.3).
 
     It is Spearman's ρ over runs between predicted and recorded final loss, averaged over test examples. The predicted
@@ -63,7 +67,7 @@ def lds(scores: Any, runs: Runs, *, bootstrap: int = 1000, confidence: float = 0
     1.0
     """
     runs = runs.usable("judge scores by")
-    values = checked(scores, runs.n_test, runs.n_train)
+    values = checked_scores(scores, runs.n_test, runs.n_train)
     if len(runs) < 3:
         raise InvalidInput(f"{len(runs)} runs are too few: give 16 or more, each on its own subset")
     shown = np.array([run.curriculum.counts.sum(axis=0) > 0 for run in runs])  # [runs, train]
@@ -76,15 +80,16 @@ def lds(scores: Any, runs: Runs, *, bootstrap: int = 1000, confidence: float = 0
     return LDS(*correlation, runs=len(runs), test_examples=runs.n_test)
 
 
+@checked
 def brittleness(
     scores: Any,
     task: Task,
     run: Run,
-    k: int | Sequence[int] = (1, 5, 10),
+    k: Count | Sequence[Count] = (1, 5, 10),
     *,
-    test: Sequence[int] | None = None,
+    test: Target | None = None,
     store: str | Path | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """Retrain without the k most helpful examples of a test example and measure how much its loss rises.
 
@@ -94,7 +99,8 @@ def brittleness(
         scores: ``[test, train]``, in any unit.
         task, run: task and run to retrain, with the run's recipe and its curriculum without the examples.
         k: numbers of examples to remove.
-        test: indices of test examples, each of which needs two trainings per k; by default 20, evenly spread.
+        test: the test examples, each of which needs two trainings per k: a filter, rows or ids; by default 20, evenly
+            spread.
         store: folder for the retrained runs; a second call with the same arguments trains nothing.
         seed: seed of the random removals.
 
@@ -113,12 +119,15 @@ def brittleness(
     >>> brittleness(scores, task, run, k=[1, 3]).columns.tolist()
     ['rise', 'rise_se', 'random_rise', 'random_rise_se', 'test_examples']
     """
-    k = [k] if isinstance(k, int | np.integer) else list(k)
-    values = checked(scores, len(task.test), len(task.train))
+    k = [k] if isinstance(k, int) else list(dict.fromkeys(k))
+    if not k:
+        raise InvalidInput("k must have one number of examples to remove or more, got none")
+    values = checked_scores(scores, len(task.test), len(task.train))
     run.check_task(task)
     if run.recipe is None:
         raise InvalidInput(f"run {run.id} has no recipe, so it cannot be retrained: record it with sf.record")
-    chosen = np.linspace(0, len(task.test) - 1, min(20, len(task.test))).astype(int) if test is None else np.array(test)
+    spread = np.linspace(0, len(task.test) - 1, min(20, len(task.test))).astype(int)
+    chosen = spread if test is None else task.test.select(test)
     shown = np.unique(run.curriculum.indices)
     if not all(1 <= number < len(shown) for number in k):
         raise InvalidInput(
@@ -133,13 +142,14 @@ def brittleness(
     rises = after[:, :, np.arange(len(chosen)), chosen] - run.losses[-1, chosen]  # [k, 2, chosen]
     mean, error = (
         rises.mean(axis=2),
-        rises.std(axis=2, ddof=1) / np.sqrt(len(chosen)) if len(chosen) > 1 else rises * np.nan,
+        rises.std(axis=2, ddof=1) / np.sqrt(len(chosen)) if len(chosen) > 1 else np.full(rises.shape[:2], np.nan),
     )
     columns = {"rise": mean[:, 0], "rise_se": error[:, 0], "random_rise": mean[:, 1], "random_rise_se": error[:, 1]}
     return pd.DataFrame(columns | {"test_examples": len(chosen)}, index=pd.Index(k, name="k"))
 
 
-def agreement(scores: Any, truth: Any) -> pd.Series:
+@checked
+def agreement(scores: Any, truth: Float[np.ndarray, "test train"] | Scores) -> pd.Series:
     """Compare scores with true influence scores (leave-one-out retraining, PBRF, exact influence).
 
     Args:
@@ -158,7 +168,7 @@ def agreement(scores: Any, truth: Any) -> pd.Series:
     truth = np.asarray(truth, np.float64)
     if truth.ndim != 2 or truth.shape[1] < 3:
         raise InvalidInput(f"truth must be [test, train] with 3 training examples or more, got {truth.shape}")
-    values = checked(scores, *truth.shape)
+    values = checked_scores(scores, *truth.shape)
     rows = pd.DataFrame(values.T).corrwith(pd.DataFrame(truth.T))
     ranks = pd.DataFrame(values.T).corrwith(pd.DataFrame(truth.T), method="spearman")
     pooled = float(np.corrcoef(values.ravel(), truth.ravel())[0, 1])
@@ -166,13 +176,16 @@ def agreement(scores: Any, truth: Any) -> pd.Series:
     return pd.Series({"pearson": rows.mean(), "spearman": ranks.mean(), "pooled": pooled, "size": size})
 
 
-def checked(scores: Any, n_test: int, n_train: int) -> Float[np.ndarray, "test train"]:
+def checked_scores(scores: Any, n_test: int, n_train: int) -> Float[np.ndarray, "test train"]:
     """Return scores as an array, checked to have the right shape.
 
     Raises:
         InvalidInput: the shape is wrong, or a score is not finite.
     """
-    values = np.asarray(scores, np.float64)
+    try:
+        values = np.asarray(scores, np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(f"scores must be numbers [{n_test} test, {n_train} train], got {shown(scores)}") from None
     if values.shape != (n_test, n_train):
         raise InvalidInput(f"scores must be [{n_test} test, {n_train} train], got {list(values.shape)}")
     if not np.isfinite(values).all():

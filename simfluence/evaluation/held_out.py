@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from simfluence._internal.checked import checked
 from simfluence._internal.deprecation import renamed_arguments
 from simfluence._internal.html import as_html, card, picture, readable

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from simfluence._internal.checked import checked
 from simfluence._internal.progress import bar
+from simfluence._internal.types import Count, Seed, Share
 from simfluence.errors import InvalidInput
 from simfluence.evaluation.cross_validation import fitted_errors
 from simfluence.evaluation.metrics import bounded_skill
@@ -19,14 +21,15 @@ __all__ = ["learning_curve"]
 _BOOTSTRAP = 1000
 
 
+@checked
 def learning_curve(
     simulator: str | Simulator,
     runs: Runs,
     *,
-    sizes: Iterable[int] | None = None,
-    held_out: int | float = 8,
-    repeats: int = 5,
-    seed: int = 0,
+    sizes: Sequence[int] | None = None,
+    held_out: Count | Share = 8,
+    repeats: Count = 5,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Compute the skill on the same held-out runs for increasing numbers of fitting runs.
@@ -56,8 +59,6 @@ def learning_curve(
     part, held = runs.usable("learn from").split(held_out, seed)
     chosen = build(simulator) if isinstance(simulator, str) else simulator
     counts = _sizes(sizes, len(part))
-    if repeats < 1:
-        raise InvalidInput(f"repeats={repeats}: at least 1 is needed")
     rows = []
     with bar("learning curve", len(counts), progress) as advance:
         for size in counts:
@@ -73,7 +74,7 @@ def learning_curve(
     return table
 
 
-def _sizes(sizes: Iterable[int] | None, most: int) -> list[int]:
+def _sizes(sizes: Sequence[int] | None, most: int) -> list[int]:
     if sizes is None:
         return sorted({*(2**k for k in range(1, most.bit_length()) if 2**k < most), most})
     ordered = sorted(set(sizes))

@@ -15,15 +15,18 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import optuna
 import pandas as pd
+from annotated_types import Ge, Interval
 from optuna.trial import FrozenTrial, TrialState
 
+from simfluence._internal.checked import checked
 from simfluence._internal.deprecation import renamed_arguments
 from simfluence._internal.progress import bar
+from simfluence._internal.types import Seed
 from simfluence._version import __version__
 from simfluence.errors import InvalidInput, SimfluenceError, StoreError, did_you_mean
 from simfluence.evaluation.cross_validation import fitted_errors
@@ -34,6 +37,9 @@ from simfluence.simulators import SIMULATORS, MeanTrajectorySimulator, Simulator
 from simfluence.task import Task
 
 __all__ = ["Search", "search", "tune"]
+
+Trials = Annotated[int, Interval(ge=1, le=1_000_000)]
+Folds = Annotated[int, Ge(2)]
 
 _STARTUP_TRIALS = 5  # drawn at random, and never stopped early
 
@@ -68,13 +74,14 @@ class Search:
 
 
 @renamed_arguments(name="simulator")
+@checked
 def tune(
     simulator: str | Simulator | type[Simulator],
     runs: Runs,
     *,
-    trials: int = 20,
-    seed: int = 0,
-    folds: int = 4,
+    trials: Trials = 20,
+    seed: Seed = 0,
+    folds: Folds = 4,
     fixed: Mapping[str, Any] | None = None,
     storage: str | Path | None = None,
     progress: bool = True,
@@ -94,13 +101,14 @@ def tune(
 
 
 @renamed_arguments(name="simulator")
+@checked
 def search(
     simulator: str | Simulator | type[Simulator],
     runs: Runs,
     *,
-    trials: int = 20,
-    seed: int = 0,
-    folds: int = 4,
+    trials: Trials = 20,
+    seed: Seed = 0,
+    folds: Folds = 4,
     fixed: Mapping[str, Any] | None = None,
     storage: str | Path | None = None,
     progress: bool = True,
@@ -130,13 +138,12 @@ def search(
             could be fitted.
         StoreError: ``storage`` cannot be used.
     """
-    if trials < 1 or seed < 0 or folds < 2:
-        raise InvalidInput(f"trials={trials}, seed={seed}, folds={folds}: they must be at least 1, 0 and 2")
     runs, fixed = runs.usable("tune on"), dict(fixed or {})
     kinds, fixed = _kinds(simulator, fixed)
     plan = _Plan(_folds(runs, folds, seed), fixed, seed, f"seed{seed}-folds{folds}-{_digest(runs, fixed)}")
     with _quiet(), _opened(storage) as stored, bar("tuning", trials, progress) as advance:
-        entries = [_Entry(kind, plan, stored) for kind in kinds]
+        with _reading(storage):
+            entries = [_Entry(kind, plan, stored) for kind in kinds]
         _race(entries, trials, advance)
     winner = max(entries, key=lambda entry: entry.skill)
     best = winner.best.user_attrs
@@ -179,6 +186,7 @@ class _Entry:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
         self.study = optuna.create_study(direction="maximize", pruner=pruner)
         finished = self.stored.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+        _check_finished(finished)
         # Two processes that run the same search may both store a trial; the copies are equal.
         self.study.add_trials({trial.user_attrs["index"]: trial for trial in finished}.values())
 
@@ -240,6 +248,17 @@ class _Entry:
         if skill <= MIN_SKILL:
             trial.set_user_attr("problem", "its simulated losses grow without bounds")
         return skill
+
+
+def _check_finished(trials: Sequence[FrozenTrial]) -> None:
+    """Check that stored trials are those of a search: each with its parameters, without a gap."""
+    for trial in trials:
+        parameters, problem = trial.user_attrs.get("parameters"), trial.user_attrs.get("problem", "")
+        complete = trial.state != TrialState.COMPLETE or (trial.value is not None and math.isfinite(trial.value))
+        if not complete or not isinstance(parameters, dict) or not isinstance(problem, str):
+            raise InvalidInput(f"trial {trial.number} is incomplete")
+    if {trial.user_attrs.get("index") for trial in trials} != set(range(len({t.user_attrs["index"] for t in trials}))):
+        raise InvalidInput("trials are missing")
 
 
 class _PartlyFixedTrial(optuna.Trial):
@@ -412,6 +431,21 @@ def _opened(path: str | Path | None) -> Iterator[optuna.storages.BaseStorage | N
 
 
 @contextlib.contextmanager
+def _reading(path: str | Path | None) -> Iterator[None]:
+    """Say which file it is whose trials cannot be read; a damaged one can raise anything in Optuna."""
+    from sqlalchemy.exc import SQLAlchemyError  # slow to import
+
+    try:
+        yield
+    except SQLAlchemyError:  # explained where the file is opened
+        raise
+    except Exception as error:
+        raise StoreError(
+            f"the trials in {path} cannot be read, because the file is damaged ({error}): delete it or name another one"
+        ) from error
+
+
+@contextlib.contextmanager
 def _database(path: str | Path) -> Iterator[optuna.storages.BaseStorage]:
     storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
     try:
@@ -434,9 +468,12 @@ def _create(path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         unfinished.write_bytes(content)
-        os.link(unfinished, path)
-    except FileExistsError:  # another process was faster
-        pass
+        try:
+            os.link(unfinished, path)
+        except FileExistsError:  # another process was faster
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -8,8 +8,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from simfluence.errors import InvalidInput, did_you_mean
-from simfluence.plots.style import COLOURS, MARKERS, count_label, empty, finished, legend, named, opened, spread
+from simfluence._internal.checked import checked
+from simfluence.errors import InvalidInput
+from simfluence.plots.style import (
+    COLOURS,
+    MARKERS,
+    Line,
+    Numbers,
+    check_columns,
+    count_label,
+    empty,
+    finished,
+    legend,
+    named,
+    opened,
+    spread,
+)
 
 __all__ = ["changes", "evaluation", "heading", "scatter"]
 
@@ -18,9 +32,10 @@ _ROWS = 40  # queries drawn
 _LEAST = -1.0  # lowest skill drawn to scale
 
 
+@checked
 def scatter(
-    predicted: np.ndarray,
-    actual: np.ndarray,
+    predicted: Numbers,
+    actual: Numbers,
     ax: Axes | None = None,
     title: str = "",
     *,
@@ -48,11 +63,15 @@ def scatter(
     >>> ax.collections[0].get_offsets().tolist()
     [[0.1, 0.2], [0.4, 0.3]]
     """
-    ax = opened(ax)
+    if predicted.ndim not in (1, 2):
+        raise InvalidInput(f"predicted must have one or two axes, [points] or [groups, points], got {predicted.ndim}")
     if predicted.shape != actual.shape:
         raise InvalidInput(f"predicted and actual values differ in shape: {predicted.shape} and {actual.shape}")
-    if predicted.size == 0:
+    ax = opened(ax)
+    if not (np.isfinite(predicted) & np.isfinite(actual)).any():
         return empty(ax, title, "points")
+    if groups and len(groups) != len(np.atleast_2d(predicted)):
+        raise InvalidInput(f"there are {len(groups)} groups for {len(np.atleast_2d(predicted))} rows: name each row")
     rows = list(zip(np.atleast_2d(predicted), np.atleast_2d(actual), strict=True))
     chosen = spread(len(rows[0][0]), _POINTS)
     several = 1 < len(rows) <= len(COLOURS)
@@ -71,10 +90,11 @@ def scatter(
     return finished(ax, "\n".join(lines), xlabel=f"forecast {what}", ylabel=f"retrained {what}")
 
 
+@checked
 def changes(
     names: Sequence[str],
-    predicted: np.ndarray,
-    actual: np.ndarray | None = None,
+    predicted: Line,
+    actual: Line | None = None,
     ax: Axes | None = None,
     title: str = "",
 ) -> Axes:
@@ -91,6 +111,8 @@ def changes(
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['no 3s']
     """
+    if len(predicted) != len(names) or (actual is not None and len(actual) != len(names)):
+        raise InvalidInput(f"changes needs one predicted and one actual value for each of {len(names)} names")
     ax = opened(ax)
     if len(names) == 0:
         return empty(ax, title, "queries")
@@ -108,6 +130,7 @@ def changes(
     return finished(ax, title, xlabel="change of the mean final loss", ylabel=label)
 
 
+@checked
 def evaluation(table: pd.DataFrame, ax: Axes | None = None, title: str = "", *, metric: str = "skill") -> Axes:
     """Plot a bar per simulator, with its value and, if the table has one, its interval or standard deviation.
 
@@ -127,10 +150,9 @@ def evaluation(table: pd.DataFrame, ax: Axes | None = None, title: str = "", *, 
     >>> [float(bar.get_width()) for bar in evaluation(table, Figure().subplots()).patches]
     [0.5]
     """
+    check_columns(table, metric)
     ax = opened(ax)
     title = title or heading(table)
-    if metric not in table.columns:
-        raise InvalidInput(f"the table has no column {metric!r}, {did_you_mean(metric, map(str, table.columns))}")
     known = table[table[metric].notna()]
     if known.empty:
         return empty(ax, title, metric.replace("_", " "))
@@ -152,6 +174,7 @@ def evaluation(table: pd.DataFrame, ax: Axes | None = None, title: str = "", *, 
     return finished(ax, title, xlabel=f"{name} (1 is perfect, 0 the mean trajectory)" if "skill" in metric else name)
 
 
+@checked
 def heading(table: pd.DataFrame) -> str:
     """Return a title for a table of an evaluation: its task and its numbers of runs.
 

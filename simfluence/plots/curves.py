@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from simfluence._internal.checked import checked
 from simfluence.plots.comparison import heading
-from simfluence.plots.style import COLOURS, DASHES, empty, finished, legend, named, opened, plain
+from simfluence.plots.style import COLOURS, DASHES, Line, check_columns, empty, finished, legend, named, opened, plain
 
 __all__ = ["learning_curve", "removal_curve", "skill_over_steps"]
 
 _LEAST = -1.0  # lowest skill drawn
 
 
+@checked
 def skill_over_steps(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
     """Plot the skill at each step, a line per simulator, with its interval if the table has ``low`` and ``high``.
 
@@ -33,6 +34,7 @@ def skill_over_steps(table: pd.DataFrame, ax: Axes | None = None, title: str = "
     ax, title = opened(ax), title or heading(table)
     if table.empty:
         return empty(ax, title, "skill")
+    check_columns(table, "step", "skill")
     for index, (name, rows) in enumerate(table.groupby("simulator", sort=False)):
         colour = COLOURS[index % 6]
         if {"low", "high"} <= set(rows.columns):
@@ -45,6 +47,7 @@ def skill_over_steps(table: pd.DataFrame, ax: Axes | None = None, title: str = "
     return finished(ax, title, xlabel="step", ylabel="skill (cut at −1)" if cut else "skill")
 
 
+@checked
 def learning_curve(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
     """Plot skill and final skill against the number of fitting runs.
 
@@ -61,6 +64,7 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None, title: str = "")
     ax, title = opened(ax), title or heading(table)
     if table.empty:
         return empty(ax, title, "skill")
+    check_columns(table, "runs", "skill")
     runs = table["runs"]
     for index, metric in enumerate(name for name in ("skill", "final_skill") if name in table):
         if f"{metric}_low" in table:
@@ -79,7 +83,8 @@ def learning_curve(table: pd.DataFrame, ax: Axes | None = None, title: str = "")
     return finished(ax, title, xlabel="runs to fit on", ylabel="skill, 95 % intervals")
 
 
-def removal_curve(losses: np.ndarray, past: float | None = None, ax: Axes | None = None, title: str = "") -> Axes:
+@checked
+def removal_curve(losses: Line, past: float | None = None, ax: Axes | None = None, title: str = "") -> Axes:
     """Plot a forecast loss after 0, 1, 2, … removals, and the loss to exceed.
 
     Args:

@@ -11,7 +11,21 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-from simfluence.plots.style import COLOURS, MARKERS, count_label, empty, finished, legend, named, opened, spread
+from simfluence._internal.checked import checked
+from simfluence.errors import InvalidInput
+from simfluence.plots.style import (
+    COLOURS,
+    MARKERS,
+    Line,
+    check_columns,
+    count_label,
+    empty,
+    finished,
+    legend,
+    named,
+    opened,
+    spread,
+)
 
 __all__ = ["counts", "heat_map", "plane", "ranked"]
 
@@ -19,6 +33,7 @@ _ROWS = 1000  # rows or columns drawn of a heat map
 _VALUES = 20  # values drawn of counts
 
 
+@checked
 def heat_map(
     values: pd.DataFrame, ax: Axes | None = None, title: str = "", label: str = "change of the final loss"
 ) -> Axes:
@@ -37,6 +52,9 @@ def heat_map(
     >>> heat_map(pd.DataFrame([[0.5, -0.5]]), Figure().subplots()).images[0].get_array().tolist()
     [[0.5, -0.5]]
     """
+    for place, kind in enumerate(values.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):
+            raise InvalidInput(f"column {values.columns[place]!r} of the values must have numbers, got {kind}")
     ax = opened(ax)
     if values.size == 0:
         return empty(ax, title, "values")
@@ -63,6 +81,7 @@ def heat_map(
     return finished(ax, title, xlabel=x, ylabel=y)
 
 
+@checked
 def ranked(
     table: pd.DataFrame,
     ax: Axes | None = None,
@@ -91,6 +110,7 @@ def ranked(
     >>> [label.get_text() for label in ranked(table, Figure().subplots()).get_yticklabels()]
     ['7', '3']
     """
+    check_columns(table, column)
     ax = opened(ax)
     first = table.head(k)
     if first.empty:
@@ -112,9 +132,10 @@ def ranked(
     return finished(ax, title, xlabel=label or column.replace("_", " "))
 
 
+@checked
 def plane(
-    A: np.ndarray,
-    B: np.ndarray,
+    A: Line,
+    B: Line,
     ax: Axes | None = None,
     title: str = "",
     *,
@@ -135,6 +156,8 @@ def plane(
     >>> plane(np.array([0.1]), np.array([-0.2]), Figure().subplots()).collections[0].get_offsets().tolist()
     [[0.1, -0.2]]
     """
+    if len(A) != len(B) or (groups is not None and np.shape(groups)[:1] != (len(A),)):
+        raise InvalidInput(f"A, B and groups must have one value per training example; A has {len(A)}, B {len(B)}")
     ax = opened(ax)
     if A.size == 0:
         return empty(ax, title, "training examples")
@@ -152,6 +175,7 @@ def plane(
     return finished(ax, title, xlabel="A: effect on the slope", ylabel="B: effect on the intercept (loss per step)")
 
 
+@checked
 def counts(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
     """Plot the number of examples with each value (rows), for training and test examples (columns).
 

@@ -11,8 +11,20 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
+from simfluence._internal.checked import checked
 from simfluence._internal.html import Html
-from simfluence.plots.style import COLOURS, count_label, empty, finished, named, opened, spread
+from simfluence.plots.style import (
+    COLOURS,
+    Line,
+    Numbers,
+    check_columns,
+    count_label,
+    empty,
+    finished,
+    named,
+    opened,
+    spread,
+)
 
 __all__ = ["by_layer", "distribution", "tokens"]
 
@@ -21,8 +33,9 @@ _LAYERS = 40  # layers drawn
 _TOKENS = 1000  # tokens shown
 
 
+@checked
 def distribution(
-    scores: np.ndarray,
+    scores: Numbers,
     ax: Axes | None = None,
     title: str = "",
     *,
@@ -68,6 +81,7 @@ def distribution(
     return finished(ax, title, xlabel=f"score ({unit})", ylabel="share of scores above")
 
 
+@checked
 def by_layer(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
     """Plot each layer's share of the influence.
 
@@ -85,6 +99,7 @@ def by_layer(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Ax
     ax = opened(ax)
     if table.empty:
         return empty(ax, title, "layers")
+    check_columns(table, "share")
     first = table.head(_LAYERS)
     rows = np.arange(len(first))
     ax.barh(rows, first["share"], color=COLOURS[0], alpha=0.8)
@@ -96,8 +111,9 @@ def by_layer(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Ax
     return finished(ax, title, xlabel="share of the absolute scores", ylabel=layers)
 
 
+@checked
 def tokens(
-    texts: Sequence[str], values: np.ndarray, title: str = "", *, largest: float | None = None, unit: str = "raw"
+    texts: Sequence[str], values: Line, title: str = "", *, largest: float | None = None, unit: str = "raw"
 ) -> Html:
     """Return a text as HTML, its tokens coloured by influence: orange above 0, purple below. All text is escaped.
 

@@ -6,14 +6,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+import pandas as pd
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from simfluence.errors import InvalidInput, did_you_mean
 
 __all__ = [
     "COLOURS",
     "DASHES",
     "MARKERS",
+    "Line",
+    "Numbers",
+    "check_columns",
     "count_label",
     "empty",
     "finished",
@@ -30,6 +36,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ((), (5, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1), (8, 2))
 MARKERS = ("o", "D", "s", "^", "v", "P")
 
+#: Arrays of numbers; lists and whole numbers are converted.
+Numbers = Float[np.ndarray, "..."]
+Line = Float[np.ndarray, " n"]
+
 _LONGEST = 40  # characters of a name beside an axis
 
 
@@ -40,6 +50,20 @@ def opened(ax: Axes | None) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(8, 4.2), layout="constrained")[1]
+
+
+def check_columns(table: pd.DataFrame, *names: str) -> None:
+    """Check that a table has these columns, and numbers in them.
+
+    Raises:
+        InvalidInput: a column is missing, or has something else than numbers.
+    """
+    for name in names:
+        if name not in table.columns:
+            options = [str(column) for column in table.columns]
+            raise InvalidInput(f"the table has no column {name!r}, {did_you_mean(name, options)}")
+        if not pd.api.types.is_numeric_dtype(table[name]) or table[name].dtype.kind == "c":
+            raise InvalidInput(f"column {name!r} of the table must have numbers, got {table[name].dtype}")
 
 
 def finished(ax: Axes, title: str, **labels: str) -> Axes:
@@ -70,7 +94,7 @@ def empty(ax: Axes, title: str, what: str) -> Axes:
 
 def plain(text: Any, longest: int = _LONGEST) -> str:
     """Return a text on one line, cut to ``longest`` characters, with dollars escaped, which would begin a formula."""
-    line = " ".join(str(text).split())
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
     cut = line if len(line) <= longest else f"{line[: longest - 1]}…"
     return cut.replace("$", r"\$")
 

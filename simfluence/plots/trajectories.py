@@ -8,7 +8,21 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from simfluence.plots.style import COLOURS, DASHES, count_label, empty, finished, legend, named, opened, spread
+from simfluence._internal.checked import checked, fitting
+from simfluence.errors import InvalidInput
+from simfluence.plots.style import (
+    COLOURS,
+    DASHES,
+    Line,
+    Numbers,
+    count_label,
+    empty,
+    finished,
+    legend,
+    named,
+    opened,
+    spread,
+)
 
 __all__ = ["Band", "fan", "recorded", "trajectories"]
 
@@ -18,8 +32,9 @@ _RUNS = 100  # runs drawn
 _TESTS = 12  # test examples drawn
 
 
+@checked
 def recorded(
-    losses: np.ndarray, ax: Axes | None = None, title: str = "", *, mean: np.ndarray | None = None, unit: str = "loss"
+    losses: Numbers, ax: Axes | None = None, title: str = "", *, mean: Line | None = None, unit: str = "loss"
 ) -> Axes:
     """Plot a thin line for each run, and their mean.
 
@@ -36,8 +51,10 @@ def recorded(
     >>> len(ax.lines)
     2
     """
+    if losses.ndim != 2:
+        raise InvalidInput(f"losses must have two axes, [runs, steps + 1], got {losses.ndim}")
     ax = opened(ax)
-    if losses.size == 0:
+    if not np.isfinite(losses).any():
         return empty(ax, title, "runs")
     chosen = spread(len(losses), _RUNS)
     for index in chosen:
@@ -49,8 +66,9 @@ def recorded(
     return finished(ax, title, xlabel="step", ylabel=unit)
 
 
+@checked
 def trajectories(
-    true: np.ndarray,
+    true: Numbers,
     simulated: Mapping[str, np.ndarray],
     ax: Axes | None = None,
     title: str = "",
@@ -73,6 +91,11 @@ def trajectories(
     >>> [line.get_label() for line in ax.lines]
     ['real training', 'linear']
     """
+    if true.ndim not in (1, 2):
+        raise InvalidInput(f"true must have one or two axes, [steps + 1] or [steps + 1, test], got {true.ndim}")
+    for name, values in simulated.items():
+        if np.shape(values) != true.shape:
+            raise InvalidInput(f"simulated[{name!r}] must have the shape of true, {list(true.shape)}")
     ax = opened(ax)
     if true.size == 0:
         return empty(ax, title, "trajectory")
@@ -92,6 +115,7 @@ def trajectories(
     return finished(ax, title, xlabel="step", ylabel="loss")
 
 
+@checked
 def fan(
     losses: Mapping[str, np.ndarray],
     ax: Axes | None = None,
@@ -119,6 +143,9 @@ def fan(
     >>> [line.get_linestyle() for line in fan(losses, Figure().subplots()).lines]
     ['-', '--']
     """
+    losses = {name: fitting(f"losses[{name!r}]", values, Line) for name, values in losses.items()}
+    if interval is not None and (len(interval) != 2 or np.shape(interval[0]) != np.shape(interval[1])):
+        raise InvalidInput("interval must be two arrays of one length, the lower and the upper ends")
     ax = opened(ax)
     if not losses:
         return empty(ax, title, "trajectories")
@@ -126,6 +153,7 @@ def fan(
         low, high = interval
         ax.fill_between(np.arange(len(low)), low, high, color=COLOURS[1], alpha=0.2, linewidth=0, label=interval_name)
     for name, values in losses.items():
+        name = str(name)
         trained = name.endswith(("recorded", "retrained"))
         colour = COLOURS[1] if name.startswith("edited") else "black"
         style: dict[str, Any] = {"linewidth": 2 if trained else 1.5, "linestyle": "-" if trained else "--"}

@@ -51,7 +51,7 @@ def leave_one_out(simulator: Simulator, run: Run, method: Literal["simulate", "d
     check_base(simulator, run)
     if method == "derivative":
         return _scores(simulator, run, simulator.derivatives_without(run.curriculum, run.initial_losses).T, "loss")
-    changes = simulator.changes_without(run.curriculum, np.eye(run.curriculum.n_train, dtype=bool), run.initial_losses)
+    changes = simulator.changes_without(run.curriculum, np.arange(run.curriculum.n_train)[:, None], run.initial_losses)
     return _scores(simulator, run, changes.T, "loss")
 
 
@@ -76,7 +76,7 @@ def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, T
     """
     check_base(simulator, run)
     members = _members(groups, run)
-    changes = simulator.changes_without(run.curriculum, np.stack([*members.values()]), run.initial_losses)
+    changes = simulator.changes_without(run.curriculum, [np.flatnonzero(mask) for mask in members.values()], run.initial_losses)
     return pd.DataFrame(changes.T, columns=pd.Index(members, name="group")).rename_axis("test")
 
 

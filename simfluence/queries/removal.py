@@ -218,9 +218,7 @@ class _Problem:
 
     def _first_gains(self) -> dict[int, float]:
         """Compute the gain of each single removal."""
-        groups = np.zeros((len(self.shown), self.run.curriculum.n_train), bool)
-        groups[np.arange(len(self.shown)), self.shown] = True
-        changes = self.simulator.changes_without(self.run.curriculum, groups, self.run.initial_losses)
+        changes = self.simulator.changes_without(self.run.curriculum, self.shown[:, None], self.run.initial_losses)
         gains = self.sign * changes[:, self.tests].mean(axis=1)
         return dict(zip(self.shown.tolist(), gains.tolist(), strict=True))
 

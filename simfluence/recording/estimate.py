@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from simfluence._internal.checked import checked
 from simfluence._internal.deprecation import warn_renamed
 from simfluence._internal.files import size_of
+from simfluence._internal.generator import lent_generator
+from simfluence._internal.types import Count
 from simfluence.curriculum import Curriculum
 from simfluence.recipe import Recipe
 from simfluence.recording.engines.base import TrainingSetup
 from simfluence.recording.observe import Observe
 from simfluence.recording.plan import RunGroup, plan
 from simfluence.recording.session import check, run_id
+from simfluence.recording.trials import check_before_training
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
@@ -67,16 +71,17 @@ class Estimate:
         )
 
 
+@checked
 def estimate(
     task: Task,
     recipe: Recipe,
     curricula: Iterable[Curriculum],
-    store: str | Path | None = None,
+    store: str | Path | RunStore | None = None,
     *,
     observe: Observe | None = None,
     engine: str = "auto",
     device: str | torch.device = "cpu",
-    steps: int = 10,
+    steps: Count = 10,
 ) -> Estimate:
     """Estimate the time, disk and memory of ``record`` with the same arguments, from a few steps of each kind of group.
 
@@ -97,15 +102,16 @@ def estimate(
     """
     curricula, observe = list(curricula), observe or Observe()
     check(task, curricula, observe)
-    requested = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
-    already_recorded = (
-        set(RunStore(store).ids()) & set(requested) if store is not None and RunStore(store).exists else set()
-    )
-    groups = [g for g in plan(task, recipe, requested, engine) if not already_recorded >= set(g.curricula)]
-    setup = TrainingSetup.of(task, recipe, device, observe.measures)
-    costs: dict[tuple[str, int], tuple[float, float, int]] = {}
-    seconds, disk = 0.0, 0
-    with torch.random.fork_rng(devices=[]):
+    with lent_generator():
+        requested = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
+        store = RunStore(store) if isinstance(store, str | Path) else store
+        already_recorded = set(store.ids()) & set(requested) if store is not None and store.exists else set()
+        groups = [g for g in plan(task, recipe, requested, engine) if not already_recorded >= set(g.curricula)]
+        setup = TrainingSetup.of(task, recipe, device, observe.measures)
+        if groups:
+            check_before_training(setup, {name: c for group in groups for name, c in group.curricula.items()})
+        costs: dict[tuple[str, int], tuple[float, float, int]] = {}
+        seconds, disk = 0.0, 0
         for group in groups:
             kind = group.engine, len(group.curricula)
             if kind not in costs:

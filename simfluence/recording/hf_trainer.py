@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from simfluence._internal.checked import checked, shown
+from simfluence._internal.types import Count
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
+from simfluence.recording.explain import PASSED_ON, named
 from simfluence.storage.recorder import Recorder
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
@@ -76,6 +79,7 @@ class TrainerRecorder(_Callback):
     batches: _TrackedSampler
     _plain_loader: Callable[[], DataLoader[Any]]
 
+    @checked
     def __init__(
         self,
         trainer: Any,
@@ -87,7 +91,7 @@ class TrainerRecorder(_Callback):
         task: Task | None = None,
         losses: Callable[[nn.Module], Tensor] | None = None,
         curriculum: Curriculum | None = None,
-        every: int = 1,
+        every: Count = 1,
         recipe: Recipe | None = None,
     ) -> None:
         if _Callback is object:
@@ -126,7 +130,9 @@ class TrainerRecorder(_Callback):
         if state.global_step and not args.ignore_data_skip:
             self.batches.skip = self._trained_parts_of_epoch(state)
         if self.recorder.steps == 0:
-            self.recorder.read(self._read())
+            losses = self._read()
+            self._check_finite(losses)
+            self.recorder.read(losses)
         self._is_read = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -163,10 +169,32 @@ class TrainerRecorder(_Callback):
         model = self.trainer.model
         mode = model.training
         model.eval()
-        with torch.no_grad():
-            losses = self.losses(model)
-        model.train(mode)
-        return losses
+        try:
+            with torch.no_grad():
+                return self.losses(model)
+        except PASSED_ON:
+            raise
+        except Exception as error:
+            raise InvalidInput(
+                f"the evaluation of the test examples after step {self.trainer.state.global_step} failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            model.train(mode)
+
+    def _check_finite(self, losses: Tensor) -> None:
+        """Check the test losses before training.
+
+        Raises:
+            InvalidInput: a loss is NaN or infinite.
+        """
+        bad = torch.nonzero(~torch.isfinite(torch.as_tensor(losses))).flatten().tolist()
+        if bad:
+            raise InvalidInput(
+                f"before any training the loss of {len(bad)} of {len(self.test)} test examples is NaN or infinite: "
+                f"{named(self.test, [row for row in bad if row < len(self.test)])}. Look for missing values in their "
+                "inputs and for labels that are all ignored (-100); correct these examples or leave them out"
+            )
 
     def _loader(self) -> DataLoader[Any]:
         """Build the trainer's loader of training batches with a sampler that tracks their examples."""
@@ -281,8 +309,23 @@ class _OneByOne:
             loader = self.trainer.get_eval_dataloader()
             self.batches = [loader.collate_fn([loader.dataset[row]]) for row in range(len(loader.dataset))]
         with self.trainer.compute_loss_context_manager():
-            losses = [self.trainer.compute_loss(model, self._on_device(batch)).float() for batch in self.batches]
-        return torch.stack(losses)
+            return torch.stack([self._loss(model, row) for row in range(len(self.batches))])
+
+    def _loss(self, model: nn.Module, row: int) -> Tensor:
+        """Compute the loss of one test example.
+
+        Raises:
+            InvalidInput: the model fails on it.
+        """
+        try:
+            loss: Tensor = self.trainer.compute_loss(model, self._on_device(self.batches[row])).float()
+        except PASSED_ON:
+            raise
+        except Exception as error:
+            raise InvalidInput(
+                f"the trainer's loss of row {row} of eval_dataset failed with {type(error).__name__}: {error}"
+            ) from error
+        return loss
 
     def _on_device(self, batch: Any) -> dict[str, Any]:
         device = self.trainer.args.device
@@ -300,6 +343,8 @@ class _OfTask:
 
 
 def _check(trainer: Any, every: int) -> None:
+    if isinstance(trainer, type) or not all(hasattr(trainer, name) for name in ("args", "callback_handler")):
+        raise InvalidInput(f"trainer must be a transformers.Trainer, got {shown(trainer)}")
     args = trainer.args
     if args.world_size > 1:
         raise InvalidInput(
@@ -313,8 +358,6 @@ def _check(trainer: Any, every: int) -> None:
         raise InvalidInput(
             "load_best_model_at_end may end with another model than the last step's: record with every=1"
         )
-    if every < 1:
-        raise InvalidInput(f"every must be 1 or more, got {every}")
 
 
 def _examples(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from simfluence._internal.checked import checked
+from simfluence._internal.generator import lent_generator
 from simfluence.errors import InvalidInput
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.engines.base import TrainingSetup
@@ -23,6 +25,7 @@ from simfluence.task import Task
 __all__ = ["follow", "replay", "trained_model"]
 
 
+@checked
 def replay(
     task: Task, run: Run, steps: Sequence[int], store: str | Path | RunStore | None = None
 ) -> dict[int, Checkpoint]:
@@ -38,6 +41,7 @@ def replay(
 
     Raises:
         InvalidInput: the run is of another task, has no recipe, or lacks one of the steps.
+        StoreError: a checkpoint is missing or damaged, or the run trained again has other losses than the stored one.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -49,6 +53,8 @@ def replay(
     for step in steps:
         if not 0 <= step <= run.steps:
             raise InvalidInput(f"run {run.id} has no step {step}: steps go from 0 to {run.steps}")
+    if not steps:
+        return {}
     if set(steps) <= set(run.checkpoints):
         return {step: Checkpoint.load(run.checkpoints[step]) for step in steps}
     if run.recipe is None:
@@ -61,6 +67,7 @@ def replay(
         return {step: Checkpoint.load(replayed.checkpoints[step]) for step in steps}
 
 
+@checked
 def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator[LoopTraining]:
     """Train a run again and yield the training before the first update and after each update.
 
@@ -84,14 +91,19 @@ def follow(task: Task, run: Run, device: str | torch.device = "cpu") -> Iterator
     if run.recipe is None:
         raise InvalidInput(f"run {run.id} has no recipe, so it cannot be trained again")
     no_readings = np.zeros(run.steps + 1, bool)
-    with torch.random.fork_rng(devices=[]):
+    with lent_generator():
         training = LoopTraining(TrainingSetup.of(task, run.recipe, device, ()), run.curriculum, no_readings)
-        yield training
-        while not training.finished:
+        state = torch.get_rng_state()
+    yield training
+    while not training.finished:
+        with lent_generator():  # not while the caller works, whose own random numbers would change the training
+            torch.set_rng_state(state)
             training.advance()
-            yield training
+            state = torch.get_rng_state()
+        yield training
 
 
+@checked
 def trained_model(task: Task, run: Run, store: str | Path | RunStore | None = None) -> nn.Module:
     """Return the model at the end of a run, in evaluation mode. For arguments and errors see ``replay``.
 
@@ -103,8 +115,8 @@ def trained_model(task: Task, run: Run, store: str | Path | RunStore | None = No
     >>> bool(abs(losses - run.losses[-1]).max() < 1e-5)
     True
     """
-    model = task.build_model(0)
-    if run.recipe is not None:
-        model = task.build_model(run.recipe.seed).to(run.recipe.torch_dtype)
-    replay(task, run, [run.steps], store)[run.steps].restore(model)
+    with lent_generator():
+        model = task.build_model(run.recipe.seed if run.recipe else 0)
+        model.to(run.recipe.torch_dtype if run.recipe else None)
+        replay(task, run, [run.steps], store)[run.steps].restore(model)
     return model.eval()

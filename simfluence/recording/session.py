@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,16 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from simfluence._internal.checked import checked
 from simfluence._internal.deprecation import renamed_arguments
+from simfluence._internal.generator import lent_generator
 from simfluence._internal.progress import RecordingProgress
 from simfluence.curriculum import Curriculum
-from simfluence.errors import InvalidInput, StoreError
+from simfluence.errors import InvalidInput, SimfluenceError, StoreError
 from simfluence.recipe import Recipe
 from simfluence.recording.activation_cache import ACTIVATION_CACHE_BYTES
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.engines.base import Training, TrainingSetup
 from simfluence.recording.observe import Observe
 from simfluence.recording.plan import RunGroup, plan
+from simfluence.recording.trials import InitialReadings, check_before_training
 from simfluence.runs import Run, Runs
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
@@ -33,11 +37,15 @@ __all__ = ["SECONDS_BETWEEN_LOOKS", "SECONDS_BETWEEN_SAVES", "check", "record", 
 #: Time between saves of an unfinished run, from which an interrupted recording resumes.
 SECONDS_BETWEEN_SAVES = 30.0
 
+#: Most stored runs that are read to find one with the same initial weights.
+_READ_TO_COMPARE = 32
+
 #: Time between checks whether another process has finished the runs that it is recording.
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @renamed_arguments(trunk_bytes="activation_cache_bytes")
+@checked
 def record(
     task: Task,
     recipe: Recipe,
@@ -55,6 +63,11 @@ def record(
     Runs that the store already has are read, not trained again. Interrupted runs are resumed, with the same losses as
     in an uninterrupted recording. Several processes may record into one store: each takes runs that no other process
     is recording. A run whose loss becomes NaN or infinite is stored and marked as diverged.
+
+    Before any run is trained, a few passes look for what would spoil all of them: a test loss that is not finite or
+    depends on other examples, a batch that the model cannot be trained on, and stored runs whose losses before
+    training are not those of this model. Recordings in several threads wait for each other: initial weights and
+    dropout come from torch's one global generator, which is left as it was.
 
     Args:
         task: the task to train on.
@@ -74,8 +87,11 @@ def record(
 
     Raises:
         InvalidInput: there is no curriculum, or one for another number of training examples than the task has;
-            checkpoints are requested without a store; a step or measure does not exist.
-        StoreError: the store is of another task, or cannot be read or written.
+            checkpoints are requested without a store; a step or measure does not exist; a test loss before training
+            is NaN, infinite or depends on other examples; the model or the loss fails on a batch, which is named;
+            ``micro_batch`` changes gradients.
+        StoreError: the store is of another task or of a model or loss whose code has changed, or cannot be read or
+            written.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -87,13 +103,14 @@ def record(
     check(task, curricula, observe)
     if observe.checkpoints and store is None:
         raise InvalidInput("checkpoints are files: pass store= a folder for them")
-    requested = {run_id(task, recipe, curriculum): curriculum for curriculum in curricula}
-    session = _Session(task, recipe, _open(store, task), observe, device, verification, activation_cache_bytes)
-    with torch.random.fork_rng(devices=[]):
-        runs = session.run_all(plan(task, recipe, requested, engine))
-    return Runs(runs[run_id(task, recipe, curriculum)] for curriculum in curricula)
+    with lent_generator():
+        ids = [run_id(task, recipe, curriculum) for curriculum in curricula]
+        session = _Session(task, recipe, _open(store, task), observe, device, verification, activation_cache_bytes)
+        runs = session.run_all(plan(task, recipe, dict(zip(ids, curricula, strict=True)), engine))
+    return Runs(runs[name] for name in ids)
 
 
+@checked
 def run_id(task: Task, recipe: Recipe, curriculum: Curriculum) -> str:
     """Return the id of a run: a hash of task, recipe (with its seed) and curriculum.
 
@@ -150,6 +167,7 @@ class _Session:
     def run_all(self, groups: Sequence[RunGroup]) -> Mapping[str, Run]:
         """Read the runs that the store has, record the others, and return all by id."""
         missing = [group for group in groups if not self._is_recorded(group)]
+        self._check_before_training(missing)
         if not missing:
             return self.runs
         count = sum(len(group.curricula) for group in groups)
@@ -157,6 +175,19 @@ class _Session:
             for group in self._claim(missing, progress):
                 self._record(group, progress)
         return self.runs
+
+    def _check_before_training(self, missing: Sequence[RunGroup]) -> None:
+        """Evaluate the untrained model, and compare it with what is stored and what is to be trained.
+
+        Raises:
+            InvalidInput: the model, the loss or an example would spoil the runs.
+            StoreError: the store has runs of this task whose losses before training are others.
+        """
+        curricula = {name: curriculum for group in missing for name, curriculum in group.curricula.items()}
+        initial = check_before_training(self._setup(self.observe.measures), curricula)
+        if self.store is not None:
+            for run in self.runs.values() or _some_run(self.store, self.task, self.recipe):
+                _check_same_model(self.store, self.task, run, initial)
 
     def _is_recorded(self, group: RunGroup) -> bool:
         """Read the group's stored runs into ``runs`` and decide whether they have everything that was requested."""
@@ -171,7 +202,10 @@ class _Session:
         """Decide whether a recorded run lacks something that was requested."""
         times = np.flatnonzero(self.observe.times(run.steps))
         has_readings = all(np.isin(times, run.times_of(name)).all() for name in ("loss", *self.observe.measures))
-        return not (has_readings and set(self.observe.checkpoints) <= set(run.checkpoints))
+        has_checkpoints = set(self.observe.checkpoints) <= set(run.checkpoints) and all(
+            Checkpoint.is_whole(run.checkpoints[step]) for step in self.observe.checkpoints
+        )
+        return not (has_readings and has_checkpoints)
 
     def _unmarked(self, run: Run) -> Run:
         """Unmark a verification run that is now requested as an ordinary run."""
@@ -208,8 +242,7 @@ class _Session:
         times = self.observe.times(group.steps)
         for run in stored:  # earlier readings are repeated, so that they can be compared
             times[run.times] = True
-        training = group.start(self._setup(tuple(measures)), times)
-        self._resume(training, group)
+        training = self._started(group, self._setup(tuple(measures)), times)
         progress.step(training.step)
         last_save = time.monotonic()
         self._save_checkpoints(training, group)
@@ -269,21 +302,83 @@ class _Session:
     def _save_checkpoints(self, training: Training, group: RunGroup) -> None:
         if self.store and training.step in self.observe.checkpoints:
             for name, checkpoint in zip(group.curricula, training.run_checkpoints(), strict=True):
-                if training.step not in self.store.checkpoints(name):
+                if not _has_whole_checkpoint(self.store, name, training.step):
                     checkpoint.save(self.store.checkpoint(name, training.step), aside=self.store.partial(group.name))
 
-    def _resume(self, training: Training, group: RunGroup) -> None:
+    def _started(self, group: RunGroup, setup: TrainingSetup, times: np.ndarray) -> Training:
+        """Start the group's training, or resume it from its unfinished recording if this has all that is requested."""
+        training = group.start(setup, times)
         if self.store is None or not (file := self._partial_file(self.store, group)).is_file():
-            return
-        with contextlib.suppress(StoreError):  # a damaged unfinished run is started again
+            return training
+        try:
             saved = Checkpoint.load(file)
-            earlier = {step for step in self.observe.checkpoints if step < saved.step}
-            if all(earlier <= set(self.store.checkpoints(name)) for name in group.curricula):
-                training.restore(saved)
+        except StoreError as error:
+            _warn_damaged(error)
+            return training
+        earlier = [step for step in self.observe.checkpoints if step < saved.step]
+        if not all(_has_whole_checkpoint(self.store, name, step) for name in group.curricula for step in earlier):
+            return training
+        try:
+            training.restore(saved)
+        except StoreError:  # it is whole, but of other readings
+            return training
+        except (RuntimeError, LookupError, ValueError, TypeError) as error:  # it is of another version or forged
+            _warn_damaged(error)
+            return group.start(setup, times)
+        return training
 
     @staticmethod
     def _partial_file(store: RunStore, group: RunGroup) -> Path:
         return store.partial(group.name) / "training.safetensors"
+
+
+def _has_whole_checkpoint(store: RunStore, name: str, step: int) -> bool:
+    file = store.checkpoint(name, step)
+    return file.is_file() and Checkpoint.is_whole(file)
+
+
+def _warn_damaged(error: Exception) -> None:
+    warnings.warn(f"an unfinished recording is made again from the start: {error}", UserWarning, stacklevel=2)
+
+
+def _some_run(store: RunStore, task: Task, recipe: Recipe) -> list[Run]:
+    """Read one stored run that ``record`` made with the same initial weights, if one of the first files is such a run.
+
+    Damaged files are passed over: they are reported to whoever loads them.
+    """
+    names: list[str] = []
+    with contextlib.suppress(StoreError):
+        names = store.ids()[:_READ_TO_COMPARE]
+    for name in names:
+        with contextlib.suppress(StoreError):
+            run = store.read(name)
+            if run.recipe is None or (run.recipe.seed, run.recipe.dtype) != (recipe.seed, recipe.dtype):
+                continue
+            if run.id == run_id(task, run.recipe, run.curriculum):
+                return [run]
+    return []
+
+
+def _check_same_model(store: RunStore, task: Task, run: Run, initial: InitialReadings) -> None:
+    """Check that a stored run started with the losses and measures of the untrained model.
+
+    Raises:
+        StoreError: it started with others.
+    """
+    loose = run.losses.dtype == np.float32  # the tolerances of ``runs.combined``: rounding of engines and machines
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if loose else {"rtol": 1e-9, "atol": 1e-9}
+    for name, values in initial.values.items():
+        if 0 not in run.times_of(name):
+            continue
+        stored = run.losses[0] if name == "loss" else run.measures[name][0]
+        if not np.allclose(stored, values, equal_nan=True, **tolerance):
+            raise StoreError(
+                f"{store.path} has runs of task {task.name!r} with another model, loss or measure: before training, "
+                f"run {run.id} has a mean {name} of {np.mean(stored):.5g}, but the task now gives "
+                f"{np.mean(values):.5g} for the same examples and seed. The code of the model, the loss or the "
+                "measure has changed since (or the version of torch, which draws the initial weights). Record into a "
+                "new folder, or with the old code. Nothing was changed"
+            )
 
 
 def _open(store: str | Path | RunStore | None, task: Task) -> RunStore | None:
@@ -291,4 +386,28 @@ def _open(store: str | Path | RunStore | None, task: Task) -> RunStore | None:
         return None
     store = store if isinstance(store, RunStore) else RunStore(store)
     store.open_for(task)
+    _check_round_trip(store, task)
     return store
+
+
+def _check_round_trip(store: RunStore, task: Task) -> None:
+    """Check, before anything is trained, that the task's examples can be read from the store.
+
+    Raises:
+        InvalidInput: ids or metadata are of a kind that the store cannot hold.
+    """
+    try:
+        stored = store.sides()
+    except SimfluenceError:
+        raise
+    except Exception as error:
+        raise InvalidInput(
+            f"the metadata of task {task.name!r} cannot be read back from {store.path} ({error}): convert their "
+            "columns to numbers or strings, and record into a new folder"
+        ) from error
+    for side, examples, read in zip(("training", "test"), (task.train, task.test), stored, strict=True):
+        if list(read.ids) != list(examples.ids):
+            raise InvalidInput(
+                f"the ids of the {side} examples of task {task.name!r} change when {store.path} stores them: use "
+                "numbers or strings as ids, and record into a new folder"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from simfluence._internal.checked import checked
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.simulators.attributed import AttributedSimulator
 from simfluence.simulators.base import Simulator
@@ -15,6 +16,7 @@ from simfluence.simulators.registry import SIMULATORS
 from simfluence.simulators.tangent.simulator import TangentKernelSimulator
 
 
+@checked
 def build(name: str, **parameters: object) -> Simulator:
     """Build an unfitted simulator from its name.
 

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from simfluence._internal.deprecation import renamed_arguments
-from simfluence._internal.validation import one_of
+from simfluence._internal.validation import number, one_of
 from simfluence.attribution import TracInCP
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.batches import batch_weights, usual_batch_size
+from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.mean import mean_trajectory
 
 __all__ = ["AROUND", "AttributedSimulator"]
@@ -154,6 +155,14 @@ class AttributedSimulator(Simulator):
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         return self._start(curricula, initial) + self.scale_ * self._cumulative_effects(curricula)
+
+    def _check_learned(self) -> None:
+        super()._check_learned()
+        check_arrays(self, {"effects_": "float checkpoints train test", "times_": "int checkpoints"})
+        check_arrays(self, {"rates_": "float steps"})
+        number("scale_", getattr(self, "scale_", None))
+        if self.around == "mean":
+            check_arrays(self, {"mean_": "float times test", "centre_": "float train"})
 
     @classmethod
     def _from_format_0(

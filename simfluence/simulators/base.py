@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -13,16 +14,19 @@ import numpy as np
 import optuna
 import safetensors
 import safetensors.numpy
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from simfluence._internal.checked import checked, shown
 from simfluence._internal.files import check_format, write_whole
 from simfluence._internal.progress import bar
-from simfluence._internal.types import Losses
+from simfluence._internal.types import Losses, Share
+from simfluence._internal.validation import checked_indices
 from simfluence._version import __version__
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Remove
 from simfluence.errors import InvalidInput, NotFittedError, StoreError, did_you_mean
 from simfluence.runs import Run, Runs
+from simfluence.simulators.learned import check_arrays, check_counts
 from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.registry import register, registered
 
@@ -37,12 +41,19 @@ if TYPE_CHECKING:  # scikit-learn has no type hints
 else:
     from sklearn.base import BaseEstimator
 
-__all__ = ["FORMAT", "Simulator", "SimulatorT"]
+__all__ = ["FORMAT", "Simulator", "SimulatorT", "not_fitted_on"]
 
-#: Version of the file format. Files without a version count as version 0 and are read; newer ones are refused.
-FORMAT = 1
+#: Version of the file format. Files without a version count as version 0. Older versions are read, newer ones refused.
+FORMAT = 2
 
 _AT_ONCE = 50  # edited curricula simulated at a time
+
+#: Losses before training, ``[runs, test]``, or ``[test]`` for all runs alike.
+InitialLosses = Float[np.ndarray, "*runs test"]
+#: Changes of the final losses by each edit, ``[edits, test]``.
+Changes = Float[np.ndarray, "edits test"]
+#: Groups of training examples by their rows, or as booleans.
+Groups = Bool[np.ndarray, "groups train"] | Int[np.ndarray, "groups members"] | Sequence[Any]
 
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
 SimulatorT = TypeVar("SimulatorT", bound="Simulator")
@@ -71,8 +82,11 @@ class Simulator(BaseEstimator, ABC):
         if cls.__dict__.get("name"):
             register(cls)
 
-    def fit(self: SimulatorT, runs: Runs | Sequence[Run], y: None = None) -> SimulatorT:
+    @checked
+    def fit(self: SimulatorT, runs: Runs | Sequence[Run], y: Any = None) -> SimulatorT:
         """Learn from recorded runs, leaving out diverged ones with a warning. A fit that fails changes nothing.
+
+        The ids of the runs become ``fitted_ids_``, which files carry, so that ``evaluate`` can leave these runs out.
 
         Args:
             runs: runs of one task and one recipe.
@@ -90,24 +104,53 @@ class Simulator(BaseEstimator, ABC):
             self.fingerprint_ = runs[0].fingerprint
             self.baseline_ = mean_trajectory(runs)
             self._fit(runs)
+            self.fitted_ids_ = sorted({*runs.ids, *self._ids_of_parts()})
         except BaseException:
             self.__dict__ = before
             raise
         return self
 
-    def score(self, runs: Runs | Sequence[Run], y: None = None) -> float:
+    @checked
+    def was_fitted_on(self, run: Run) -> bool | None:
+        """Decide whether a run is one of those that this simulator learned from, or None where that is not known.
+
+        A simulator inside of it counts too, and an attributor that has ``fitted_ids_``. Files of older versions do not
+        tell.
+
+        Raises:
+            NotFittedError: before ``fit``.
+
+        >>> from simfluence.simulators import MeanTrajectorySimulator
+        >>> runs = Runs.from_arrays([[[0], [1]], [[1], [1]]], [[[3.0], [2.0], [1.0]], [[3.0], [2.5], [2.0]]])
+        >>> fitted = MeanTrajectorySimulator().fit(runs[:1])
+        >>> fitted.was_fitted_on(runs[0]), fitted.was_fitted_on(runs[1])
+        (True, False)
+        """
+        self._check_fitted()
+        ids = getattr(self, "fitted_ids_", None)
+        return None if ids is None else run.id in ids
+
+    def _ids_of_parts(self) -> set[str]:
+        """Return the ids of the runs that fitted parts of this simulator learned from: its parameters and members."""
+        values = [part for value in vars(self).values() for part in (value if isinstance(value, list) else [value])]
+        parts = [part for part in values if isinstance(part, BaseEstimator)]
+        return {run_id for part in parts for run_id in getattr(part, "fitted_ids_", None) or ()}
+
+    @checked
+    def score(self, runs: Runs | Sequence[Run], y: Any = None) -> float:
         """Return the skill on other runs: 1 − SSE(simulated) / SSE(mean trajectory of the fitting runs).
 
         Sums go over the runs, the steps after time 0 and the test examples. ``evaluate`` gives intervals too.
 
         Args:
-            runs: held-out runs.
+            runs: held-out runs. Those that the simulator was fitted on are left out, with a warning.
             y: ignored.
 
         Raises:
-            NotFittedError, InvalidInput: see ``simulate``.
+            NotFittedError, InvalidInput: see ``simulate``; also if the simulator was fitted on all of these runs.
         """
         held_out = (runs if isinstance(runs, Runs) else Runs(runs)).usable("score")
+        held_out = not_fitted_on({self.name or type(self).__name__: self}, held_out, stacklevel=4)
         simulated = self.simulate(held_out.curricula, held_out.initial_losses)
         if not hasattr(self, "baseline_"):
             raise InvalidInput(
@@ -126,7 +169,8 @@ class Simulator(BaseEstimator, ABC):
         """
         return {}
 
-    def simulate(self, curricula: Sequence[Curriculum], initial_losses: Any) -> Losses:
+    @checked
+    def simulate(self, curricula: Sequence[Curriculum], initial_losses: InitialLosses) -> Losses:
         """Simulate the losses under each curriculum, ``[runs, steps + 1, test]``, float64.
 
         Rows after the end of a curriculum shorter than the longest are NaN.
@@ -148,9 +192,8 @@ class Simulator(BaseEstimator, ABC):
             losses[index, len(curriculum) + 1 :] = np.nan
         return losses
 
-    def changes(
-        self, base: Curriculum, edited: Sequence[Curriculum], initial_losses: Any
-    ) -> Float[np.ndarray, "edited test"]:
+    @checked
+    def changes(self, base: Curriculum, edited: Sequence[Curriculum], initial_losses: InitialLosses) -> Changes:
         """Simulate the change of the final losses from the ``base`` curriculum to each edited one.
 
         Args:
@@ -165,14 +208,15 @@ class Simulator(BaseEstimator, ABC):
         initial = self._check_initial([base, *edited], initial_losses)[0]
         return self._changes(base, edited, initial) if edited else np.empty((0, self.n_test_))
 
-    def changes_without(
-        self, base: Curriculum, groups: Bool[np.ndarray, "groups train"], initial_losses: Any
-    ) -> Float[np.ndarray, "groups test"]:
+    @checked
+    def changes_without(self, base: Curriculum, groups: Groups, initial_losses: InitialLosses) -> Changes:
         """Simulate the change of the final losses without each group of training examples; batches shrink.
 
         Args:
             base: curriculum of the training examples that the simulator was fitted on.
-            groups: membership in each group; a group that the base does not show changes nothing.
+            groups: the rows of the examples in each group, ``[groups, members]`` or a list of lists; or a boolean
+                membership, ``[groups, train]``, which takes more memory. A group that the base does not show changes
+                nothing.
             initial_losses: losses before any update, ``[test]``.
 
         Raises:
@@ -180,10 +224,12 @@ class Simulator(BaseEstimator, ABC):
         """
         self._check_fitted()
         initial = self._check_initial([base], initial_losses)[0]
-        _check_remaining(base, groups)
-        return self._changes_without(base, groups, initial)
+        members = _members(groups, self.n_train_)
+        _check_remaining(base, members)
+        return self._changes_without(base, members, initial)
 
-    def derivatives_without(self, base: Curriculum, initial_losses: Any) -> Float[np.ndarray, "train test"]:
+    @checked
+    def derivatives_without(self, base: Curriculum, initial_losses: InitialLosses) -> Float[np.ndarray, "train test"]:
         """Estimate ``changes_without`` each training example by a derivative of the final losses.
 
         The weights in a batch change linearly as the example leaves, from ``1 / |c|`` to ``1 / (|c| − 1)`` for the
@@ -198,11 +244,12 @@ class Simulator(BaseEstimator, ABC):
         """
         self._check_fitted()
         initial = self._check_initial([base], initial_losses)[0]
-        _check_remaining(base, np.eye(self.n_train_, dtype=bool))
+        _check_remaining(base, [base.indices[:1]])
         return self._derivatives_without(base, initial)
 
+    @checked
     def interval(
-        self, curricula: Sequence[Curriculum], initial_losses: Any, confidence: float = 0.9
+        self, curricula: Sequence[Curriculum], initial_losses: InitialLosses, confidence: Share = 0.9
     ) -> tuple[Losses, Losses]:
         """Return the lower and upper ends of the interval of each loss, each ``[runs, steps + 1, test]``.
 
@@ -225,6 +272,7 @@ class Simulator(BaseEstimator, ABC):
         self._check_parameters()
         return self
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the fitted simulator as safetensors: data, never code.
 
@@ -265,6 +313,7 @@ class Simulator(BaseEstimator, ABC):
         return about | {"learned": {name: _plain(learned[name]) for name in sorted(rest)}}, arrays
 
     @classmethod
+    @checked
     def load(cls: type[SimulatorT], path: str | Path) -> SimulatorT:
         """Read a fitted simulator of this class; ``Simulator.load`` reads one of any class.
 
@@ -282,8 +331,11 @@ class Simulator(BaseEstimator, ABC):
             simulator = _restored(about, arrays, about.get("format", 0))
         except FileNotFoundError:
             raise StoreError(f"no simulator at {path}: the file does not exist") from None
+        except StoreError:  # names the file
+            raise
         except (
-            safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError
+            safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError,
+            ArithmeticError, MemoryError, OSError,
         ) as error:  # fmt: skip
             raise StoreError(f"{path} is damaged or holds no simulator: {error}") from None
         if not isinstance(simulator, cls):
@@ -296,7 +348,14 @@ class Simulator(BaseEstimator, ABC):
     def _from_format_0(
         cls, parameters: dict[str, Any], learned: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Rename the parameters and learned arrays of a file of format 0."""
+        """Turn the parameters and the learned attributes of a file of format 0 into those of format 1."""
+        return parameters, learned
+
+    @classmethod
+    def _from_format_1(
+        cls, parameters: dict[str, Any], learned: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Turn the parameters and the learned attributes of a file of format 1 into those of format 2."""
         return parameters, learned
 
     @abstractmethod
@@ -320,12 +379,18 @@ class Simulator(BaseEstimator, ABC):
         changes: np.ndarray = after - before
         return changes
 
-    def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
+    def _changes_without(self, base: Curriculum, groups: Sequence[np.ndarray], initial: np.ndarray) -> np.ndarray:
+        """Simulate the curricula without each group of rows, a chunk of them at a time, for ``changes_without``."""
         changes = np.zeros((len(groups), self.n_test_))
-        shown = np.flatnonzero(groups[:, np.unique(base.indices)].any(axis=1))
-        if len(shown):
-            edited = [Remove(rows=np.flatnonzero(group)).apply(base) for group in groups[shown]]
-            changes[shown] = self._changes(base, edited, initial)
+        in_base = np.zeros(self.n_train_, bool)
+        in_base[base.indices] = True
+        touched = [index for index, group in enumerate(groups) if in_base[group].any()]
+        with bar("Simulating", len(touched), shown=len(touched) > _AT_ONCE) as advance:
+            for start in range(0, len(touched), _AT_ONCE):
+                chunk = touched[start : start + _AT_ONCE]
+                edited = [Remove(rows=groups[index]).apply(base) for index in chunk]
+                changes[chunk] = self._changes(base, edited, initial)
+                advance(len(chunk))
         return changes
 
     def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:
@@ -333,6 +398,17 @@ class Simulator(BaseEstimator, ABC):
 
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""
+
+    def _check_learned(self) -> None:
+        """Raise ``InvalidInput`` if the attributes that a file holds do not fit together."""
+        check_counts(self, "n_train_", "n_test_")
+        if hasattr(self, "baseline_"):  # not in files of older versions
+            check_arrays(self, {"baseline_": "float times test"})
+        if getattr(self, "fingerprint_", None) is not None and not isinstance(self.fingerprint_, str):
+            raise InvalidInput("fingerprint_ is not text")
+        ids = getattr(self, "fitted_ids_", [])  # not in files of older versions
+        if not isinstance(ids, list) or not all(isinstance(run_id, str) for run_id in ids):
+            raise InvalidInput("fitted_ids_ is not a list of the ids of runs")
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "n_train_"):
@@ -348,6 +424,8 @@ class Simulator(BaseEstimator, ABC):
                     f"{self.n_train_}"
                 )
         initial = np.asarray(initial_losses, np.float64)
+        if not np.isfinite(initial).all():
+            raise InvalidInput("initial losses must be finite numbers, but some are NaN or infinite")
         if initial.shape not in ((self.n_test_,), (len(curricula), self.n_test_)):
             raise InvalidInput(
                 f"initial losses must be [{len(curricula)} runs, {self.n_test_} test examples] or [{self.n_test_}], "
@@ -356,8 +434,59 @@ class Simulator(BaseEstimator, ABC):
         return np.broadcast_to(initial, (len(curricula), self.n_test_))
 
 
-def _check_remaining(base: Curriculum, groups: np.ndarray) -> None:
-    if groups[:, np.unique(base.indices)].all(axis=1).any():
+def not_fitted_on(simulators: Mapping[str, Simulator], held: Runs, stacklevel: int) -> Runs:
+    """Return the runs that no simulator was fitted on, and warn about the others.
+
+    A simulator knows the runs that it was trained on, so its errors on them say nothing about other runs. All
+    simulators are scored on the same runs, so that their rows can be compared.
+
+    Raises:
+        InvalidInput: no run is left.
+    """
+    fitted = {name: {run.id for run in held if simulator.was_fitted_on(run)} for name, simulator in simulators.items()}
+    known = set().union(*fitted.values())
+    if not known:
+        return held
+    names = ", ".join(repr(name) for name, ids in fitted.items() if ids)
+    said = f"{len(known)} of the {len(held)} held-out runs are among the runs that {names} was fitted on"
+    if len(known) == len(set(held.ids)):
+        raise InvalidInput(
+            f"{said}, so no run is left to evaluate on: hold out other runs (the same split and seed as in fitting)"
+        )
+    warnings.warn(f"{said}, so they are left out: {_listed(known)}", UserWarning, stacklevel)
+    return Runs(run for run in held if run.id not in known)
+
+
+def _listed(ids: Iterable[str], most: int = 5) -> str:
+    """Return the first few ids, for a message."""
+    first = sorted(ids)
+    return ", ".join(first[:most]) + (f" and {len(first) - most} more" if len(first) > most else "")
+
+
+def _members(groups: Any, count: int) -> list[np.ndarray]:
+    """Return the rows of the examples in each group, sorted."""
+    if isinstance(groups, np.ndarray) and groups.dtype == bool:
+        if groups.shape[1] != count:
+            raise InvalidInput(f"groups as booleans must be [groups, {count} train], got {list(groups.shape)}")
+        return [np.flatnonzero(group) for group in groups]
+    return [_rows(number, group, count) for number, group in enumerate(groups)]
+
+
+def _rows(number: int, group: Any, count: int) -> np.ndarray:
+    try:
+        rows = np.asarray(group)
+    except (TypeError, ValueError, RuntimeError):  # lists of lists of different lengths; tensors with a gradient
+        rows = np.empty((0, 0))
+    if rows.shape == (0,):
+        return np.empty(0, np.int64)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise InvalidInput(f"groups[{number}] must be a list of rows of training examples, got {shown(group)}")
+    return np.unique(checked_indices(rows, count))
+
+
+def _check_remaining(base: Curriculum, groups: Sequence[np.ndarray]) -> None:
+    in_base = np.unique(base.indices)
+    if any(len(group) >= len(in_base) and np.isin(in_base, group).all() for group in groups):
         raise InvalidInput("a group holds every example that the base shows: removing it would leave none to train on")
 
 
@@ -379,13 +508,14 @@ def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], version: int
         raise ValueError(
             f"unknown simulator {about['simulator']!r}: if it is your own, first import the module that defines it"
         )
-    learned: dict[str, Any] = {name: value for name, value in arrays.items() if "." not in name}
+    learned: dict[str, Any] = about["learned"] | {name: value for name, value in arrays.items() if "." not in name}
     parameters = {
-        name: _restored(value, {}, version) if isinstance(value, dict) else value
+        name: _restored(value | {"learned": {}, "parts": {}}, {}, version) if isinstance(value, dict) else value
         for name, value in about["parameters"].items()
     }
-    if version < FORMAT:
-        parameters, learned = kind._from_format_0(parameters, learned)
+    for older, migrated in enumerate((kind._from_format_0, kind._from_format_1)):
+        if version <= older:
+            parameters, learned = migrated(parameters, learned)
     simulator: Simulator = kind().with_parameters(**parameters)
     for name, states in about["parts"].items():
         prefixes = [f"{name}.{index}." for index in range(len(states))]
@@ -394,10 +524,12 @@ def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], version: int
             for prefix in prefixes
         ]
         learned[name] = [_restored(*pair, version) for pair in zip(states, inner, strict=True)]
-    for name, value in (about["learned"] | learned).items():
+    for name, value in learned.items():
         if not name.isidentifier() or name.startswith("_") or not name.endswith("_"):
             raise ValueError(f"it sets {name!r}, which is no learned attribute")
         setattr(simulator, name, value)
+    if learned:  # a parameter that is a simulator has none
+        simulator._check_learned()
     return simulator
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from simfluence.curriculum import Curriculum
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
+from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.mean import mean_trajectory
 
 __all__ = ["MeanTrajectorySimulator", "PersistenceSimulator"]
@@ -48,6 +49,10 @@ class MeanTrajectorySimulator(Simulator):
 
     def _fit(self, runs: Runs) -> None:
         self.mean_ = mean_trajectory(runs)
+
+    def _check_learned(self) -> None:
+        super()._check_learned()
+        check_arrays(self, {"mean_": "float times test"})
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         times = np.minimum(np.arange(_times(curricula)), len(self.mean_) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
+from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.surrogates import KERNELS, Batches, Kernel, Sides, best_speed, surrogate_losses
+from simfluence.simulators.trees import Trees
 
 __all__ = ["BoostedSimulator"]
 
@@ -57,7 +60,7 @@ class BoostedSimulator(Simulator):
         speeds_: best single speed of each kernel, ``[kernels]``.
         surrogate_mean_: s̄, ``[steps + 1, test, surrogates]``.
         weights_: w, ``[surrogates]``.
-        trees_: the model in LightGBM's text form.
+        trees_leaves_, trees_features_, trees_thresholds_, trees_children_, trees_values_: the trees; see ``Trees``.
 
     >>> rng = np.random.default_rng(0)
     >>> from simfluence import Examples
@@ -113,20 +116,22 @@ class BoostedSimulator(Simulator):
         residuals[:, 0] = np.nan  # the losses at time 0 are given
         self.weights_ = _ridge(surrogates - self.surrogate_mean_, residuals)
         residuals -= (surrogates - self.surrogate_mean_) @ self.weights_
-        self.trees_ = self._grow(surrogates, residuals)
+        trees = self._grow(surrogates, residuals)
+        for field in dataclasses.fields(trees):
+            setattr(self, f"trees_{field.name}_", getattr(trees, field.name))
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         longest = max(len(curriculum) for curriculum in curricula)
         losses = np.full((len(curricula), longest + 1, self.n_test_), np.nan)
         chunk = max(1, _CHUNK_ENTRIES // ((longest + 1) * self.n_test_))
-        trees = lightgbm.Booster(model_str=self.trees_) if self.trees_ else None
+        trees = self._trees()
         for start in range(0, len(curricula), chunk):
             surrogates = self._surrogates(curricula[start : start + chunk])
             times = np.minimum(np.arange(surrogates.shape[1]), len(self.mean_) - 1)
             forecasts = self.mean_[times] + (surrogates - self.surrogate_mean_[times]) @ self.weights_
-            if trees:
+            if len(trees.leaves):
                 rows = self._rows(surrogates.reshape(-1, *surrogates.shape[2:]), np.tile(times, len(surrogates)))
-                forecasts += np.asarray(trees.predict(rows, num_threads=1)).reshape(forecasts.shape)
+                forecasts += trees.predict(rows).reshape(forecasts.shape)
             losses[start : start + chunk, : forecasts.shape[1]] = forecasts
         return losses
 
@@ -155,10 +160,10 @@ class BoostedSimulator(Simulator):
         columns = np.concatenate([surrogates - surrogate_mean, surrogate_mean, mean, step], axis=2)
         return columns.reshape(-1, columns.shape[2])
 
-    def _grow(self, surrogates: np.ndarray, residuals: np.ndarray) -> str:
+    def _grow(self, surrogates: np.ndarray, residuals: np.ndarray) -> Trees:
         """Fit trees to the residuals that are not NaN, on a random sample if there are many rows."""
         if self.rounds == 0:
-            return ""
+            return Trees.none()
         known = np.argwhere(~np.isnan(residuals).any(axis=2))  # [k, run and time]
         if not len(known):
             raise InvalidInput("none of these runs recorded a loss after time 0: record with Observe(every=…)")
@@ -172,7 +177,38 @@ class BoostedSimulator(Simulator):
             "num_threads": 1,
         }  # fmt: skip
         rows = lightgbm.Dataset(self._rows(surrogates[run, time], time), residuals[run, time].ravel())
-        return lightgbm.train(parameters, rows, self.rounds).model_to_string()
+        return Trees.from_lightgbm(lightgbm.train(parameters, rows, self.rounds).model_to_string())
+
+    def _check_learned(self) -> None:
+        super()._check_learned()
+        surrogates = len(KERNELS) * len(_PACES)
+        check_arrays(
+            self,
+            {
+                "mean_": "float times test", "surrogate_mean_": f"float times test {surrogates}",
+                "weights_": f"float {surrogates}", "speeds_": f"float {len(KERNELS)}", "schedule_": "float steps",
+                "train_features_": "float train features", "test_features_": "float test features",
+                "train_targets_": "float train outputs", "test_targets_": "float test outputs",
+            },
+        )  # fmt: skip
+        if not isinstance(getattr(self, "classes_", None), bool):
+            raise InvalidInput("classes_ is not true or false")
+        if self._trees().features.max(initial=0) >= 2 * surrogates + 2:
+            raise InvalidInput("a tree compares a feature that does not exist")
+
+    def _trees(self) -> Trees:
+        return Trees(**{field.name: getattr(self, f"trees_{field.name}_") for field in dataclasses.fields(Trees)})
+
+    @classmethod
+    def _from_format_1(
+        cls, parameters: dict[str, Any], learned: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Turn LightGBM's text into arrays."""
+        if "trees_" in learned:  # a file of unfitted parameters has none
+            text = learned.pop("trees_")
+            trees = Trees.from_lightgbm(text) if text else Trees.none()
+            learned |= {f"trees_{field.name}_": getattr(trees, field.name) for field in dataclasses.fields(trees)}
+        return parameters, learned
 
     def _store(self, sides: Sides) -> None:
         self.train_features_, self.test_features_ = sides.train, sides.test

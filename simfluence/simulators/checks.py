@@ -13,6 +13,7 @@ import numpy as np
 import sklearn.base
 import torch
 
+from simfluence._internal.checked import checked
 from simfluence.curriculum import Curriculum, random_curricula
 from simfluence.errors import InvalidInput, NotFittedError, StoreError
 from simfluence.examples import Examples
@@ -28,6 +29,7 @@ _FIT_RUNS = 5  # the others are held out
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None), np.generic)  # parameters that are compared by value
 
 
+@checked
 def check_simulator(simulator: type[Simulator] | Simulator) -> None:
     """Check that a simulator keeps the promises of ``Simulator``, on a few small runs with a fixed seed.
 
@@ -103,7 +105,7 @@ class _Check:
         parameters = simulator.get_params(deep=False)
         if simulator.fit(runs) is not simulator:
             self.fail("fit does not return the simulator itself", "write _fit, and leave fit to the base class")
-        for name in ("n_train_", "n_test_", "fingerprint_", "baseline_"):
+        for name in ("n_train_", "n_test_", "fingerprint_", "baseline_", "fitted_ids_"):
             if not hasattr(simulator, name):
                 self.fail(f"fit does not set {name}", "write _fit, and leave fit to the base class")
         for name, value in simulator.get_params(deep=False).items():

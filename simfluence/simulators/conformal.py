@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import sklearn.base
 
+from simfluence._internal.checked import checked
 from simfluence._internal.types import Losses
 from simfluence._internal.validation import whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import BeyondReferenceWarning, InvalidInput, UnseenWarning
 from simfluence.runs import Runs
-from simfluence.simulators.base import Simulator
+from simfluence.simulators.base import InitialLosses, Simulator
+from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.markov.simulators import LinearSimulator
 
 __all__ = ["ConformalSimulator"]
@@ -66,8 +67,9 @@ class ConformalSimulator(Simulator):
         self.folds = folds
         self.seed = seed
 
+    @checked
     def interval(
-        self, curricula: Sequence[Curriculum], initial_losses: Any, confidence: float = 0.9
+        self, curricula: Sequence[Curriculum], initial_losses: InitialLosses, confidence: float = 0.9
     ) -> tuple[Losses, Losses]:
         """Return the lower and upper ends of each loss's interval, each ``[runs, steps + 1, test]``.
 
@@ -99,9 +101,10 @@ class ConformalSimulator(Simulator):
             whole(name, getattr(self, name), least)
 
     def _fit(self, runs: Runs) -> None:
-        if len(runs) < self.folds:
+        distinct = len(set(runs.ids))
+        if distinct < self.folds:
             raise InvalidInput(
-                f"{len(runs)} runs cannot be split into {self.folds} folds: fit on more runs, or pass a smaller folds="
+                f"{distinct} runs cannot be split into {self.folds} folds: fit on more runs, or pass a smaller folds="
             )
         rng = np.random.default_rng(self.seed)
         draws = [rng.integers(len(runs), size=len(runs)) for _ in range(self.members)]
@@ -127,12 +130,27 @@ class ConformalSimulator(Simulator):
             for values in (variance, quantiles)
         )
 
+    def _check_learned(self) -> None:
+        super()._check_learned()
+        check_arrays(self, {"variance_": "float times test", "quantiles_": f"float times {len(_LEVELS)}"})
+        fitted = getattr(self, "fitted_", None)
+        if not isinstance(fitted, list) or len(fitted) < 3 or not all(isinstance(part, Simulator) for part in fitted):
+            raise InvalidInput("fitted_ is not a list of three simulators or more")
+        if any((part.n_train_, part.n_test_) != (self.n_train_, self.n_test_) for part in fitted):
+            raise InvalidInput("the simulators in fitted_ are of other numbers of examples")
+
+    def _ids_of_parts(self) -> set[str]:
+        """Leave out the parameter ``simulator``, of which only unfitted clones are used."""
+        return {run_id for part in self.fitted_ for run_id in part.fitted_ids_}
+
     def _base(self) -> Simulator:
         return LinearSimulator(around="mean") if self.simulator is None else sklearn.base.clone(self.simulator)
 
     def _residuals(self, runs: Runs, rng: np.random.Generator) -> np.ndarray:
         """Return the residuals of cross-validation, ``[runs, times, test]``; NaN where no loss was recorded."""
-        fold_of = rng.permutation(len(runs)) % self.folds
+        ids = list(dict.fromkeys(runs.ids))
+        folds = dict(zip(ids, rng.permutation(len(ids)) % self.folds, strict=True))
+        fold_of = np.array([folds[run_id] for run_id in runs.ids])  # copies of a run are held out together
         residuals = np.full(runs.losses.shape, np.nan)
         for fold in range(self.folds):
             rows = np.flatnonzero(fold_of == fold)
@@ -142,7 +160,7 @@ class ConformalSimulator(Simulator):
             residuals[rows, : simulated.shape[1]] = simulated - held_out.losses
         return residuals
 
-    def _spread(self, curricula: Sequence[Curriculum], initial_losses: Any) -> np.ndarray:
+    def _spread(self, curricula: Sequence[Curriculum], initial_losses: np.ndarray) -> np.ndarray:
         """Return the variance of the members' forecasts, ``[runs, times, test]``."""
         with _quiet():
             forecasts = [member.simulate(curricula, initial_losses) for member in self.fitted_[1:]]
@@ -151,7 +169,7 @@ class ConformalSimulator(Simulator):
     def _changes(self, base: Curriculum, edited: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         return self.fitted_[0].changes(base, edited, initial)
 
-    def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
+    def _changes_without(self, base: Curriculum, groups: Sequence[np.ndarray], initial: np.ndarray) -> np.ndarray:
         return self.fitted_[0].changes_without(base, groups, initial)
 
     def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from simfluence.examples import Examples
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.batches import usual_batch_size
+from simfluence.simulators.learned import MOST, check_arrays, check_counts
 from simfluence.simulators.markov.dynamics import Dynamics, Term
 from simfluence.simulators.markov.transitions import Transitions, check_every_step
 from simfluence.simulators.mean import mean_trajectory
@@ -180,6 +181,26 @@ class FeaturizedSimulator(Simulator):
         residual = targets - problem.predicted(W)
         self.W_ = W.numpy()
         self.lasting_ = torch.linalg.lstsq(columns, residual.ravel()[:, None]).solution[:, 0].numpy()
+
+    def _check_learned(self) -> None:
+        super()._check_learned()
+        check_counts(self, "batch_size_", "horizon_")
+        sizes = check_arrays(
+            self,
+            {
+                "W_": "float64 4 h h", "lasting_": "float64 2", "usual_h_": "float64 h", "train_h_": "float64 train h",
+                "test_h_": "float64 test h", "mean_": "float64 times test", "mean_weights_": "float64 coefficients times",
+                "centre_": "float64 features", "directions_": "float64 features components", "classes_": "number classes",
+                "target_scale_": "float64 targets",
+            },
+            empty=("classes", "components"),
+        )  # fmt: skip
+        targets = sizes["classes"] or sizes["targets"]
+        if sizes["h"] != (1 + targets) * (1 + sizes["components"]) or sizes["coefficients"] != sizes["h"] + 1:
+            raise InvalidInput("the numbers of features, components and targets do not fit together")
+        shape = getattr(self, "target_shape_", None)
+        if not isinstance(shape, list) or not all(isinstance(size, int) and 0 < size <= MOST for size in shape):
+            raise InvalidInput("target_shape_ is no shape")
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         effects = (self.train_h_ - self.usual_h_) @ self.W_ @ self.test_h_.T

@@ -1,4 +1,4 @@
-"""Runs on disk: the store, its files, and recordings under way."""
+"""Runs on disk: the store, its files, and unfinished recordings."""
 
 from simfluence.storage.recorder import Recorder
 from simfluence.storage.store import RunStore

@@ -1,7 +1,7 @@
-"""``Recorder``: a training loop of your own, recorded as a run. It needs no task and no model.
+"""``Recorder``: record a training loop of your own as a run, without a task or a model.
 
-A run under way is a journal, ``partial/<run>/journal.jsonl``, to which each event is appended. Only when the loop has
-ended does the journal become a run file, whole or not at all.
+An unfinished run is a journal, ``partial/<run>/journal.jsonl``, to which each event is appended. When the loop has
+ended, the journal becomes a run file in one atomic write.
 """
 
 from __future__ import annotations
@@ -12,33 +12,42 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
+import pandas as pd
 
+from simfluence._internal.checked import checked, shown
 from simfluence._internal.files import cannot_write
-from simfluence.errors import InvalidInput, StoreError, did_you_mean
+from simfluence._internal.types import Seed
+from simfluence._internal.validation import number
+from simfluence.errors import InvalidInput, StoreError
 from simfluence.examples import Examples
 from simfluence.recipe import Recipe
-from simfluence.storage.journal import JOURNAL_FILE, events_by_time, journal_events, journal_line
+from simfluence.storage.journal import JOURNAL_FILE, damaged_at, events_by_time, journal_entries, journal_line
 from simfluence.storage.run_file import RunHeader, RunRows
 from simfluence.task import Task, TaskInfo
 
-#: What a process has recorded outlives its death at once, and a power cut after so many seconds.
+__all__ = ["Recorder", "Storage"]
+
+#: A killed process loses nothing that it recorded; a power cut loses at most this many seconds.
 SECONDS_BETWEEN_SYNCS = 5.0
 
-#: Numbers held in memory at a time while a journal becomes a run file.
-BLOCK_NUMBERS = 2**22
+#: Numbers held in memory at a time while a journal is converted to a run file.
+BLOCK_NUMBERS = 2**20
 
+_EVENT_NUMBERS = 32  # the numbers whose memory an event takes besides its batch and its losses
+_JOURNAL_FORMAT = 2  # format 1 had a checksum per line, which did not notice missing lines
+_MEASURE = "measure."  # prefix of a measure in an event
 _LONGEST_NAME = 64
+_BEFORE = "before any update"
 
 
 @runtime_checkable
 class Storage(Protocol):
-    """What a recorder needs of the store that it records into; ``RunStore`` has it."""
+    """The part of a store's interface that a recorder uses; ``RunStore`` implements it."""
 
     path: Path
 
@@ -52,30 +61,29 @@ class Storage(Protocol):
 
 
 class Recorder:
-    """One run of a training loop of your own, as a context manager; ``RunStore.recorder`` makes it.
+    """Context manager that records a training loop of your own as one run; ``RunStore.recorder`` creates it.
 
-    The loop says which training examples were in each batch, and the loss of every test example before training, after
-    the last step, and after as many steps between as it cares to evaluate. Where the block ends without an error, the
-    store has a run like any other: for simulators, evaluation and what-ifs (confirming those by retraining needs a
-    ``Task``).
+    Pass it the training examples of each batch, and the loss of every test example before training, after the last
+    step, and after any steps in between. If the block ends without an error, the store has a run like any other, for
+    simulators, evaluation and what-ifs (to confirm those by retraining, a ``Task`` is needed).
 
-    What was recorded is on disk at once. A loop that broke off leaves no run but its journal, and the store lists it
-    as ``unfinished()``; ``resume=k`` goes on from a checkpoint of yours after k steps. Memory is bounded, however long
-    the run.
+    Each event is on disk at once. An interrupted loop leaves no run, only its journal, and the store lists it as
+    ``unfinished()``; ``resume=k`` continues it from your own checkpoint after k steps. Memory does not grow with the
+    length of the run.
 
     Args:
-        store: where the run goes.
-        run: the run's id, of letters, digits, ".", "_" and "-"; a random one without it, which cannot be gone on with.
-        train, test: the examples of both sides, or just their ids, in any fixed order. Needed for a new store alone;
-            afterwards they must be the same.
-        task: what is trained, if there is a ``Task`` of it, or the name of what a new store is of.
-        recipe: how it is trained, if a recipe can say it.
-        measures: names of further numbers per test example that are read with every loss.
-        resume: number of steps to keep of a recording of this name that broke off; 0 begins anew.
+        store: the store to write the run to.
+        run: the run's id, of letters, digits, ".", "_" and "-". The default is a random id, which cannot be resumed.
+        train, test: training and test examples, or just their ids (distinct texts or numbers), in any fixed order.
+            Only a new store needs them; an existing store must have the same.
+        task: the ``Task`` that is trained, if there is one, or a name for a new store.
+        recipe: the training recipe, if a ``Recipe`` can express it.
+        measures: names of further numbers per test example, recorded along with the losses.
+        resume: number of steps to keep of an interrupted recording of this name; 0 starts over.
 
     Raises:
-        InvalidInput: a name, id or number that cannot be used, or a broken-off run without ``resume``.
-        StoreError: the store is of other examples, or another process is recording this run.
+        InvalidInput: a name, id or number that cannot be used, or an interrupted run without ``resume``.
+        StoreError: the store has other examples, or another process is recording this run.
 
     >>> import tempfile
     >>> from simfluence import RunStore
@@ -88,6 +96,7 @@ class Recorder:
     Runs(1: train=3, test=2)
     """
 
+    @checked
     def __init__(
         self,
         store: Storage,
@@ -98,157 +107,189 @@ class Recorder:
         task: Task | str | None = None,
         recipe: Recipe | None = None,
         measures: Sequence[str] = (),
-        resume: int | None = None,
+        resume: Seed | None = None,
     ) -> None:
         self.store, self.recipe, self.measures, self.resume = store, recipe, tuple(measures), resume
         self.run = uuid.uuid4().hex[:16] if run is None else _checked_name(run)
         if resume is not None and run is None:
-            raise InvalidInput("resume= goes on with a run that broke off: say which by its name, recorder(run, …)")
+            raise InvalidInput("resume= continues an interrupted recording: pass its name, recorder(run, …)")
         if {"loss", "losses"} & set(self.measures):
-            raise InvalidInput("the loss is recorded always: give the measure another name")
+            raise InvalidInput("a measure cannot be called 'loss' or 'losses': choose another name for it")
+        if len(set(self.measures)) < len(self.measures):
+            raise InvalidInput(f"the names of the measures must be distinct, got {list(self.measures)}")
         self.fingerprint = store.open_recording(as_examples(train), as_examples(test), task).fingerprint
         self.train, self.test = store.sides()
         self._index = {name: index for index, name in enumerate(self.train.ids)}
         self._dtype = np.dtype(recipe.dtype if recipe else "float32")
         self._claim = contextlib.ExitStack()
-        self._under_way = False
-        self._unwritten = b""  # header and first reading, until there is a step
+        self._is_open = False
+        self._unwritten = b""  # header and first reading, until the first step
+        self._checksum = self._end = 0  # of the journal as far as it is written
         self.steps = 0
         self._is_read = self._diverged = self._any_example = False
 
     def __enter__(self) -> Recorder:
         if self.run in self.store:
-            raise InvalidInput(f"{self.store.path} has a finished run {self.run!r} already: record under another name")
+            raise InvalidInput(f"{self.store.path} already has a finished run {self.run!r}: choose another name")
         with contextlib.ExitStack() as claim:
             if not claim.enter_context(self.store.claim(self.run)):
                 raise StoreError(
-                    f"run {self.run!r} of {self.store.path} is being recorded by another process or recorder"
+                    f"another process or recorder is recording run {self.run!r} of {self.store.path}: "
+                    "wait until it has finished, or choose another name"
                 )
-            self._go_on()
+            self._prepare_journal()
             self._claim = claim.pop_all()
-        self._under_way, self._synced = True, time.monotonic()
+        self._is_open, self._synced = True, time.monotonic()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if kind is None and self._under_way:
+            if kind is None and self._is_open:
                 self._finish()
         finally:
             self.leave()
 
     def leave(self) -> None:
-        """Record no further. What was recorded stays as a journal, to be gone on with; there is no run of it."""
-        if self._under_way and self.steps == 0:  # nothing to go on with
+        """Stop recording without writing a run. The journal stays, so that the recording can be resumed."""
+        if self._is_open and self.steps == 0:  # nothing to resume
             self.store.drop_partial(self.run)
-        self._under_way = False
+        self._is_open = False
         self._claim.close()
 
+    @checked
     def read(self, losses: Any, measures: Mapping[str, Any] | None = None) -> None:
-        """The test side at the present time: before any update, or after the steps so far.
+        """Record the test losses before any update, or after the steps so far.
 
         Args:
-            losses: of every test example, ``[test]``.
-            measures: the same of each measure.
+            losses: loss of every test example, ``[test]``. Before any update they must be finite; a run whose later
+                losses are NaN or infinite is marked as diverged.
+            measures: values of each measure, ``[test]``, by name.
 
         Raises:
-            InvalidInput: not one number per test example, or this time was read before.
+            InvalidInput: not one number per test example, or losses after this step are already recorded.
         """
         if self._is_read:
-            raise InvalidInput(f"the losses after {self.steps} steps are recorded already")
-        self._append(self._reading(losses, measures or {}))
-        self._is_read = True
+            raise InvalidInput(f"the losses after {self.steps} steps are already recorded: call read once per step")
+        event = self._reading(f"after step {self.steps}" if self.steps else _BEFORE, losses, measures or {})
+        self._append(event)
+        self._count(event)
 
+    @checked
     def step(
         self,
-        batch: Any,
+        batch: Any = None,
         losses: Any = None,
         *,
-        lr: float | None = None,
+        rows: Any = None,
+        ids: Any = None,
+        lr: SupportsFloat | None = None,
         measures: Mapping[str, Any] | None = None,
     ) -> None:
-        """One update was made: on these training examples, at this learning rate, with these test losses after it.
+        """Record one update: its batch, its learning rate and the test losses after it.
+
+        An example that is in the batch twice counts twice.
 
         Args:
-            batch: ids (texts) or indices (whole numbers) of the batch's examples; empty for a step without an update.
-            losses: of every test example, ``[test]``; without them this time is not read.
-            lr: the learning rate, if it matters.
-            measures: of every test example, beside the losses.
+            batch: ids (texts) or indices (whole numbers) of the batch's examples, or a mask of the training examples;
+                empty for a step without an update.
+            losses: loss of every test example after the update, ``[test]``; None if not evaluated.
+            rows: the batch as indices. Needed where ids are numbers too, so that a bare number could mean either.
+            ids: the batch as ids, texts or numbers.
+            lr: learning rate of the update, if it should be recorded.
+            measures: values of each measure, ``[test]``, by name; only together with losses.
 
         Raises:
-            InvalidInput: an example that is not there, losses of another number of examples, no losses before the
-                first step. Nothing of the step is recorded then.
+            InvalidInput: an unknown example, bare numbers that could be ids or indices, losses of the wrong shape, or
+                no losses before the first step. Nothing of the step is recorded then.
         """
         if self.steps == 0 and not self._is_read:
             raise InvalidInput("the losses before any update are missing: call read(losses) before the first step")
         if losses is None and measures:
-            raise InvalidInput("measures without losses: give both, or neither")
-        event: dict[str, Any] = {"batch": self._indices(batch)} | ({} if lr is None else {"lr": float(lr)})
+            raise InvalidInput("measures are recorded only together with losses: pass both, or neither")
+        place = f"step {self.steps + 1}"
+        try:
+            event: dict[str, Any] = {"batch": self._indices({"batch": batch, "rows": rows, "ids": ids})}
+            if lr is not None:
+                event["lr"] = number("lr", _plain(lr))
+        except InvalidInput as error:
+            raise InvalidInput(f"{place}: {error}") from None
         if losses is not None:
-            event |= self._reading(losses, measures or {})
+            event |= self._reading(place, losses, measures or {})
         self._append(event)
         self._count(event)
 
-    def _indices(self, batch: Any) -> list[int]:
-        """Ids or indices as indices."""
-        places = batch.tolist() if hasattr(batch, "tolist") else list(batch)
-        return [self._of_id(place) if isinstance(place, str) else self._checked(place) for place in places]
+    def _indices(self, passed: Mapping[str, Any]) -> list[int]:
+        """Return the indices of a batch, which is passed as ``batch``, ``rows`` or ``ids``; repeated ones stay."""
+        given = {name: _listed(name, members) for name, members in passed.items() if members is not None}
+        if len(given) != 1:
+            raise InvalidInput(f"pass one of batch, rows= and ids=, got {' and '.join(given) or 'none'}")
+        ((name, members),) = given.items()
+        if not members:  # a step without an update
+            return []
+        if name != "rows" and all(isinstance(member, str) and member in self._index for member in members):
+            return [self._index[member] for member in members]  # ``select`` would look at every example
+        return list(map(int, self.train.select(**{"target" if name == "batch" else name: members})))
 
-    def _of_id(self, name: str) -> int:
-        if name not in self._index:
-            raise InvalidInput(f"no training example {name!r}, {did_you_mean(name, self.train.ids[:1000])[:200]}")
-        return self._index[name]
-
-    def _checked(self, index: Any) -> int:
-        if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index < len(self.train):
-            last = len(self.train) - 1
-            raise InvalidInput(f"a batch holds ids of training examples, or indices from 0 to {last}; got {index!r}")
-        return int(index)
-
-    def _reading(self, losses: Any, measures: Mapping[str, Any]) -> dict[str, str]:
+    def _reading(self, place: str, losses: Any, measures: Mapping[str, Any]) -> dict[str, str]:
+        """Return the part of an event that holds the losses and the measures."""
         if set(measures) != set(self.measures):
             raise InvalidInput(
-                f"measures {sorted(measures)} were given, but {sorted(self.measures)} are recorded: "
-                "name them all at recorder(measures=…), and give each with every reading"
+                f"{place}: got measures {list(measures)}, but this recorder expects {list(self.measures)}: "
+                "name them all in recorder(measures=…), and pass each of them with the losses"
             )
-        return {name: self._packed(name, values) for name, values in {"losses": losses, **measures}.items()}
-
-    def _packed(self, name: str, values: Any) -> str:
-        values = values.detach().cpu() if hasattr(values, "detach") else values  # a tensor
-        array = np.asarray(values.float() if str(getattr(values, "dtype", "")) == "torch.bfloat16" else values)
-        if array.shape != (len(self.test),) or array.dtype.kind not in "biuf":
+        rounded = self._rounded(place, "losses", losses)
+        infinite = np.flatnonzero(~np.isfinite(rounded))
+        if len(infinite) and place == _BEFORE:
             raise InvalidInput(
-                f"{name}: give one number for each of the {len(self.test)} test examples, got "
-                f"{array.dtype}{list(array.shape)} (in torch: reduction='none')"
+                f"{place}: the loss of test example {self.test.ids[infinite[0]]!r} is {rounded[infinite[0]]} in "
+                f"{self._dtype}, but must be finite: look for missing values in the example and the model"
+            )
+        values = {_MEASURE + name: self._rounded(place, name, measures[name]) for name in self.measures}
+        return {
+            name: base64.b64encode(array.tobytes()).decode() for name, array in ({"losses": rounded} | values).items()
+        }
+
+    def _rounded(self, place: str, name: str, values: Any) -> np.ndarray:
+        """Return one number per test example, ``[test]``, in the precision of the run."""
+        array = _as_array(values)
+        if array is None or array.shape != (len(self.test),) or array.dtype.kind not in "biuf":
+            got = shown(values) if array is None else f"{array.dtype}{list(array.shape)}"
+            raise InvalidInput(
+                f"{place}: {name}: pass one number for each of the {len(self.test)} test examples, got {got} "
+                "(in torch: reduction='none')"
             )
         with np.errstate(over="ignore"):
-            kept = array.astype(self._dtype)
-        if name == "losses":
-            self._diverged |= not np.isfinite(kept).all()
-        return base64.b64encode(kept.tobytes()).decode()
+            return array.astype(self._dtype)
 
     def _append(self, event: Mapping[str, Any]) -> None:
-        if not self._under_way:
-            raise InvalidInput("a recorder records within its block only: with store.recorder(…) as rec: …")
-        if self.steps == 0 and "batch" not in event:  # a journal begins with its first step
-            self._unwritten += journal_line(event)
+        if not self._is_open:
+            raise InvalidInput("a recorder works only inside its with block: with store.recorder(…) as rec: …")
+        line, checksum = journal_line(event, self._checksum)
+        content = self._unwritten + line
+        if self.steps == 0 and "batch" not in event:  # the journal is created with the first step
+            self._unwritten, self._checksum = content, checksum
             return
         try:
             with open(self._journal, "ab") as file:
-                file.write(self._unwritten + journal_line(event))
+                file.write(content)
                 if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
                     file.flush()
                     os.fsync(file.fileno())
                     self._synced = time.monotonic()
         except OSError as error:
+            with contextlib.suppress(OSError):  # part of the line may be written: nothing of the step is to stay
+                os.truncate(self._journal, self._end)
             raise cannot_write(self._journal, error) from error
-        self._unwritten = b""
+        self._unwritten, self._checksum, self._end = b"", checksum, self._end + len(content)
 
     def _count(self, event: Mapping[str, Any]) -> None:
         if "batch" in event:
             self.steps += 1
             self._is_read = False
             self._any_example |= len(event["batch"]) > 0
-        self._is_read |= "losses" in event
+        if "losses" in event:
+            self._is_read = True
+            self._diverged |= not np.isfinite(self._unpacked(event["losses"])).all()
 
     @property
     def _journal(self) -> Path:
@@ -256,82 +297,142 @@ class Recorder:
 
     @property
     def _header(self) -> dict[str, Any]:
-        """What must be the same where a recording is gone on with."""
+        """The journal's first line, which must stay the same when a recording is resumed."""
         return {
+            "format": _JOURNAL_FORMAT,
             "fingerprint": self.fingerprint,
             "recipe": self.recipe.canonical() if self.recipe else None,
             "measures": list(self.measures),
         }
 
-    def _go_on(self) -> None:
-        """Leave in the journal what is to be kept of it, and count that."""
-        header, keep, there = None, 0, 0
-        for event, end in journal_events(self._journal):
-            if header is None:
-                header, keep = event, end
-                continue
-            there += "batch" in event
-            if self.resume and there <= self.resume:
-                self._count(event)
-                self._diverged |= "losses" in event and not np.isfinite(self._unpacked(event["losses"])).all()
-                keep = end
-        if there and self.resume is None:
+    def _prepare_journal(self) -> None:
+        """Cut the journal after ``resume`` steps and count its events, or start a new one."""
+        self._checksum = self._end = self.steps = 0
+        self._is_read = self._diverged = self._any_example = False
+        recorded = 0 if self.resume == 0 else self._count_kept()
+        if recorded and self.resume is None:
             raise InvalidInput(
-                f"run {self.run!r} broke off after {there} recorded steps: go on from a checkpoint of yours with "
-                "resume=STEPS, begin anew with resume=0, or record under another name"
+                f"run {self.run!r} was interrupted after {recorded} recorded steps: continue from your checkpoint with "
+                "resume=STEPS, start over with resume=0, or choose another name"
             )
-        if self.resume and self.resume > there:
-            raise InvalidInput(f"resume={self.resume}, but of run {self.run!r} {there} steps are recorded")
-        if self.resume and header != self._header:
-            raise StoreError(
-                f"run {self.run!r} was begun with another recipe or other measures: begin anew with resume=0"
-            )
+        if self.resume and self.resume > recorded:
+            raise InvalidInput(f"resume={self.resume}, but only {recorded} steps of run {self.run!r} are recorded")
         try:
             if self.resume:
-                os.truncate(self._journal, keep)
+                os.truncate(self._journal, self._end)
             else:
                 self._journal.parent.mkdir(parents=True, exist_ok=True)
                 self._journal.unlink(missing_ok=True)
-                self._unwritten = journal_line(self._header)
+                self._unwritten, self._checksum = journal_line(self._header)
+                self._end = 0
         except OSError as error:
             raise cannot_write(self._journal, error) from error
 
+    def _count_kept(self) -> int:
+        """Count the events of the first ``resume`` steps of the journal; return how many steps it has in all.
+
+        Raises:
+            StoreError: the journal is damaged, or was started with other arguments.
+        """
+        entries = journal_entries(self._journal)
+        header = next(entries, None)
+        if header is None:
+            return 0
+        if self.resume and header.event.get("format") != _JOURNAL_FORMAT:
+            raise StoreError(f"run {self.run!r} was started by an older version: start over with resume=0")
+        if self.resume and header.event != self._header:
+            raise StoreError(
+                f"run {self.run!r} was started with another recipe or other measures: start over with resume=0"
+            )
+        recorded, self._checksum, self._end = 0, header.checksum, header.end
+        for entry in entries:
+            recorded += "batch" in entry.event
+            if self.resume and recorded <= self.resume:
+                self._count(self._checked_event(entry.event))
+                self._checksum, self._end = entry.checksum, entry.end
+        return recorded
+
+    def _checked_event(self, event: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return an event of the journal if a recorder can have written it.
+
+        Raises:
+            StoreError: it has other parts, or parts of the wrong type or size.
+        """
+        batch, lr = event.get("batch", []), event.get("lr", 0.0)
+        readings = {"losses", *(_MEASURE + name for name in self.measures)}
+        fits = (
+            set(event) - {"batch", "lr"} in (set(), readings)
+            and isinstance(batch, list)
+            and all(type(index) is int and 0 <= index < len(self.train) for index in batch)
+            and isinstance(lr, int | float)
+            and all(self._is_packed(event[name]) for name in readings & set(event))
+        )
+        if not fits:
+            raise damaged_at(self._journal, self._end)
+        return event
+
+    def _is_packed(self, text: Any) -> bool:
+        try:
+            return len(base64.b64decode(text, validate=True)) == len(self.test) * self._dtype.itemsize
+        except (TypeError, ValueError):
+            return False
+
     def _finish(self) -> None:
-        """The journal becomes a run."""
+        """Convert the journal to a run."""
         if not self._any_example:
             raise InvalidInput(
                 f"run {self.run!r} has no step with an example: call step(batch, losses) after every update"
             )
         if not self._is_read:
             raise InvalidInput(
-                f"the losses after the last step ({self.steps}) are missing: give them with it, or call read(losses) "
-                f"at the end. Nothing is lost: recorder({self.run!r}, resume={self.steps}) goes on from there"
+                f"the losses after the last step ({self.steps}) are missing: pass them to step, or call read(losses) "
+                f"at the end. Nothing is lost: recorder({self.run!r}, resume={self.steps}) continues this recording"
             )
-        about = RunHeader(self.run, self.fingerprint, len(self.train), self.recipe, self._diverged, engine="recorder")
-        self.store.write_rows(about, self._rows())
+        header = RunHeader(self.run, self.fingerprint, len(self.train), self.recipe, self._diverged, engine="recorder")
+        self.store.write_rows(header, self._rows())
         self.store.drop_partial(self.run)
 
     def _rows(self) -> Iterator[RunRows]:
-        events = (event for event, _ in islice(journal_events(self._journal), 1, None))
-        size = max(1, BLOCK_NUMBERS // (len(self.test) * (1 + len(self.measures))))
-        times, start = events_by_time(events), 0
-        while block := list(islice(times, size)):
+        """Yield the journal's times in blocks of bounded size."""
+        start, numbers = 0, 0
+        block: list[Mapping[str, Any]] = []
+        for event in events_by_time(self._events()):
+            block.append(event)
+            numbers += len(event.get("batch", [])) + len(self.test) * (1 + len(self.measures)) + _EVENT_NUMBERS
+            if numbers >= BLOCK_NUMBERS:
+                yield self._block(start, block)
+                start, numbers, block = start + len(block), 0, []
+        if block:
             yield self._block(start, block)
-            start += len(block)
+
+    def _events(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the events of the whole journal.
+
+        Raises:
+            StoreError: the journal is not what this recorder has written.
+        """
+        entries = journal_entries(self._journal)
+        last = next(entries, None)
+        for entry in entries:
+            last = entry
+            yield self._checked_event(entry.event)
+        if last is None or (last.checksum, last.end) != (self._checksum, self._end):
+            raise damaged_at(self._journal, 0 if last is None else last.end)
 
     def _block(self, start: int, times: Sequence[Mapping[str, Any]]) -> RunRows:
         batches = [np.array(event.get("batch", []), np.int32) for event in times]
-        readings = {
-            name: np.stack([self._unpacked(event.get(name)) for event in times]) for name in ("losses", *self.measures)
-        }
+        losses, *measures = (
+            np.stack([self._unpacked(event.get(name)) for event in times])
+            for name in ("losses", *(_MEASURE + name for name in self.measures))
+        )
         return RunRows(
             start=start,
             batches=np.concatenate(batches),
             sizes=np.array([len(batch) for batch in batches]),
             rates=np.array([event.get("lr", np.nan) for event in times], np.float64),
             recorded=np.array(["losses" in event for event in times]),
-            losses=readings.pop("losses"),
-            measures=readings,
+            losses=losses,
+            measures=dict(zip(self.measures, measures, strict=True)),
         )
 
     def _unpacked(self, packed: str | None) -> np.ndarray:
@@ -340,15 +441,49 @@ class Recorder:
         return np.frombuffer(base64.b64decode(packed), self._dtype)
 
 
-def _checked_name(run: str) -> str:
-    plain = run.replace("-", "").replace("_", "").replace(".", "")
-    if not (plain.isascii() and plain.isalnum() and len(run) <= _LONGEST_NAME) or run.startswith("."):
+def _listed(name: str, members: Any) -> list[Any]:
+    """Return the members of a batch as a list of plain values."""
+    members = members.tolist() if hasattr(members, "tolist") else members  # an array, a tensor or a column
+    if isinstance(members, str | bytes | Mapping | pd.DataFrame) or not isinstance(members, Iterable):
         raise InvalidInput(
-            f"a run's name is a file's: up to {_LONGEST_NAME} letters, digits, '.', '_' and '-', got {run!r}"
+            f"{name} must be a list of examples, such as ['a', 'b'] or [0, 17], got {shown(members)}: "
+            "pass a list even for one example"
+        )
+    plain = [_plain(member) for member in members]
+    for member in plain:
+        if not isinstance(member, int | str):
+            raise InvalidInput(f"{name} must contain ids (texts) or indices (whole numbers), got {shown(member)}")
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return the number of an array or a tensor without axes as Python's; other values as they are."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+
+
+def _as_array(values: Any) -> np.ndarray | None:
+    """Return numbers as an array, or None if they cannot be one."""
+    try:
+        values = values.detach().cpu() if hasattr(values, "detach") else values  # a tensor
+        array = np.asarray(values.float() if str(getattr(values, "dtype", "")) == "torch.bfloat16" else values)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # ragged, sparse, or not numbers
+        return None
+    return None if np.ma.is_masked(values) else array
+
+
+def _checked_name(run: str) -> str:
+    alphanumeric = run.replace("-", "").replace("_", "").replace(".", "")
+    is_plain = alphanumeric.isascii() and alphanumeric.isalnum() and len(run) <= _LONGEST_NAME
+    if not is_plain or run.startswith(".") or run.endswith(".lock"):
+        raise InvalidInput(
+            f"a run's name must be usable as a file name: up to {_LONGEST_NAME} letters, digits, '.', '_' and '-', "
+            f"not starting with '.' nor ending in '.lock'; got {run!r}"
         )
     return run
 
 
 def as_examples(side: Examples | Sequence[Any] | None) -> Examples | None:
-    """Examples, or ids in their order, as examples."""
-    return side if side is None or isinstance(side, Examples) else Examples(list(side))
+    """Return the examples of one side, built from their ids if only ids are passed."""
+    if side is None or isinstance(side, Examples):
+        return side
+    return Examples([_plain(name) for name in side])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional
 
-from simfluence.errors import InvalidInput
+from simfluence.errors import InvalidInput, did_you_mean
 
 __all__ = [
     "BY_NAME",
@@ -13,6 +15,7 @@ __all__ = [
     "LANGUAGE",
     "correct",
     "cross_entropy",
+    "loss_named",
     "margin",
     "squared_error",
     "token_accuracy",
@@ -75,3 +78,29 @@ BY_NAME = {
     "squared_error": squared_error,
     "token_cross_entropy": token_cross_entropy,
 }
+
+#: Other names of the losses in ``BY_NAME``, without underscores.
+_OTHER_NAMES = {
+    "mse": "squared_error", "mseloss": "squared_error", "meansquarederror": "squared_error", "l2": "squared_error",
+    "ce": "cross_entropy", "crossentropyloss": "cross_entropy", "logloss": "cross_entropy",
+    "categoricalcrossentropy": "cross_entropy", "softmaxcrossentropy": "cross_entropy",
+}  # fmt: skip
+
+
+def loss_named(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss called ``name``.
+
+    Raises:
+        InvalidInput: no loss has that name; the message has the nearest one.
+
+    >>> loss_named("cross_entropy").__name__
+    'cross_entropy'
+    """
+    if name in BY_NAME:
+        return BY_NAME[name]
+    letters = "".join(letter for letter in name.lower() if letter.isalnum())
+    meant = _OTHER_NAMES.get(letters, name)
+    raise InvalidInput(
+        f"unknown loss {name!r}, {did_you_mean(meant, BY_NAME)} (known losses: {', '.join(BY_NAME)}). Pass any other "
+        "as a function of outputs and targets that returns one number per example (in torch: reduction='none')"
+    )

@@ -190,12 +190,35 @@ class TrainingPasses:
             basis: tensors that the cache saves with the sums.
         """
         first = 0 if self.cache is None else self.cache.restored(stage, sums)
+        while not self._ran(stage, sums, add, basis, first):
+            first = 0
+            for total in sums.values():
+                total.zero_()
+
+    def _ran(
+        self,
+        stage: str,
+        sums: dict[str, Tensor],
+        add: Callable[[str, Factors], None],
+        basis: Mapping[str, Tensor] | None,
+        first: int,
+    ) -> bool:
+        """Make the pass from the example ``first`` on, and return True if all factors are of the same kind.
+
+        A layer whose rule is found wrong on the way has other factors from then on, whose products do not add up with
+        those before.
+        """
+        methods = self.gradients.methods if first else None
         batches = self.gradients.batches(self.data, batch_size=self.batch_size, first=first, relabel=self.relabel)
         for rows, factors in batches:
+            if methods not in (None, self.gradients.methods):
+                return False
+            methods = self.gradients.methods
             for name, layer_factors in factors.items():
                 add(name, layer_factors)
             if self.cache is not None:
                 self.cache.save(stage, {**sums, **(basis or {})}, rows.stop, last=rows.stop == len(self.data[1]))
+        return True
 
 
 def kronecker_factors(passes: TrainingPasses) -> dict[str, Kronecker]:

@@ -5,7 +5,8 @@ The vector concatenates the layers' matrices in the model's order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -100,11 +101,29 @@ def _summed(
     total = torch.zeros_like(vectors)
     for start in range(0, len(data[1]), batch_size):
         batch = gradients.placed(rows_of(data, slice(start, start + batch_size)))
-        with evaluating(gradients.model):
+        with evaluating(gradients.model), _needing_torch_func():
             tensors = torch.func.vmap(partial(of_batch, gradients, batch))(by_parameter)
         rows = {name: layer.from_parameters(tensors) for name, layer in gradients.layers.items()}
         total += flatten(gradients, rows).detach()
     return total / len(data[1])
+
+
+@contextlib.contextmanager
+def _needing_torch_func() -> Iterator[None]:
+    """Say what else there is where ``torch.func`` cannot differentiate a model.
+
+    Raises:
+        InvalidInput: instead of torch's own error.
+    """
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+        raise InvalidInput(
+            f"products with this curvature need torch.func, which fails on this model or its loss: {error}. Pass "
+            "curvature='empirical_fisher', or use EKFAC, KFAC or Diagonal, which do without"
+        ) from error
 
 
 def _vjp(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], tuple[Any]]]:

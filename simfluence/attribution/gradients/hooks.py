@@ -1,7 +1,10 @@
 """Per-example gradients of a model's loss, one batch at a time, as factors of each layer.
 
 Hooks read every layer's input and the loss's derivative by its output from one forward and one backward pass over a
-batch: ``Factors``. The gradients themselves, examples × parameters, are not formed here.
+batch: ``Factors``. The gradients themselves, examples × parameters, are formed only where no rule gives them.
+
+Every batch is checked: its gradients, summed with random weights, against autograd's. A layer whose rule is found wrong
+is computed one example at a time from then on.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,9 +20,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from simfluence.attribution.gradients.checking import Sums, agrees, check_same_loss, random_weights
 from simfluence.attribution.gradients.labels import Relabel
-from simfluence.attribution.gradients.layers import Factors, Layer
-from simfluence.errors import InvalidInput
+from simfluence.attribution.gradients.layers import Factors, Layer, concatenated, whole
+from simfluence.errors import InvalidInput, PlainGradientsWarning
 from simfluence.task import Data, cast, convert, forward, take
 
 #: ``(outputs, targets)`` → ``[batch]``.
@@ -35,6 +39,7 @@ __all__ = [
     "Gradients",
     "Loss",
     "Mask",
+    "Pass",
     "attention_mask",
     "called",
     "evaluating",
@@ -79,6 +84,27 @@ def masks_of(mask: Mask, inputs: Any, positions: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward and backward pass over a batch.
+
+    Args:
+        inputs, targets: the batch; the targets are the labels used.
+        losses: ``[batch]``.
+        calls: the layers' module calls, with the loss's derivatives by their outputs.
+        sums: autograd's gradients, summed over the batch with weights.
+    """
+
+    inputs: Any
+    targets: Tensor
+    losses: Float[Tensor, " batch"]
+    calls: Calls
+    sums: Sums
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
 class Gradients:
     """Per-example gradients of ``loss`` by the parameters of a model's layers, built by ``per_example_gradients``.
 
@@ -88,6 +114,9 @@ class Gradients:
         layers: layers by name, in the model's order.
         mask: which positions of the inputs are no padding.
         plain: compute the gradients of layers without hooks one example at a time, not by ``torch.func``.
+        alone: names of the layers whose rule is used for one example at a time, because it is wrong for batches; it
+            grows as batches are checked.
+        formed: names of the layers whose gradients are formed by autograd, likewise.
     """
 
     model: nn.Module
@@ -95,6 +124,8 @@ class Gradients:
     layers: Mapping[str, Layer]
     mask: Mask = attention_mask
     plain: bool = False
+    alone: set[str] = field(default_factory=set)
+    formed: set[str] = field(default_factory=set)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -106,6 +137,16 @@ class Gradients:
     def like(self) -> Tensor:
         """A tensor with the model's device and dtype."""
         return next(iter(self.parameters.values()))
+
+    @property
+    def methods(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The names of the layers in ``alone`` and in ``formed`` at present."""
+        return frozenset(self.alone), frozenset(self.formed)
+
+    @property
+    def hooked(self) -> list[str]:
+        """The names of the layers whose modules have a rule."""
+        return [name for name, layer in self.layers.items() if layer.sources]
 
     def own(self, layer: Layer) -> Tensor:
         """Return the weight of a layer."""
@@ -137,13 +178,24 @@ class Gradients:
         Raises:
             InvalidInput: the model or the loss fails, the loss is not one number per example, or something is not
                 finite.
+
+        Warns:
+            PlainGradientsWarning: a layer's rule is wrong for a batch; a slower method computes it from then on.
         """
-        for start in range(first, len(data[1]), batch_size):
+        for number, start in enumerate(range(first, len(data[1]), batch_size)):
             rows = slice(start, min(start + batch_size, len(data[1])))
-            yield rows, self.factors(rows_of(data, rows), first=start, relabel=relabel, side=side)
+            # one example alone in batches 0, 1, 2, 4, 8, …: rarer and rarer, as it takes a pass of its own
+            alone = number % (rows.stop - start) if number & (number - 1) == 0 else None
+            yield rows, self.factors(rows_of(data, rows), first=start, relabel=relabel, side=side, alone=alone)
 
     def factors(
-        self, batch: Data, *, first: int = 0, relabel: Relabel | None = None, side: str = "training"
+        self,
+        batch: Data,
+        *,
+        first: int = 0,
+        relabel: Relabel | None = None,
+        side: str = "training",
+        alone: int | None = None,
     ) -> dict[str, Factors]:
         """Return the factors of all layers for one batch.
 
@@ -151,38 +203,114 @@ class Gradients:
             batch: ``(inputs, targets)``.
             first: index of the batch's first example in its data.
             relabel, side: as in ``batches``.
+            alone: position in the batch of an example whose gradients are also compared with those of it alone.
 
         Raises:
             InvalidInput: as in ``batches``.
         """
         inputs, targets = self.placed(batch)
-        calls, targets = self.calls(inputs, targets, first=first, relabel=relabel, side=side)
-        masks = partial(masks_of, self.mask, inputs)
-        factors = {n: gathered(layer, calls, masks, len(targets)) for n, layer in self.layers.items() if layer.sources}
-        factors |= self._unhooked(inputs, targets)
+        done = self.passed(inputs, targets, first=first, relabel=relabel, side=side)
+        trusted = [name for name in self.hooked if name not in self.alone | self.formed]
+        factors = self.by_rule(done, trusted)
+        if alone is not None and len(done) > 1:
+            factors = self.same_alone(done, factors, alone, first, side)
+        self._distrust([name for name in trusted if name not in factors], side, first, len(done))
+        factors |= self.one_at_a_time(done, [name for name in self.hooked if name in self.alone])
+        self.formed.update(name for name in self.alone if name not in factors)
+        self.alone.difference_update(self.formed)
+        factors |= self._formed(done)
         for name, layer_factors in factors.items():
             _check_finite(name, layer_factors, side, first)
         return {name: factors[name] for name in self.layers}
 
-    def calls(
-        self, inputs: Any, targets: Tensor, *, first: int = 0, relabel: Relabel | None = None, side: str = "training"
-    ) -> tuple[Calls, Tensor]:
-        """Run one forward and backward pass: the layers' module calls with derivatives, and the labels used."""
+    def passed(
+        self,
+        inputs: Any,
+        targets: Tensor,
+        *,
+        first: int = 0,
+        relabel: Relabel | None = None,
+        side: str = "training",
+        weights: Tensor | None = None,
+    ) -> Pass:
+        """Run one forward and backward pass over a batch that is ``placed``.
+
+        Args:
+            weights: weights of the examples in the sums of autograd's gradients, ``[batch]``; random by default.
+
+        Raises:
+            InvalidInput: as in ``batches``.
+        """
         hooked = {module for layer in self.layers.values() for module, _ in layer.sources}
-        with evaluating(self.model), recording(hooked) as calls:
+        with evaluating(self.model), recording(hooked) as recorded:
             with explained(side, first, len(targets)):
-                outputs = forward(self.model, inputs)
+                outputs = forward(self.model, _copied(inputs))
                 if relabel is not None:
                     targets = relabel(outputs, targets, range(first, first + len(targets)))
                 losses = self.loss(outputs, targets)
+            calls = list(recorded)  # activation checkpointing calls the modules again in the backward pass
             check_losses(losses, len(targets), side, first)
-            return _derived(losses, calls), targets
+            with explained(side, first, len(targets), "the derivative of the loss"):
+                derived = _derived(losses, calls)
+                sums = self._summed(losses, weights)
+        return Pass(inputs, targets, losses.detach(), derived, sums)
 
-    def losses(self, batch: Data, side: str = "training") -> Float[Tensor, " batch"]:
+    def _summed(self, losses: Tensor, weights: Tensor | None) -> Sums:
+        """Return autograd's gradients of the weighted sum of the losses."""
+        weights = random_weights(losses) if weights is None else weights.to(losses)
+        parameters = self.parameters
+        values = torch.autograd.grad(
+            (weights * losses).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        dense = [value.to_dense() if value.is_sparse else value for value in values]
+        return Sums(weights.detach(), dict(zip(parameters, dense, strict=True)))
+
+    def by_rule(self, done: Pass, names: Sequence[str]) -> dict[str, Factors]:
+        """Return the factors, by their rules, of those of the layers ``names`` that agree with autograd."""
+        masks = partial(masks_of, self.mask, done.inputs)
+        factors: dict[str, Factors] = {}
+        for name in names:
+            layer = self.layers[name]
+            try:
+                found = gathered(layer, done.calls, masks, len(done))
+            except (InvalidInput, RuntimeError, ValueError, IndexError, TypeError):
+                continue  # its rows do not count examples, or it is called in a way that the rule does not know
+            if agrees(layer, found, done.sums):
+                factors[name] = found
+        return factors
+
+    def same_alone(
+        self, done: Pass, factors: Mapping[str, Factors], row: int, first: int = 0, side: str = "training"
+    ) -> dict[str, Factors]:
+        """Return those of ``factors`` whose gradient of one example is that of the example alone.
+
+        Raises:
+            InvalidInput: the example has another loss alone than in its batch.
+        """
+        inputs, target = self.single(done, row)
+        one = self.passed(inputs, target, first=first + row, side=side, weights=torch.ones(1))
+        check_same_loss(float(done.losses[row]), float(one.losses[0]), done.losses.dtype)
+        rows = slice(row, row + 1)
+        return {
+            name: layer_factors
+            for name, layer_factors in factors.items()
+            if agrees(self.layers[name], layer_factors.part(rows), one.sums)
+        }
+
+    def one_at_a_time(self, done: Pass, names: Sequence[str]) -> dict[str, Factors]:
+        """Return the factors, by rules for one example at a time, of the layers for which these agree with autograd."""
+        parts: dict[str, list[Factors]] = {name: [] for name in names}
+        for row in range(len(done) if names else 0):
+            inputs, target = self.single(done, row)
+            found = self.by_rule(self.passed(inputs, target), list(parts))
+            parts = {name: [*parts[name], found[name]] for name in found}
+        return {name: concatenated(column) for name, column in parts.items()}
+
+    def losses(self, batch: Data, side: str = "training", first: int = 0) -> Float[Tensor, " batch"]:
         """Return the loss of each example, without gradients."""
         inputs, targets = self.placed(batch)
-        with evaluating(self.model), torch.no_grad(), explained(side, 0, len(targets)):
-            losses = self.loss(forward(self.model, inputs), targets)
+        with evaluating(self.model), torch.no_grad(), explained(side, first, len(targets)):
+            losses = self.loss(forward(self.model, _copied(inputs)), targets)
         check_shape(losses, len(targets))
         return losses
 
@@ -191,14 +319,48 @@ class Gradients:
         placed: Data = cast(batch, self.like.device, self.like.dtype)
         return placed
 
-    def _unhooked(self, inputs: Any, targets: Tensor) -> dict[str, Factors]:
-        """Return the gradients of the layers without sources, formed: ``[batch, 1, size]`` each."""
-        names = {layer.weight: name for name, layer in self.layers.items() if not layer.sources}
+    def single(self, done: Pass, row: int) -> Data:
+        """Return one example of a batch."""
+        one: Data = take((done.inputs, done.targets), torch.tensor([row], device=done.targets.device))
+        return one
+
+    def _distrust(self, names: Sequence[str], side: str, first: int, count: int) -> None:
+        """Compute layers one example at a time from now on, and warn."""
+        if not names:
+            return
+        self.alone.update(names)
+        warnings.warn(
+            f"the rule for the gradients of {', '.join(names)} is wrong for {side} examples {first} to "
+            f"{first + count - 1}: from here on they are computed one example at a time, which is slow. To leave them "
+            "out, pass layers=[…]",
+            PlainGradientsWarning,
+            stacklevel=3,
+        )
+
+    def _formed(self, done: Pass) -> dict[str, Factors]:
+        """Return the gradients of the layers without a usable rule, as factors of whole matrices."""
+        names = [name for name, layer in self.layers.items() if name in self.formed or not layer.sources]
+        fast = [] if self.plain else [name for name in names if name not in self.formed]
+        factors = self._mapped(done, fast)
+        slow = [name for name in names if name not in factors]
+        if slow:
+            values = one_by_one(self, self._parameters_of(slow), done.inputs, done.targets)
+            factors |= {name: whole(self.layers[name].from_parameters(values)) for name in slow}
+        return factors
+
+    def _mapped(self, done: Pass, names: Sequence[str]) -> dict[str, Factors]:
+        """Return the gradients by ``torch.func`` of those layers for which they agree with autograd."""
         if not names:
             return {}
-        formed = (one_by_one if self.plain else mapped)(self, list(names), inputs, targets)
-        ones = self.like.new_ones(len(targets), 1, 1)
-        return {layer: Factors(ones, formed[name].flatten(1)[:, None]) for name, layer in names.items()}
+        try:
+            values = mapped(self, self._parameters_of(names), done.inputs, done.targets)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return {}
+        found = {name: whole(self.layers[name].from_parameters(values)) for name in names}
+        return {n: f for n, f in found.items() if agrees(self.layers[n], f, done.sums)}
+
+    def _parameters_of(self, names: Sequence[str]) -> list[str]:
+        return [parameter for name in names for parameter in self.layers[name].parameters]
 
 
 def one_by_one(gradients: Gradients, names: list[str], inputs: Any, targets: Tensor) -> dict[str, Tensor]:
@@ -209,7 +371,8 @@ def one_by_one(gradients: Gradients, names: list[str], inputs: Any, targets: Ten
         for index in range(len(targets)):
             one, target = take((inputs, targets), torch.tensor([index], device=targets.device))
             loss = gradients.loss(forward(gradients.model, one), target).sum()
-            rows.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+            values = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            rows.append([value.to_dense() if value.is_sparse else value for value in values])
     return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
@@ -219,7 +382,7 @@ def mapped(gradients: Gradients, names: list[str], inputs: Any, targets: Tensor)
     per_example = torch.func.vmap(torch.func.grad(partial(_loss_of_one, gradients)), in_dims=(None, 0, 0))
     with evaluating(gradients.model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # the slow path has its own warning
-        values: dict[str, Tensor] = per_example(parameters, inputs, targets)
+        values: dict[str, Tensor] = per_example(parameters, _copied(inputs), targets)
     return {name: value.detach() for name, value in values.items()}
 
 
@@ -242,7 +405,6 @@ def gathered(layer: Layer, calls: Calls, masks: Callable[[int], list[Tensor]], b
         masks: number of positions → the padding masks of that length; an empty list where there is none.
 
     Raises:
-        InvalidInput: the model never calls the layer.
         WrongBatch: the first axis of a call does not count examples.
     """
     parts = [
@@ -252,7 +414,7 @@ def gathered(layer: Layer, calls: Calls, masks: Callable[[int], list[Tensor]], b
         if module is owner
     ]
     if not parts:
-        raise InvalidInput(f"the model never calls layer {layer.name!r}: leave it out with layers=[…]")
+        return layer.unused(batch)
     a, s = parts[0] if len(parts) == 1 else (torch.cat(column, 1) for column in zip(*parts, strict=True))
     if layer.vector:
         return Factors(a[:, :1], s.sum(1, keepdim=True))
@@ -297,6 +459,11 @@ def rows_of(data: Data, rows: slice) -> Data:
     return convert(lambda tensor: tensor[rows], data[0]), data[1][rows]
 
 
+def _copied(inputs: Any) -> Any:
+    """Copy inputs, as a model may change its inputs in place."""
+    return convert(torch.clone, inputs)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set the model to evaluation mode (no dropout, fixed statistics) and restore its modules' modes afterwards."""
@@ -322,9 +489,11 @@ def recording(modules: set[nn.Module]) -> Iterator[Calls]:
             handle.remove()
 
 
-def _record(calls: Calls, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+def _record(calls: Calls, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Append a module call to ``calls``: a forward hook, once ``calls`` is bound."""
-    inputs = args[0] if args else next(iter(kwargs.values()))
+    inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if inputs is None or not isinstance(output, Tensor):
+        return output  # no rule is made for such a call; the check against autograd notices what it misses
     calls.append((module, inputs.detach(), output))
     return output.clone()  # the model may change it in place, as ReLU(inplace=True) does
 
@@ -335,7 +504,9 @@ def _derived(losses: Tensor, calls: Calls) -> Calls:
     An example's loss depends on its own outputs only, so the derivative of the summed loss has every example's own.
     """
     outputs = [output for _, _, output in calls if output.requires_grad]
-    gradients = iter(torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if outputs else ())
+    gradients = iter(
+        torch.autograd.grad(losses.sum(), outputs, retain_graph=True, allow_unused=True) if outputs else ()
+    )
     derived: Calls = []
     for module, inputs, output in calls:
         gradient = next(gradients) if output.requires_grad else None
@@ -354,7 +525,7 @@ class WrongBatch(InvalidInput):
 
 
 @contextlib.contextmanager
-def explained(side: str, first: int, count: int) -> Iterator[None]:
+def explained(side: str, first: int, count: int, what: str = "the model or its loss") -> Iterator[None]:
     """Name the examples on which the model or the loss fails.
 
     Raises:
@@ -364,10 +535,11 @@ def explained(side: str, first: int, count: int) -> Iterator[None]:
         yield
     except InvalidInput:
         raise
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise InvalidInput(
-            f"the model or its loss fails on {side} examples {first} to {first + count - 1}: {error}. Check the "
-            "shapes, and that the labels are in the model's range"
+            f"{what} fails on {side} examples {first} to {first + count - 1}: {error}. Check the shapes, that inputs "
+            "have the type that the model takes (tensors of whole numbers are not converted), and that the labels are "
+            "in the model's range"
         ) from error
 
 
@@ -376,7 +548,7 @@ def check_shape(losses: Any, batch: int) -> None:
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if shape != (batch,):
         raise InvalidInput(
-            f"the loss has shape {shape} for {batch} examples: return one loss per example, [batch] "
+            f"the loss has shape {shape} for a batch of {batch}: return one loss per example, [batch] "
             "(in torch: reduction='none', then a sum or mean over any further axes)"
         )
 

@@ -73,6 +73,8 @@ def relabelling(labels: str | Draw, loss: Callable[..., Tensor], seed: int) -> R
     Raises:
         InvalidInput: ``labels`` is unknown, or there is no rule to draw labels for this loss.
     """
+    if not (isinstance(labels, str) or callable(labels)):
+        raise InvalidInput(f"labels must be 'sampled', 'empirical' or a function that draws them, got {labels!r}")
     if isinstance(labels, str) and labels not in ("empirical", "sampled"):
         raise InvalidInput(f"unknown labels {labels!r}, {did_you_mean(labels, ['empirical', 'sampled'])}")
     if labels == "empirical":

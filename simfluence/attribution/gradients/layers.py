@@ -21,7 +21,7 @@ from torch.nn import functional
 #: ``(module, inputs, output gradients)`` → ``a [batch, positions, columns]``, ``s [batch, positions, rows]``.
 Extract = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-__all__ = ["Extract", "Factors", "Layer", "alone", "concatenated", "find_layers"]
+__all__ = ["Extract", "Factors", "Layer", "alone", "concatenated", "find_layers", "whole"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +69,47 @@ class Factors:
 
 
 def concatenated(parts: Sequence[Factors]) -> Factors:
-    """Return the factors of several batches as one batch."""
+    """Return the factors of several batches as one batch; the shorter ones are padded at the end of each call."""
+    calls = {part.calls for part in parts}
+    parts = parts if len(calls) == 1 else [replace(part, calls=1) for part in parts]
+    longest = max(part.positions // part.calls for part in parts)
+    parts = [_padded(part, longest) for part in parts]
     inputs = torch.cat([part.inputs for part in parts])
     gradients = torch.cat([part.gradients for part in parts])
-    valid = [part.valid for part in parts if part.valid is not None]
-    return Factors(inputs, gradients, torch.cat(valid) if valid else None, parts[0].calls)
+    if all(part.valid is None for part in parts):
+        return Factors(inputs, gradients, None, parts[0].calls)
+    return Factors(inputs, gradients, torch.cat([_validity(part) for part in parts]), parts[0].calls)
+
+
+def _validity(factors: Factors) -> Bool[Tensor, "batch positions"]:
+    shape, device = factors.inputs.shape[:2], factors.inputs.device
+    return torch.ones(shape, dtype=torch.bool, device=device) if factors.valid is None else factors.valid
+
+
+def _padded(factors: Factors, longest: int) -> Factors:
+    """Append positions whose inputs and gradients are zero to each call, up to ``longest``."""
+    missing = longest - factors.positions // factors.calls
+    if not missing:
+        return factors
+
+    def lengthened(values: Tensor) -> Tensor:  # [batch, calls · positions, …]
+        by_call = values.unflatten(1, (factors.calls, -1))
+        more = by_call.new_zeros(*by_call.shape[:2], missing, *by_call.shape[3:])
+        return torch.cat([by_call, more], 2).flatten(1, 2)
+
+    inputs, gradients = lengthened(factors.inputs), lengthened(factors.gradients)
+    return Factors(inputs, gradients, lengthened(_validity(factors)), factors.calls)
+
+
+def whole(matrices: Float[Tensor, "batch rows columns"]) -> Factors:
+    """Return gradients that are formed as factors: one of the two is the identity.
+
+    >>> whole(torch.tensor([[[1.0, 2.0, 3.0]]])).matrices().tolist()
+    [[[1.0, 2.0, 3.0]]]
+    """
+    rows, columns = matrices.shape[1:]
+    identity = torch.eye(min(rows, columns)).to(matrices).expand(len(matrices), -1, -1)
+    return Factors(identity, matrices.mT) if columns <= rows else Factors(matrices, identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +144,12 @@ class Layer:
     @property
     def parameters(self) -> tuple[str, ...]:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def unused(self, batch: int) -> Factors:
+        """Return the factors where a batch does not call the layer: zeros, at a position that does not count."""
+        like = next(iter(self.sources[0][0].parameters()))
+        inputs, gradients = like.new_zeros(batch, 1, self.columns), like.new_zeros(batch, 1, self.rows)
+        return Factors(inputs, gradients, torch.zeros(batch, 1, dtype=torch.bool, device=like.device))
 
     def to_parameters(self, matrices: Float[Tensor, "*n rows columns"]) -> dict[str, Tensor]:
         """Convert matrices of this layer to tensors by parameter name, each ``[*n, *shape]``."""
@@ -150,7 +192,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
             owners[names[id(parameter)]].append((module, local))
     layers: list[Layer] = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or any(name in layer.parameters for layer in layers):
+        if not (parameter.requires_grad and parameter.numel()) or any(name in layer.parameters for layer in layers):
             continue
         layers.append(_layer(name, parameter, owners, names, modules))
     return layers

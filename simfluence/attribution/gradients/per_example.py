@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,34 +10,37 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from simfluence.attribution.gradients.hooks import (
-    Gradients,
-    Loss,
-    Mask,
-    attention_mask,
-    gathered,
-    mapped,
-    one_by_one,
-    rows_of,
-)
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Count
+from simfluence.attribution.gradients.checking import check_same_loss, tolerance
+from simfluence.attribution.gradients.hooks import Gradients, Loss, Mask, Pass, attention_mask, mapped, one_by_one
 from simfluence.attribution.gradients.layers import Layer, alone, find_layers
 from simfluence.errors import InvalidInput, PlainGradientsWarning, did_you_mean
-from simfluence.task import Data
+from simfluence.task import Data, take, tensors
 
-#: Number of examples that the rules are checked on.
-_CHECKED = 3
+#: Number of examples that are looked at, and number of them on which the rules are checked.
+_CANDIDATES = 16
+_CHECKED = 8
+#: Largest layer without a rule whose gradients are formed where there is another way.
+_LARGEST_FORMED = 2**14
 
 __all__ = ["per_example_gradients"]
 
 
+@checked
 def per_example_gradients(
-    model: nn.Module, loss: Loss, data: Data, layers: Sequence[str] | None = None, mask: Mask = attention_mask
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    layers: Sequence[str] | None = None,
+    mask: Mask = attention_mask,
+    batch_size: Count = _CHECKED,
 ) -> Gradients:
     """Find a model's layers, check their rules on a few examples of ``data``, and return its per-example gradients.
 
     Where a rule disagrees with autograd, or a module has none (a weight used outside of its module, a batch that is
     not the first axis), the parameter's gradients come from ``torch.func``, or from one pass per example, with a
-    warning.
+    warning. Rules that pass are checked again in every batch.
 
     Args:
         model: any module with parameters that require a gradient.
@@ -46,10 +48,11 @@ def per_example_gradients(
         data: ``(inputs, targets)``.
         layers: names of layers, or patterns such as ``"*.mlp.*"``; all of them by default.
         mask: inputs → which positions are no padding, ``[batch, positions]``; by default their "attention_mask".
+        batch_size: most examples per pass in the check.
 
     Raises:
         InvalidInput: there is no example, no such layer or nothing to attribute to; the forward pass is random or
-            mixes examples; or the loss is reduced.
+            mixes examples; the loss is reduced; or a parameter is complex.
 
     >>> data = torch.ones(5, 3), torch.ones(5, 2)
     >>> squared = lambda outputs, targets: ((outputs - targets) ** 2).sum(1)
@@ -59,6 +62,7 @@ def per_example_gradients(
     """
     if not len(data[1]):
         raise InvalidInput("data has no example to take gradients of: pass at least one")
+    _check_parameters(model)
     all_layers = {layer.name: layer for layer in find_layers(model)}
     if not all_layers:
         raise InvalidInput(
@@ -66,68 +70,100 @@ def per_example_gradients(
             "set requires_grad on the parameters that were trained"
         )
     names = list(all_layers) if layers is None else _matching(layers, list(all_layers))
-    chosen = {name: all_layers[name] for name in names}
-    gradients = Gradients(model, loss, chosen, mask)
-    few = gradients.placed(rows_of(data, slice(0, _CHECKED)))
+    gradients = Gradients(model, loss, {name: all_layers[name] for name in names}, mask)
+    few = gradients.placed(take(data, _chosen(gradients, data, min(batch_size, _CHECKED)).to(data[1].device)))
     _check_forward(gradients, few)
-    return _with_fallback(_without_wrong_rules(gradients, few), few)
+    return _without_wrong_rules(gradients, gradients.passed(*few))
 
 
-def _without_wrong_rules(gradients: Gradients, few: Data) -> Gradients:
-    """Drop the sources of the layers whose rules disagree with autograd."""
-    wrong = _disagreeing(gradients, few)
+def _check_parameters(model: nn.Module) -> None:
+    """Refuse parameters that have no real gradient."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InvalidInput(f"parameter {name!r} has no shape yet: run the model once on an example, then fit again")
+        if parameter.requires_grad and parameter.is_complex():
+            raise InvalidInput(
+                f"parameter {name!r} is complex, and gradients by complex numbers have no inner product here: store "
+                "its real and imaginary parts as two real parameters, or freeze it with requires_grad_(False)"
+            )
+
+
+def _chosen(gradients: Gradients, data: Data, most: int) -> Tensor:
+    """Return the rows of a few examples, in a random order: the shortest, the longest, those with the largest losses.
+
+    They are chosen among examples from all over the data. An example with a large loss has a gradient; one without
+    would agree with any rule. A random order lets a model that sorts its batch be noticed.
+
+    Raises:
+        InvalidInput: the model or the loss fails on an example, or a loss is not finite.
+    """
+    rows = torch.linspace(0, len(data[1]) - 1, min(_CANDIDATES, len(data[1]))).round().long()
+    losses, lengths = [], []
+    for row in rows.tolist():
+        one = take(data, torch.tensor([row], device=data[1].device))
+        losses.append(float(gradients.losses(one, first=row)))
+        lengths.append(sum(int((tensor != 0).sum()) for tensor in tensors(one[0])))
+    by_length, by_loss = (torch.tensor(values).argsort(stable=True).tolist() for values in (lengths, losses))
+    wanted = [by_loss[-1], by_length[0], by_length[-1], *reversed(by_loss)]
+    unique = torch.tensor(list(dict.fromkeys(wanted))[:most])
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(0))
+    return rows[unique[order]]
+
+
+def _without_wrong_rules(gradients: Gradients, few: Pass) -> Gradients:
+    """Choose how to compute the layers whose rules disagree with autograd or that have none, and warn about them."""
+    right = gradients.by_rule(few, gradients.hooked)
+    for row in range(min(2, len(few))):
+        right = gradients.same_alone(few, right, row)
+    wrong = [name for name in gradients.hooked if name not in right]
+    right_alone = set(gradients.one_at_a_time(few, wrong))
+    large = {name for name in right_alone if gradients.layers[name].size > _LARGEST_FORMED}
+    split = _split(gradients, [name for name in wrong if name not in large])
+    if not _can_map(split, few):  # then a rule for one example at a time takes less memory than forming gradients
+        large, split = right_alone, _split(gradients, [name for name in wrong if name not in right_alone])
+        split = replace(split, plain=True)
+    split.alone.update(large)
+    _warn(split)
+    return split
+
+
+def _split(gradients: Gradients, names: Sequence[str]) -> Gradients:
+    """Replace layers by their parameters, as layers without sources."""
     layers: dict[str, Layer] = {}
     for name, layer in gradients.layers.items():
-        parts = [alone(part, gradients.parameters[part]) for part in layer.parameters] if name in wrong else [layer]
+        parts = [alone(part, gradients.parameters[part]) for part in layer.parameters] if name in names else [layer]
         layers |= {part.name: part for part in parts}
     return replace(gradients, layers=layers)
 
 
-def _with_fallback(gradients: Gradients, few: Data) -> Gradients:
-    """Choose between ``torch.func`` and one pass per example for layers without sources, and warn about them."""
+def _warn(gradients: Gradients) -> None:
+    """Warn about the layers that are not computed by rules for whole batches."""
     unhooked = [name for name, layer in gradients.layers.items() if not layer.sources]
-    if not unhooked:
-        return gradients
-    plain = not _can_map(gradients, few)
-    how = "one example at a time, because torch.func fails on this model" if plain else "by torch.func"
-    message = (
-        f"no rule gives the gradients of {', '.join(unhooked)}: they are computed {how}, which is slow. "
-        "To leave them out, pass layers=[…]"
-    )
-    warnings.warn(message, PlainGradientsWarning, stacklevel=2)
-    return replace(gradients, plain=plain)
+    one_by_one = [name for name in gradients.layers if name in gradients.alone]
+    if gradients.plain:
+        one_by_one, unhooked, why = unhooked + one_by_one, [], ", because torch.func fails on this model"
+    else:
+        why = ""
+    parts = [f"{', '.join(unhooked)}: they are computed by torch.func"] if unhooked else []
+    parts += [f"{', '.join(one_by_one)}: they are computed one example at a time{why}"] if one_by_one else []
+    if parts:
+        message = f"no rule gives the gradients of {'; and of '.join(parts)}, which is slow. To leave them out, pass "
+        warnings.warn(message + "layers=[…]", PlainGradientsWarning, stacklevel=4)
 
 
-def _disagreeing(gradients: Gradients, few: Data) -> set[str]:
-    """Return the layers whose factors disagree with autograd's gradients, computed for each example on its own."""
-    hooked = {name: layer for name, layer in gradients.layers.items() if layer.sources}
-    if not hooked:
-        return set()
-    calls, _ = gradients.calls(*few)
-    expected = one_by_one(gradients, [part for layer in hooked.values() for part in layer.parameters], *few)
-    scale = _scale(expected)
-    wrong = set()
-    for name, layer in hooked.items():
-        try:
-            by_rule = layer.to_parameters(gathered(layer, calls, lambda positions: [], len(few[1])).matrices())
-        except InvalidInput:  # its rows do not count examples, or it is never called
-            wrong.add(name)
-            continue
-        if not all(_close(by_rule[part], expected[part], scale) for part in by_rule):
-            wrong.add(name)
-    return wrong
-
-
-def _can_map(gradients: Gradients, few: Data) -> bool:
+def _can_map(gradients: Gradients, few: Pass) -> bool:
     """Decide whether ``torch.func`` gives autograd's gradients for the layers without sources."""
     names = [layer.weight for layer in gradients.layers.values() if not layer.sources]
+    if not names:
+        return True
     try:
-        by_func = mapped(gradients, names, *few)
+        by_func = mapped(gradients, names, few.inputs, few.targets)
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return False
-    expected = one_by_one(gradients, names, *few)
-    scale = _scale(expected)
-    return all(_close(by_func[name], expected[name], scale) for name in names)
+    inputs, targets = take((few.inputs, few.targets), torch.arange(min(2, len(few)), device=few.targets.device))
+    expected = one_by_one(gradients, names, inputs, targets)
+    scale = max((float(g.norm()) for g in expected.values() if g.isfinite().all()), default=0.0)
+    return all(_close(by_func[name][: len(targets)], expected[name], scale) for name in names)
 
 
 def _close(values: Tensor, expected: Tensor, scale: float) -> bool:
@@ -137,17 +173,8 @@ def _close(values: Tensor, expected: Tensor, scale: float) -> bool:
     """
     if not values.isfinite().all():
         return True
-    return float((values - expected).norm()) <= _tolerance(expected) * max(float(expected.norm()), 1e-3 * scale)
-
-
-def _scale(gradients: dict[str, Tensor]) -> float:
-    """Return the largest finite norm."""
-    return max((float(g.norm()) for g in gradients.values() if g.isfinite().all()), default=0.0)
-
-
-def _tolerance(like: Tensor) -> float:
-    """Return the relative tolerance for the dtype of ``like``."""
-    return 10 * math.sqrt(torch.finfo(like.dtype).eps)
+    bound = tolerance(expected.dtype) * max(float(expected.norm()), 1e-3 * scale)
+    return float((values - expected).norm()) <= bound
 
 
 def _matching(patterns: Sequence[str], names: list[str]) -> list[str]:
@@ -167,15 +194,12 @@ def _matching(patterns: Sequence[str], names: list[str]) -> list[str]:
 def _check_forward(gradients: Gradients, few: Data) -> None:
     """Check that two passes agree, and that an example has the same loss on its own as in a batch."""
     first, second = gradients.losses(few), gradients.losses(few)
-    separate = torch.cat([gradients.losses(rows_of(few, slice(row, row + 1))) for row in range(len(few[1]))])
-    tolerance = _tolerance(gradients.like)
-    if not torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True):
+    bound = tolerance(first.dtype)
+    if not torch.allclose(first, second, rtol=bound, atol=bound, equal_nan=True):
         raise InvalidInput(
             "two passes over the same examples differ in evaluation mode: the model still does something random, such "
             "as functional.dropout without training=self.training. Turn that off for attribution"
         )
-    if not torch.allclose(first, separate, rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise InvalidInput(
-            "an example's loss depends on the others in its batch, so it has no gradient of its own: remove what "
-            "mixes examples (batch statistics, contrastive losses)"
-        )
+    for row, together in enumerate(first.tolist()):
+        separate = gradients.losses(take(few, torch.tensor([row], device=few[1].device)))
+        check_same_loss(together, float(separate), first.dtype)

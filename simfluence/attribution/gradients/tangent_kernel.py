@@ -108,7 +108,8 @@ def _factors(gradients: Gradients, data: Data, outputs: int, batch_size: int) ->
 def _add(kernel: Tensor, factors: list[Factors], columns: int, steps: Tensor | None) -> None:
     """Add one layer's part to the kernel."""
     inputs, rows = factors[0].inputs, factors[0].gradients.shape[-1]
-    if inputs.shape[1] == 1 and steps is None:
+    same = all(part.positions == 1 and torch.equal(part.inputs, inputs) for part in factors)
+    if same and steps is None:
         _add_factored(kernel, factors, columns)
         return
     per_row = len(inputs) * len(factors) * inputs.shape[-1]

@@ -21,8 +21,9 @@ from simfluence.recording.activation_cache import (
     build_activation_cache,
 )
 from simfluence.recording.checkpoints import Checkpoint
+from simfluence.recording.explain import PASSED_ON, explained
 from simfluence.recording.readings import LossReader
-from simfluence.task import Data, Task, cast, set_seed
+from simfluence.task import Data, Task, cast, convert, set_seed
 
 __all__ = ["Training", "TrainingSetup", "first_pass"]
 
@@ -66,7 +67,10 @@ class TrainingSetup:
         """
         try:
             device = torch.device(device)
-            train, test = (cast(data, device, recipe.torch_dtype) for data in (task.train_data, task.test_data))
+            train, test = (
+                convert(_trainable, cast(data, device, recipe.torch_dtype))
+                for data in (task.train_data, task.test_data)
+            )
         except (RuntimeError, AssertionError) as error:
             raise InvalidInput(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
         return cls(task, recipe, tuple(measures), device, train, test, activation_cache_bytes)
@@ -90,6 +94,11 @@ class TrainingSetup:
         return None if cache is None else CachedModel(cache, model, self.task, self.train_data)
 
 
+def _trainable(tensor: Tensor) -> Tensor:
+    """Copy a tensor that was made in ``torch.inference_mode``, which autograd cannot use."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 @contextlib.contextmanager
 def first_pass(task: Task) -> Iterator[None]:
     """Turn torch's errors in the model's first pass over the task's data into ``InvalidInput``.
@@ -99,7 +108,9 @@ def first_pass(task: Task) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, TypeError, IndexError) as error:
+    except PASSED_ON:
+        raise
+    except Exception as error:
         raise InvalidInput(f"the model of task {task.name!r} does not run on its data: {error}") from error
 
 
@@ -114,6 +125,8 @@ class Training(ABC):
         runs: number of runs.
         times: whether to read the test losses at each time 0…T, ``[times]``.
     """
+
+    model: nn.Module
 
     def __init__(self, setup: TrainingSetup, runs: int, times: np.ndarray) -> None:
         self.setup = setup
@@ -138,11 +151,31 @@ class Training(ABC):
         self._store(self._read())
 
     def advance(self) -> None:
-        """Make one update of every run, then read the test losses if they are due."""
-        self._update(self._rate_of_step[self.step])
+        """Make one update of every run, then read the test losses if they are due.
+
+        Raises:
+            InvalidInput: the model or the loss fails on the step's batch, or on the test examples after it.
+        """
+        try:
+            self._update(self._rate_of_step[self.step])
+        except PASSED_ON:
+            raise
+        except Exception as error:
+            raise self._explained(error, "the update", "train", self._batch_rows(), self.setup.train_data) from error
         self.step += 1
         if self.times[self.step]:
-            self._store(self._read())
+            try:
+                readings = self._read()
+            except PASSED_ON:
+                raise
+            except Exception as error:
+                self.step -= 1
+                rows = range(len(self.setup.task.test))
+                raise self._explained(error, "the evaluation", "test", rows, self.setup.test_data) from error
+            self._store(readings)
+
+    def _explained(self, error: Exception, doing: str, side: str, rows: Sequence[int], data: Data) -> InvalidInput:
+        return explained(error, f"{doing} of step {self.step}", self.setup.task, side, rows, self.model, data)
 
     def checkpoint(self) -> Checkpoint:
         """Return the state that the remaining steps depend on."""
@@ -178,6 +211,10 @@ class Training(ABC):
     @abstractmethod
     def _update(self, rate: float) -> None:
         """Make one update of every run at learning rate ``rate``."""
+
+    @abstractmethod
+    def _batch_rows(self) -> list[int]:
+        """Return the training examples of the present step's batches, of all runs."""
 
     @abstractmethod
     def _read(self) -> Mapping[str, Tensor]:

@@ -85,6 +85,10 @@ class BatchedTraining(Training):
             _clip_per_run(list(self.stack.values()), self.setup.recipe.clip_norm)
         self.optimizer.step()
 
+    def _batch_rows(self) -> list[int]:
+        rows: list[int] = self.rows[self.step][self.weights[self.step] > 0].unique().tolist()
+        return rows
+
     def _read(self) -> Mapping[str, Tensor]:
         self.model.eval()
         runs, tests = self.readings["loss"].shape[0], len(self.setup.task.test)

@@ -80,6 +80,10 @@ class LoopTraining(Training):
             self.gradients_of_mean[key] = torch.full_like(losses, 1 / count, requires_grad=False)
         return self.gradients_of_mean[key]
 
+    def _batch_rows(self) -> list[int]:
+        rows: list[int] = self.batches[self.step].tolist()
+        return rows
+
     def _read(self) -> Mapping[str, Tensor]:
         self.mode.training(False)
         return self.setup.loss_reader.read(self.model, self.cached_model, first=self.step == 0)

@@ -27,6 +27,7 @@ __all__ = ["Differences", "Dynamics", "Steps", "Term", "free_terms", "rolled", "
 
 _ROLLOUT_ITERATIONS = 60
 _CHANGES_ENTRIES = 8_000_000  # maps and batches in memory at a time; limits the test examples per pass
+_BLOCK_SLOTS = 500_000  # of the batches without a group's examples, laid end to end
 _CHUNK_ENTRIES = 400_000  # of [runs, steps, test] simulated at a time, to stay in the processor's caches
 
 
@@ -239,19 +240,37 @@ class Differences:
         return cls._of(len(edited), variant, np.concatenate(steps), batches, base.n_train)
 
     @classmethod
-    def without(cls, base: Curriculum, groups: np.ndarray) -> Differences:
-        """Leave each group of examples out of the base, boolean ``[groups, train]``; batches shrink."""
+    def without(cls, base: Curriculum, groups: Sequence[np.ndarray]) -> Differences:
+        """Leave each group of examples, given by rows, out of the base; batches shrink."""
         counts = base.counts.astype(bool).T.astype(np.int64)  # [train, steps]
-        variant, steps = (scipy.sparse.csr_array(groups.astype(np.int64)) @ counts).nonzero()
+        members, ends = np.concatenate([*groups, np.empty(0, np.int64)]), np.cumsum([0, *map(len, groups)])
+        membership = scipy.sparse.csr_array((np.ones_like(members), members, ends), (len(groups), base.n_train))
+        variant, steps = (membership @ counts).nonzero()
         order = np.lexsort((steps, variant))
         variant, steps = variant[order], steps[order]
         sizes = base.sizes[steps]
         starts = np.repeat(base.offsets[steps] - np.cumsum(sizes) + sizes, sizes)
         indices = base.indices[starts + np.arange(len(starts))]
-        remains = ~groups[np.repeat(variant, sizes), indices]
+        # A pair of a group and an example as one number, to look up which slots are left out.
+        left_out = np.repeat(np.arange(len(groups)), np.diff(ends)) * base.n_train + members
+        remains = ~np.isin(np.repeat(variant, sizes) * base.n_train + indices, left_out)
         offsets = np.concatenate([[0], np.cumsum(remains)])[np.concatenate([[0], np.cumsum(sizes)])]
         variant, steps = torch.as_tensor(variant), torch.as_tensor(steps)
         return cls(len(groups), variant, steps, indices[remains], offsets, base.n_train)
+
+    @staticmethod
+    def blocks(base: Curriculum, groups: Sequence[np.ndarray]) -> Iterator[slice]:
+        """Cut groups into slices whose batches, as ``without`` lays them end to end, have a bounded number of slots."""
+        slots = base.counts.astype(bool).T.astype(np.int64) @ base.sizes  # of all batches that show an example, [train]
+        start = total = 0
+        for index, group in enumerate(groups):
+            size = min(int(slots[group].sum()), len(base.indices))
+            if index > start and total + size > _BLOCK_SLOTS:
+                yield slice(start, index)
+                start, total = index, 0
+            total += size
+        if start < len(groups):
+            yield slice(start, len(groups))
 
     @classmethod
     def _of(

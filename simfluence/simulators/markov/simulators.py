@@ -41,6 +41,7 @@ from simfluence.errors import InvalidInput, UnseenWarning, did_you_mean
 from simfluence.runs import Runs
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.batches import usual_batch_size
+from simfluence.simulators.learned import check_arrays, check_counts
 from simfluence.simulators.markov.dynamics import Differences, Dynamics, Steps, Term, free_terms, trained_on_rollouts
 from simfluence.simulators.markov.least_squares import Columns, Lazy, Problem
 from simfluence.simulators.markov.ridge import free_coefficients, ridge, ridge_path
@@ -63,6 +64,7 @@ AROUND = (None, "mean")
 L2_PATH = tuple(float(10**power) for power in np.arange(-1, 4.5, 0.5))
 
 _FOLDS = 4
+_MOST_STEPS = 10_000  # of order and rollout, from which lists are built
 
 
 class MarkovSimulator(Simulator):
@@ -147,10 +149,13 @@ class MarkovSimulator(Simulator):
         if not isinstance(self.l2, str) or self.l2 != "auto":
             number("l2", self.l2, above=0)
         for name in ("order", "rollout"):
-            whole(name, getattr(self, name), 1)
-        if self.prior not in PRIORS:
+            whole(name, getattr(self, name), 1, _MOST_STEPS)
+        for name in ("varying", "guard"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise InvalidInput(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.prior, str) or self.prior not in PRIORS:
             raise InvalidInput(f"unknown prior {self.prior!r}, {did_you_mean(str(self.prior), PRIORS)}")
-        if self.around not in AROUND:
+        if self.around is not None and not (isinstance(self.around, str) and self.around in AROUND):
             raise InvalidInput(f"around must be None or 'mean', got {self.around!r}")
         if self.around == "mean" and self.prior != "identity":
             raise InvalidInput(
@@ -251,6 +256,21 @@ class MarkovSimulator(Simulator):
             deviation_slopes=torch.as_tensor(deviation_slopes) if around else None,
         )
 
+    def _check_learned(self) -> None:
+        super()._check_learned()
+        check_counts(self, "batch_size_", "horizon_")
+        check_arrays(
+            self, {"effects_": f"float64 {len(self.terms)} train test", "l2_": "float64 test", "seen_": "bool train"}
+        )
+        if self.around == "mean":
+            free = len(free_terms(self.order, self.varying))
+            shapes = {
+                "mean_": "float64 times test",
+                "centre_": "float64 train",
+                "deviation_slopes_": f"float64 {free} test",
+            }
+            check_arrays(self, shapes)
+
     @classmethod
     def _from_format_0(
         cls, parameters: dict[str, Any], learned: dict[str, Any]
@@ -302,9 +322,12 @@ class MarkovSimulator(Simulator):
         self._warn_of_unseen([base, *edited])
         return self._dynamics().changes(base, Differences.between(base, edited), initial)
 
-    def _changes_without(self, base: Curriculum, groups: np.ndarray, initial: np.ndarray) -> np.ndarray:
+    def _changes_without(self, base: Curriculum, groups: Sequence[np.ndarray], initial: np.ndarray) -> np.ndarray:
         self._warn_of_unseen([base])
-        return self._dynamics().changes(base, Differences.without(base, groups), initial)
+        dynamics, changes = self._dynamics(), np.zeros((len(groups), self.n_test_))
+        for block in Differences.blocks(base, groups):
+            changes[block] = dynamics.changes(base, Differences.without(base, groups[block]), initial)
+        return changes
 
     def _warn_of_unseen(self, curricula: Sequence[Curriculum]) -> None:
         shown = np.zeros(self.n_train_, bool)

@@ -19,6 +19,7 @@ that is linear in its parameters is simulated exactly. Under Adam, W takes Adam'
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from simfluence.recipe import Recipe
 from simfluence.recording.engines.base import TrainingSetup
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
+from simfluence.simulators.learned import MOST, check_arrays, check_indices
 from simfluence.simulators.tangent.adjoint import final_derivatives
 from simfluence.simulators.tangent.function_space import FunctionSpace
 from simfluence.simulators.tangent.reference_run import GIB, collect_reference
@@ -56,6 +58,7 @@ COVERED = ("sgd", "adam", "adamw")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _AT_ONCE = 100  # curricula simulated together
+_IGNORED = -100  # target without a loss in torch's cross-entropy
 
 
 class TangentKernelSimulator(Simulator):
@@ -137,6 +140,9 @@ class TangentKernelSimulator(Simulator):
         if self.landmarks is not None:
             whole("landmarks", self.landmarks, 1)
         number("memory", self.memory, above=0)
+        for name, kind in (("task", Task), ("recipe", Recipe)):
+            if not isinstance(getattr(self, name), kind | None):
+                raise InvalidInput(f"{name} must be a {kind.__name__} or None, got {getattr(self, name)!r}")
 
     def disagreement(self, curricula: Sequence[Curriculum]) -> Losses:
         """Return the standard deviation of the references' forecasts around their mean, ``[runs, steps + 1, test]``.
@@ -309,6 +315,57 @@ class TangentKernelSimulator(Simulator):
                 "the task's loss is a function of your own, which files do not hold: set simulator.task = task"
             )
         return BY_NAME[self.loss_]
+
+    def _check_learned(self) -> None:
+        super()._check_learned()
+        sizes = check_arrays(
+            self,
+            {
+                "times_": "int checkpoints", "features_": "float references times examples width",
+                "heads_": "float references times outputs width", "bases_": "float references width width",
+                "reference_steps_": "int references", "reference_sizes_": "int references steps",
+                "reference_indices_": "int slots", "scale_": "float corrected", "correction_": "float corrected test",
+                "centre_": "float corrected test",
+            },
+        )  # fmt: skip
+        kernels, examples = getattr(self, "kernels_", np.empty(0)), self.n_train_ + self.n_test_
+        axes = "train tracked examples tracked" if kernels.ndim == 6 else "examples tracked rank"
+        shapes = {"kernels_": f"float {sizes['references']} {sizes['checkpoints']} {axes}"}
+        tracked = check_arrays(self, shapes)["tracked"]
+        if {array.dtype for array in (self.heads_, self.bases_, kernels)} != {self.features_.dtype}:
+            raise InvalidInput("the arrays of the references are of several types")
+        check_indices("times_", self.times_, sizes["times"])
+        check_indices("reference_steps_", self.reference_steps_ - 1, sizes["steps"])
+        check_indices("reference_sizes_", self.reference_sizes_, sizes["slots"] + 1)
+        check_indices("reference_indices_", self.reference_indices_, self.n_train_)
+        wrong = sizes["examples"] != examples or sizes["times"] != sizes["steps"] + 1 or tracked > sizes["width"]
+        if wrong or kernels.shape[-2 if kernels.ndim == 6 else 2] != examples:
+            raise InvalidInput("the numbers of examples, steps and features do not fit together")
+        self._reference_curricula()
+        self._check_outputs(examples, sizes["outputs"], sizes["width"])
+
+    def _check_outputs(self, examples: int, outputs: int, width: int) -> None:
+        """Check targets, loss and recipe of a file."""
+        for name in ("shape_", "targets_", "learned_", "recipe_", "loss_", "l2_"):
+            if not hasattr(self, name):
+                raise InvalidInput(f"it lacks {name}")
+        if not isinstance(self.learned_, bool) or (self.loss_ is not None and self.loss_ not in BY_NAME):
+            raise InvalidInput("learned_ or loss_ is unknown")
+        number("l2_", self.l2_, least=0)
+        shape = self.shape_
+        if not isinstance(shape, list) or not all(isinstance(size, int) and 0 < size <= MOST for size in shape):
+            raise InvalidInput("shape_ is no shape")
+        if math.prod(shape) != (outputs if self.learned_ else width):
+            raise InvalidInput("shape_ does not fit the head")
+        if not isinstance(self.targets_, np.ndarray) or self.targets_.ndim == 0 or len(self.targets_) != examples:
+            raise InvalidInput("targets_ does not have a target for each example")
+        if self.loss_ == "cross_entropy":
+            check_arrays(self, {"targets_": "int64 examples"})
+            check_indices("targets_", self.targets_[self.targets_ != _IGNORED], shape[0])
+        if self.loss_ == "squared_error" and self.targets_.size != examples * math.prod(shape):
+            raise InvalidInput("targets_ does not have a target for each output")
+        if Recipe(**self.recipe_).optimizer not in COVERED:
+            raise InvalidInput(f"the optimizer {self.recipe_['optimizer']!r} is not covered")
 
     @classmethod
     def _from_format_0(
