@@ -89,13 +89,11 @@ class SubsetCurricula(CurriculaSpec):
     def _bounded(self) -> SubsetCurricula:
         slots = self.runs * self.steps * self.batch_size
         if self.runs > MOST_RUNS or slots > MOST_SLOTS:
-            raise InvalidSpec(
-                "curricula",
-                {
-                    "runs": f"{self.runs} runs of {self.steps} batches of {self.batch_size} are too many: a file may ask "
-                    f"for {MOST_RUNS:,} runs and for {MOST_SLOTS:,} examples in all their batches"
-                },
+            said = (
+                f"{self.runs} runs of {self.steps} batches of {self.batch_size} examples are too many: a file may ask "
+                f"for {MOST_RUNS:,} runs and for {MOST_SLOTS:,} examples in all their batches"
             )
+            raise InvalidSpec("curricula", {"runs": said})
         return self
 
     def build(self, train: Examples) -> list[Curriculum]:

@@ -155,7 +155,7 @@ def test_layers_are_chosen_by_name():
     assert list(gradients.layers) == ["last"]
     with pytest.raises(InvalidInput, match="no layer 'lasst', did you mean 'last'"):
         per_example_gradients(case.model, case.loss, case.train, layers=["lasst"])
-    with pytest.raises(InvalidInput, match="list of names or patterns, got the string 'last'"):
+    with pytest.raises(InvalidInput, match="layers must be a sequence of strings or None, got 'last'"):
         per_example_gradients(case.model, case.loss, case.train, layers="last")
     with pytest.raises(InvalidInput, match="empty list: name some of scale, mix"):
         per_example_gradients(case.model, case.loss, case.train, layers=[])

@@ -250,7 +250,7 @@ def test_bad_texts(similarity, task):
         ([], "there are no training texts"),
         (["", "  "], "cannot learn a vocabulary from the training texts: empty vocabulary"),
         (sf.Examples.numbered(2, pd.DataFrame({"text": ["one", None]})), "training text 1 must be a string, got "),
-        ("one text", "training texts must be a list of texts or Examples, got str"),
+        ("one text", "texts must be a sequence of strings or an Examples or a Task, got 'one text'"),
         (task, "no column 'text' in the examples' metadata"),
         (sf.Examples.numbered(2, pd.DataFrame({"texts": ["a", "b"]})), "did you mean 'texts'"),
     ):

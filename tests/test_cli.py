@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import simfluence as sf
 from simfluence import cli
 from simfluence.cli.demo import COMPARED, run_demo
 from simfluence.cli.options import SIMULATOR_NAMES
+from simfluence.cli.output import print_table
 from simfluence.errors import UnseenWarning
 from simfluence.simulators import registry
 
@@ -333,6 +335,70 @@ def test_removal(run, folder, tmp_path):
     assert (code, "low" in out) == (0, True)
 
 
+def test_version(run):
+    assert run("--version") == (0, f"simfluence {sf.__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", ["[bold red]x[/]", "[/nope]", "\x1b[2Jx", "a\u202eb", "\x9b2J", "\ud800", ":smile:"])
+def test_names_of_files_are_shown_as_they_are(run, folder, tmp_path, name):
+    sf.RunStore(folder / "runs").copy(tmp_path / "s")
+    about = json.loads((tmp_path / "s" / "store.json").read_text())
+    about["task"]["name"] = name
+    (tmp_path / "s" / "store.json").write_text(json.dumps(about))
+    code, out, err = run("runs", "ls", tmp_path / "s")
+    assert (code, err) == (0, "")
+    assert f"task {name}, " in out or f"task {ascii(name)[1:-1]}, " in out
+    assert not set(out + err) & set("\x1b\x9b\u202e\ud800")
+    code, out, err = run("what-if", tmp_path / "s", "--remove", "label == 3", "--held-out", 3, "--verify")
+    assert code == 1
+    assert not set(out + err) & set("\x1b\x9b\u202e\ud800")
+
+
+def test_cells_and_columns_are_no_markup(capsys):
+    table = pd.DataFrame({"[red]": ["[/nope]", "\x1b[2J"]}, index=pd.Index(["[b]x[/b]", "two\nlines"], name="[i]"))
+    print_table(table, "[bold]title")
+    out = capsys.readouterr().out
+    for text in ("[red]", "[/nope]", r"\x1b[2J", "[b]x[/b]", r"two\nlines", "[i]", "[bold]title"):
+        assert text in out
+
+
+def test_numbers_that_could_be_ids(run, tmp_path):
+    rng = np.random.default_rng(0)
+    task = sf.tasks.from_arrays(
+        torch.nn.Linear(2, 2), rng.normal(size=(9, 2)).astype("float32"), np.arange(9) % 2, "cross_entropy", test=1 / 3
+    )
+    sf.record(task, sf.Recipe(lr=0.1), sf.random_curricula(6, runs=5, steps=6, batch_size=2), tmp_path / "s")
+    row, name = 1, task.train.ids[1]
+    assert name != "1"
+    asked = ["what-if", tmp_path / "s", "--held-out", 2, "--json", "--remove"]
+    code, _, err = run(*asked, "1")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "write rows:1 or ids:1" in err
+    answers = [json.loads(run(*asked, text)[1]) for text in (f"rows:{row}", f"ids:{name}")]
+    assert answers[0]["change"] == answers[1]["change"]
+    assert answers[0]["test"] == task.test.ids
+    for command in (["leave-one-out"], ["removal", "--best", 1], ["attribute", "--method", "dot"]):
+        held_out = [] if command[0] == "attribute" else ["--held-out", 2]
+        ask = [command[0], tmp_path / "s", *command[1:], *held_out, "--json", "--test"]
+        assert "write rows:0 or ids:0" in run(*ask, "0")[2]
+        found = [run(*ask, text) for text in ("rows:0", f"ids:{task.test.ids[0]}")]
+        assert found[0] == found[1]
+        assert found[0][0] == 0
+
+
+def test_removal_warns_once(run, folder):
+    warnings.simplefilter("always", UnseenWarning)  # until the end of this test
+    code, _, err = run("removal", folder / "runs", "--held-out", 5, "--best", 3, "--json")
+    assert code == 0
+    assert sum(line.startswith("warning: ") for line in err.splitlines()) <= 1
+
+
+def test_a_dry_run_notices_the_store_of_another_task(run, folder, tmp_path):
+    (tmp_path / "spec.yaml").write_text(SPEC.replace("n_train: 40", "n_train: 41"))
+    code, _, err = run("record", tmp_path / "spec.yaml", "--store", folder / "runs", "--dry-run")
+    assert (code, "has runs of another task" in err) == (1, True)
+
+
 def test_attribute_and_lds(run, folder, tmp_path):
     store = sf.RunStore(folder / "runs")
     first = store.load()[0]
@@ -413,6 +479,9 @@ def test_demo(run, tmp_path, monkeypatch):
         (["what-if", "{runs}", "--remove", "label == 3", "--by", "lable", "--held-out", "3"], "did you mean 'label'"),
         (["leave-one-out", "{runs}", "--by", "lable", "--held-out", "3"], "did you mean 'label'"),
         (["leave-one-out", "{runs}", "--test", "99", "--held-out", "3"], "no example 99"),
+        (["what-if", "{runs}", "--remove", "label == 3", "--seeds", "3"], "--seeds is the number of retrainings"),
+        (["what-if", "{runs}", "--remove", "rows:x", "--held-out", "3"], "must list whole numbers"),
+        (["leave-one-out", "{runs}", "--test", "ids:zz", "--held-out", "3"], "no example 'zz'"),
         (["removal", "{runs}", "--held-out", "3"], "a question is required"),
         (["removal", "{runs}", "--past", "1", "--best", "2"], "a question is required"),
         (["removal", "{runs}", "--best", "2", "--exact", "--held-out", "3"], "exact=True is for AdditiveSimulator"),

@@ -112,7 +112,7 @@ class Stacked(sf.Simulator):
 
 
 def test_a_wrapper_of_ones_own_carries_them_without_a_word(parts):
-    fit, held, _ = parts
+    fit, _, _ = parts
     assert Stacked(sf.LinearSimulator().fit(fit[:2])).fit(fit[2:4]).fitted_ids_ == sorted(fit.ids[:4])
 
 

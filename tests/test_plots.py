@@ -296,7 +296,7 @@ def test_the_tail_of_a_power_law(ax):
     plots.distribution(draws, ax, exponent=found.exponent, start=found.start)
     assert len(drawn(ax.lines[0])[0]) <= 5000
     assert drawn(ax.lines[1])[1][0] == pytest.approx((draws >= found.start).mean(), rel=1e-3)
-    with pytest.raises(InvalidInput, match="between 0 and 1"):
+    with pytest.raises(InvalidInput, match="above 0 and below 1"):
         sf.attribution.Scores(draws, "raw", "drawn").tail(top=1.0)
 
 
@@ -400,3 +400,36 @@ def test_matplotlib_is_not_imported_with_the_library():
             assert not any(name.split(".")[0] == "matplotlib" for name in [*names, module]), path
             assert "plots" not in names, path
             assert not module.startswith("simfluence.plots"), path
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda ax: plots.scatter("x", np.ones(2), ax), "predicted must be an array of numbers"),
+        (lambda ax: plots.scatter(np.ones(2), np.ones(2), "title"), "ax must be an Axes or None"),
+        (lambda ax: plots.scatter(np.ones((2, 2, 2)), np.ones((2, 2, 2)), ax), "one or two axes"),
+        (lambda ax: plots.scatter(np.ones((2, 3)), np.ones((2, 3)), ax, groups=["a"]), "1 groups for 2 rows"),
+        (lambda ax: plots.recorded(np.ones(3), ax), "two axes"),
+        (lambda ax: plots.changes(["a"], np.ones(2), None, ax), "for each of 1 names"),
+        (lambda ax: plots.plane(np.ones(2), np.ones(3), ax), "one value per training example"),
+        (lambda ax: plots.fan({"a": "b"}, ax), "must be an array of numbers"),
+        (lambda ax: plots.trajectories(np.ones(3), {"a": np.ones(2)}, ax), "must have the shape of true"),
+        (lambda ax: plots.heat_map(pd.DataFrame({"a": ["x"]}), ax), "must have numbers"),
+        (lambda ax: plots.ranked(pd.DataFrame({"gain": ["x"]}), ax), "must have numbers"),
+        (lambda ax: plots.by_layer(pd.DataFrame({"shape": [1]}), ax), "did you mean 'share'"),
+        (lambda ax: plots.removal_curve(np.ones((2, 2)), None, ax), "losses must be an array of numbers"),
+    ],
+)
+def test_wrong_calls_are_refused_by_name(draw, said, ax):
+    with pytest.raises(InvalidInput, match=said):
+        draw(ax)
+
+
+def test_nothing_but_nan_is_said(ax):
+    plots.recorded(np.full((2, 3), np.nan), ax)
+    assert ax.texts[0].get_text() == "no runs to draw"
+
+
+def test_control_characters_and_dollars_are_no_markup(ax):
+    plots.recorded(np.ones((1, 3)), ax, "a\x1b[2J $x$")
+    assert ax.get_title() == r"a [2J \$x\$"

@@ -83,7 +83,8 @@ def test_a_tree_of_one_leaf():
 
 
 SOUND = {
-    "leaves": [3], "features": [0, 1], "thresholds": [0.5, 0.5], "children": [[1, -1], [-2, -3]], "values": [1.0, 2.0, 3.0]
+    "leaves": [3], "features": [0, 1], "thresholds": [0.5, 0.5], "children": [[1, -1], [-2, -3]],
+    "values": [1.0, 2.0, 3.0],
 }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ SOUND = {
 )
 def test_arrays_that_are_no_trees(changed):
     assert Trees(**{name: np.array(values) for name, values in SOUND.items()}).predict(np.zeros((1, 2))) == 2.0
-    with pytest.raises(ValueError, match="tree|leaves"):
+    with pytest.raises(ValueError, match=r"tree|leaves"):
         Trees(**{name: np.array(values) for name, values in (SOUND | changed).items()})
 
 
@@ -125,7 +126,7 @@ def test_damaged_trials_are_refused_by_name(damage, runs, tmp_path):
     search("additive", runs, trials=2, folds=2, storage=path)
     with sqlite3.connect(path) as database:
         database.execute(damage)
-    with pytest.raises(StoreError, match="trials.db"):
+    with pytest.raises(StoreError, match=r"trials\.db"):
         search("additive", runs, trials=3, folds=2, storage=path)
 
 

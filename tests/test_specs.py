@@ -227,3 +227,62 @@ queries:
 def test_bad_queries(text, said):
     with pytest.raises(InvalidInput, match=said):
         WhatIfSpec.parse(text)
+
+
+UNREADABLE = [
+    "2020-13-45", "0x" + "f" * 5000, "9" * 5000, "0b" + "1" * 20000, "{[1]: 2}", "!!bool x", "!!timestamp x",
+    "!!int ''",
+    "!!float x", "!!binary zzz", "[" * 3000, "{self: 3}", "&a [*a]", "{a: 1, a: 2}", "!!set {a}", "!!omap [a: 1]",
+    ".nan",
+    "!!python/object:os.system x", "1e400", "2001-01-01 99:99:99", "'\0'", "!!pairs [1]", "{name: {name: x}}",
+]  # fmt: skip
+PLACES = [
+    "curricula: {{kind: {}, runs: 2, steps: 2, batch_size: 2}}", "curricula: {{runs: {}, steps: 2, batch_size: 2}}",
+    "curricula: {}", "curricula: {{runs: 2, steps: 2, batch_size: 2}}\nrecipe: {}", "{}: 3", "{}",
+    "curricula: {{runs: 2, steps: 2, batch_size: 2}}\ntask: {}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", UNREADABLE)
+def test_values_that_cannot_be_read_are_refused_with_file_and_place(tmp_path, value):
+    file = tmp_path / "spec.yaml"
+    for place in PLACES:
+        file.write_text(place.format(value))
+        with pytest.raises(InvalidInput, match=r"spec\.yaml: ") as refused:
+            RecordingSpec.read(file)
+        assert "\n" not in str(refused.value)[:200]
+    for place in ("queries: {}", "queries: {{a: {}}}", "queries: {{a: {{edit: {}}}}}", "queries: {{a: [{}]}}"):
+        with pytest.raises(InvalidInput):
+            WhatIfSpec.parse(place.format(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("recipe: {lr: 0.1}\nrecipe: {lr: 0.2}", "a key appears twice in this mapping at line 1, column 1"),
+        ("curricula:\n  day: 2020-13-45", r"cannot be read \(month must be .*\) at line 2, column 8"),
+        ("curricula: {runs: 1000000, steps: 1, batch_size: 1}", "1000000 runs .* are too many"),
+        ("curricula: {runs: 10000, steps: 10000, batch_size: 10}", "are too many"),
+        ("curricula: {runs: 2, steps: 99999999999, batch_size: 1}", "are too many"),
+        (f"curricula: [{'1,' * 300_000}]", "more than 300,000 values"),
+        ("[" * 21 + "]" * 21, "nested more than 20 deep at line 1, column 21"),
+        ("curricula: {kind: [a]}", r"curricula.kind: unknown kind \['a'\]"),
+    ],
+)
+def test_what_a_file_asks_for_is_bounded(text, said):
+    with pytest.raises(InvalidInput, match=said):
+        RecordingSpec.parse(text)
+
+
+def test_a_large_file_is_not_read(tmp_path):
+    with open(tmp_path / "large.yaml", "wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(InvalidInput, match=r"large.yaml: a file of 8.59 GB is too large"):
+        RecordingSpec.read(tmp_path / "large.yaml")
+
+
+def test_a_column_without_an_order_needs_its_stages():
+    train = sf.Examples.numbered(3, pd.DataFrame({"label": ["a", None, "b"]}))
+    spec = curricula_of("{kind: staged, column: label, runs: 1, steps: 2, batch_size: 1}")
+    with pytest.raises(InvalidInput, match="'label' have no order"):
+        spec.build(train)

@@ -19,6 +19,13 @@ from simfluence.errors import InvalidInput, StoreError
 from simfluence.storage.run_file import read_run, read_table, to_bytes
 
 
+def as_an_older_version(store):
+    """Rewrite store.json as versions without checksums wrote it."""
+    described = json.loads((store.path / "store.json").read_text())
+    plain = {name: described[name] for name in ("task", "n_train", "n_test")}
+    (store.path / "store.json").write_text(json.dumps({"format": 2, **plain}))
+
+
 def test_a_run_survives_unchanged(store, runs, recipe, task):
     for run in runs:
         read = store.read(run.id)
@@ -201,7 +208,7 @@ def test_an_older_format_is_read(tmp_path):
 
 def test_a_newer_format_is_refused(store):
     described = json.loads((store.path / "store.json").read_text())
-    (store.path / "store.json").write_text(json.dumps(described | {"format": 3}))
+    (store.path / "store.json").write_text(json.dumps(described | {"format": 4}))
     with pytest.raises(StoreError, match="a newer version of simfluence wrote"):
         store.load()
 
@@ -434,6 +441,7 @@ def test_a_store_without_features_gets_them_when_it_is_recorded_into(store, task
         file = store.path / f"{side}.parquet"
         table = read_table(file)[0].drop_columns(["simfluence.features", "simfluence.targets"])
         file.write_bytes(to_bytes(table.replace_schema_metadata()))
+    as_an_older_version(store)
     assert store.load().train.features is None
     sf.record(task, recipe, curricula, store.path)
     assert np.array_equal(store.load().train.features, task.train_data[0].numpy())

@@ -63,6 +63,17 @@ def test_bad_questions(linear, runs, task, known):
         sf.what_if(linear, [], {"one": sf.Remove([0])})
 
 
+def test_a_base_run_that_the_simulator_knows_is_named(linear, runs, task):
+    known = sf.what_if(linear, runs[0], sf.Remove([0]), task=task)
+    other = sf.what_if(linear, runs[5], sf.Remove([0]), task=task)
+    assert (known.seen, other.seen) == (True, False)
+    said = "The simulator was fitted on this base run"
+    assert said in known.summary()
+    assert said in known.verify().summary()
+    assert said not in other.summary() + other.verify().summary()
+    assert "fitted on 1 of these base runs" in sf.what_if(linear, runs[3:5], {"a": sf.Remove([0])}).summary()
+
+
 def test_many_queries_of_many_runs(linear, runs, task):
     queries = {"gone": sf.Remove("label == 1"), "twice": [sf.Repeat([0]), sf.Remove([1])], "short": sf.Truncate(6)}
     forecasts = sf.what_if(linear, runs[4:6], queries, task=task)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from simfluence._version import __version__
 from simfluence.cli import attribution, fitting, queries, recording
+from simfluence.cli.text import complain, say
 from simfluence.errors import SimfluenceError
 
 __all__ = ["app", "main"]
@@ -17,6 +20,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"simfluence {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass  # the option's callback does the work
+
+
 runs_app = typer.Typer(help="Inspect a run store.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 
@@ -40,9 +60,9 @@ runs_app.command("show")(recording.runs_show)
 
 def main() -> None:
     """Run the command line; print an error of simfluence as one line and exit with code 1."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
     try:
         app()
     except SimfluenceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,8 +15,11 @@ from simfluence.cli.options import (
     Plot,
     StorePath,
     built_task,
+    check_numbers,
     parsed,
+    target,
 )
+from simfluence.cli.text import say
 
 if TYPE_CHECKING:
     from simfluence.runs import Run
@@ -34,7 +37,9 @@ def attribute(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHOD_NAMES)}.")] = "ekfac",
     parameters: Parameters = None,
     run: OfRun = None,
-    test: Annotated[str | None, typer.Option(help="Index of a test example, or a filter; by default all.")] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Test examples: a filter, rows:3,4 or ids:3,4; by default all.")
+    ] = None,
     checkpoints: Checkpoints = 10,
     top: Annotated[int, typer.Option(help="How many training examples to show.")] = 10,
     task: OwnTask = None,
@@ -54,12 +59,12 @@ def attribute(
 
     opened = RunStore(store)
     base = _run(opened, run)
+    check_numbers(test, base.test)
     built = built_task(opened, task)
     scores = attributor_from_run(
         method, built, base, checkpoints=checkpoints, store=opened, **parsed(parameters)
     ).scores()
-    target: Any = [int(test)] if test is not None and test.strip().isdigit() else test
-    ranked = rank_suspects(scores, base, test=target).rename(columns={"gain": "score"})
+    ranked = rank_suspects(scores, base, test=target(test)).rename(columns={"gain": "score"})
     ranked["score"] *= -1  # the gain is that of removing the example, the score that of training on it
     if out:
         scores.to_frame().to_parquet(out, index=False)
@@ -76,7 +81,7 @@ def attribute(
         answer = {"run": base.id, "method": method, "unit": scores.unit}
         print_json(answer | {"ranking": records(ranked.sort_values("score", ascending=False))})
         return
-    print(f"{scores}, run {base.id}; positive: training on the example lowers the loss")
+    say(f"{scores}, run {base.id}; positive: training on the example lowers the loss")
     print_table(ranked.tail(top)[::-1], "The most helpful examples, by mean score")
     print_table(ranked.head(top), "The most harmful examples")
 

@@ -116,8 +116,8 @@ def retrained(
 ) -> dict[str, Verification]:
     """Forecast an edit with each simulator, and compare all forecasts with one retraining."""
     forecasts = {name: what_if(simulator, base, edit, task=task) for name, simulator in simulators.items()}
-    actual = next(iter(forecasts.values())).verify(store=store).actual
-    return {name: Verification(forecast, actual) for name, forecast in forecasts.items()}
+    verification = next(iter(forecasts.values())).verify(store=store)
+    return {name: forecast.against(verification) for name, forecast in forecasts.items()}
 
 
 def answers(task: Task, label: Any, verified: Mapping[str, Verification]) -> pd.DataFrame:

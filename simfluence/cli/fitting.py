@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +28,7 @@ from simfluence.cli.options import (
     unfitted,
     with_intervals,
 )
+from simfluence.cli.text import complain, say
 from simfluence.errors import InvalidInput, did_you_mean
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def demo(
         answer = {"store": str(result.store.path), "picture": str(result.picture), "edit": str(result.edit)}
         print_json(answer | {"evaluation": records(result.table), "what_if": records(result.answers)})
         return
-    print(f"Recorded runs of the {task} task: {result.store.path}")
+    complain(f"Recorded runs of the {task} task: {result.store.path}")
     print_table(readable(result.table), f"{result.about} (skill 0: the mean trajectory)")
     print_table(result.answers, f"What if we {result.edit}? Change of the final loss, predicted and retrained")
-    print(f"Simulated and real trajectories: {result.picture}")
+    say(f"Simulated and real trajectories: {result.picture}")
 
 
 def fit(
@@ -82,7 +82,7 @@ def fit(
     chosen = unfitted(simulator, parameters, opened, task)
     chosen = with_intervals(chosen, seed) if intervals else chosen
     chosen.fit(part).save(out)
-    print(f"{chosen} fitted on {len(part)} runs: {out}")
+    say(f"{chosen} fitted on {len(part)} runs: {out}")
 
 
 def evaluate(
@@ -168,7 +168,7 @@ def tune(
         result = search(kind, part, trials=trials, seed=seed, folds=folds, **options)
     except KeyboardInterrupt:
         advice = f"Finished trials are in {storage}; run the same command again to continue." if storage else ""
-        print(f"\nStopped. {advice}", file=sys.stderr)
+        say(f"\nStopped. {advice}")
         raise typer.Exit(130) from None
     fitted = result.simulator.fit(part)
     fitted.save(out)
@@ -180,7 +180,7 @@ def tune(
     else:
         _print_search(result)
         print_table(readable(table), f"{store}: {len(held)} held-out runs, not used for tuning")
-        print(f"{fitted} fitted on {len(part)} runs: {out}")
+        say(f"{fitted} fitted on {len(part)} runs: {out}")
 
 
 def learning_curve(
@@ -218,8 +218,8 @@ def _print_search(result: Search) -> None:
     from simfluence.cli.output import print_table
 
     chosen = ", ".join(f"{name}={cell(value)}" for name, value in result.parameters.items())
-    print(f"Best of {len(result.trials)} candidates: {result.name} with {chosen or 'no parameters'}")
-    print(f"Cross-validated skill {cell(result.skill)}")
+    say(f"Best of {len(result.trials)} candidates: {result.name} with {chosen or 'no parameters'}")
+    say(f"Cross-validated skill {cell(result.skill)}")
     complete = result.trials[result.trials["folds"] == result.trials["folds"].max()]
     best = complete.sort_values("skill", ascending=False, kind="stable").head(10)
     print_table(best.drop(columns=["folds", "problem"]), "The best candidates")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simfluence.cli.text import complain
 from simfluence.errors import InvalidInput, did_you_mean
 
 if TYPE_CHECKING:
+    from simfluence.examples import Examples
     from simfluence.runs import Run, Runs
     from simfluence.simulators import Simulator
     from simfluence.storage.store import RunStore
@@ -37,11 +38,13 @@ __all__ = [
     "StorePath",
     "base_runs",
     "built_task",
+    "check_numbers",
     "fitted_all",
     "fitted_by_name",
     "opened_and_split",
     "parsed",
     "simulator_class",
+    "target",
     "unfitted",
     "with_intervals",
 ]
@@ -189,7 +192,7 @@ def fitted_all(
             chosen = simulator if interval_seed is None else with_intervals(simulator, interval_seed)
             fitted[name] = chosen.fit(part)
         except InvalidInput as error:
-            print(f"{store.path}: left out {name}: {error}", file=sys.stderr)
+            complain(f"{store.path}: left out {name}: {error}")
             problem = error
     if not fitted:
         raise problem
@@ -233,3 +236,44 @@ def base_runs(store: RunStore, run: str | None, held: Runs, count: int = 1) -> l
     if not 1 <= count <= len(held):
         raise InvalidInput(f"{count} base runs are not available: use --bases with 1 to {len(held)}, the held-out runs")
     return list(held[:count])
+
+
+def target(text: str | None) -> Any:
+    """Parse a target: ``rows:3,4``, ``ids:3,4``, numbers such as ``3`` or ``3,4``; all else is a filter.
+
+    Raises:
+        InvalidInput: rows that are not whole numbers.
+
+    >>> target("rows:3,4"), target("ids:a"), target("17"), target("label == 3")
+    ({'rows': [3, 4]}, {'ids': ['a']}, [17], 'label == 3')
+    """
+    kind, colon, listed = (text or "").partition(":")
+    entries = [entry.strip() for entry in listed.split(",")]
+    if colon and kind.strip() == "ids":
+        return {"ids": entries}
+    if colon and kind.strip() == "rows":
+        if not all(map(_is_number, entries)):
+            raise InvalidInput(f"{text!r} must list whole numbers, such as rows:3,4")
+        return {"rows": list(map(int, entries))}
+    return list(map(int, str(text).split(","))) if _are_numbers(text) else text
+
+
+def check_numbers(text: str | None, examples: Examples | None) -> None:
+    """Check that numbers of the command line cannot mean ids as well as rows.
+
+    Raises:
+        InvalidInput: they can, because the examples' ids are numbers too.
+    """
+    if _are_numbers(text) and examples is not None and examples.numbers_are_ambiguous:
+        raise InvalidInput(
+            f"{text!r} can mean rows or ids, because the ids of these examples are numbers (such as "
+            f"{', '.join(examples.ids[:3])}): write rows:{text} or ids:{text}"
+        )
+
+
+def _are_numbers(text: str | None) -> bool:
+    return text is not None and all(map(_is_number, text.split(",")))
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().isdecimal() and len(text) < 19

@@ -13,8 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from simfluence._internal.html import cell
+from simfluence.cli.text import visible
 from simfluence.errors import InvalidInput
 from simfluence.plots.style import save
 
@@ -22,19 +24,23 @@ __all__ = ["draw", "print_json", "print_table", "records"]
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """Print a table under its title, as wide as the terminal."""
+    """Print a table under its title, as wide as the terminal. Names are plain text, never markup."""
     text = Table()
     for name in table.index.names:
-        text.add_column(str(name or ""))
+        text.add_column(_plain_text(name or ""))
     for name in table.columns:
-        text.add_column(str(name).replace("_", " "), justify="right")
+        text.add_column(_plain_text(str(name).replace("_", " ")), justify="right")
     for index, *values in table.itertuples():
         keys = index if isinstance(index, tuple) else (index,)
-        text.add_row(*map(str, keys), *(cell(value) for value in values))
+        text.add_row(*map(_plain_text, keys), *(_plain_text(cell(value)) for value in values))
     console = Console()
     console = console if console.is_terminal else Console(width=200)  # a pipe has no width
-    console.print(f"\n{title}", highlight=False)
+    console.print(Text(f"\n{visible(title)}"))
     console.print(text)
+
+
+def _plain_text(content: object) -> Text:
+    return Text(visible(content, keep=""))
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,9 +24,12 @@ from simfluence.cli.options import (
     StorePath,
     base_runs,
     built_task,
+    check_numbers,
     fitted_by_name,
     opened_and_split,
+    target,
 )
+from simfluence.cli.text import say
 from simfluence.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -41,17 +46,19 @@ if TYPE_CHECKING:
 __all__ = ["leave_one_out", "removal", "what_if"]
 
 Top = Annotated[int, typer.Option(help="Number of rows to show.")]
-TestTarget = Annotated[str | None, typer.Option(help="Index of a test example, or a filter; by default all.")]
+TestTarget = Annotated[str | None, typer.Option(help="Test examples: a filter, rows:3,4 or ids:3,4; by default all.")]
 
 
 def what_if(
     store: StorePath,
-    remove: Annotated[str | None, typer.Option(help="Filter: never show these, such as 'label == 3'.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Filter: show only these.")] = None,
-    repeat: Annotated[str | None, typer.Option(help="Filter: show these --times as often.")] = None,
+    remove: Annotated[
+        str | None, typer.Option(help="Never show these: a filter such as 'label == 3', rows:3,4 or ids:3,4.")
+    ] = None,
+    keep: Annotated[str | None, typer.Option(help="Show only these: a filter, rows:… or ids:….")] = None,
+    repeat: Annotated[str | None, typer.Option(help="Show these --times as often: a filter, rows:… or ids:….")] = None,
     times: Annotated[int, typer.Option(help="For --repeat.")] = 2,
-    first: Annotated[str | None, typer.Option(help="Filter: show these first.")] = None,
-    then: Annotated[str | None, typer.Option(help="Filter: show these after --first.")] = None,
+    first: Annotated[str | None, typer.Option(help="Show these first: a filter, rows:… or ids:….")] = None,
+    then: Annotated[str | None, typer.Option(help="Show these after --first: a filter, rows:… or ids:….")] = None,
     fill: Annotated[str, typer.Option(help="How to fill removed slots: shrink, repack or resample.")] = "shrink",
     spec: Annotated[Path | None, typer.Option(help="YAML file of queries, instead of these edits.")] = None,
     simulator: NameOrFile = "linear",
@@ -77,8 +84,12 @@ def what_if(
     edits = _edits(remove, keep, repeat, times, first, then, fill)
     if bool(edits) == bool(spec):
         raise InvalidInput("an edit is required: --remove, --keep, --repeat, --first (with --then), or --spec")
+    if seeds != 1 and not verify:
+        raise InvalidInput("--seeds is the number of retrainings of --verify: pass both, or neither")
     opened, part, held = opened_and_split(store, held_out, seed)
     base = base_runs(opened, run, held, bases)
+    for text in (remove, keep, repeat, first, then):
+        check_numbers(text, base[0].train)
     built = built_task(opened, task) if verify else None
     interval_seed = seed if intervals else None
     fitted = fitted_by_name(simulator, part, parameters, opened, task, interval_seed=interval_seed)
@@ -121,10 +132,10 @@ def leave_one_out(
 
     opened, part, held = opened_and_split(store, held_out, seed)
     base = base_runs(opened, run, held)[0]
+    check_numbers(test, base.test)
     fitted = fitted_by_name(simulator, part, parameters, opened, task)
-    target = _test(test)
     method: Literal["simulate", "derivative"] = "derivative" if derivative else "simulate"
-    table = rank_suspects(fitted, base, test=target, by=by, method=method)
+    table = rank_suspects(fitted, base, test=target(test), by=by, method=method)
     if out or plot:
         changes = _left_out(fitted, base, by, method)
         if out:
@@ -158,7 +169,9 @@ def _left_out(fitted: Simulator, base: Run, by: str | None, method: Literal["sim
 
 def removal(
     store: StorePath,
-    where: Annotated[str | None, typer.Option(help="Filter: forecast the losses without these.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Forecast the losses without these: a filter, rows:… or ids:….")
+    ] = None,
     by: Annotated[str | None, typer.Option(help="Forecast the losses without each value of this column.")] = None,
     past: Annotated[
         float | None, typer.Option(help="Find the smallest removal that raises the loss of --test past this.")
@@ -191,10 +204,12 @@ def removal(
         raise InvalidInput("a question is required: one of --where, --by, --past (with --test), --best (with --test)")
     opened, part, held = opened_and_split(store, held_out, seed)
     base = base_runs(opened, run, held)[0]
+    check_numbers(where, base.train)
+    check_numbers(test, base.test)
     interval_seed = seed if intervals else None
     fitted = fitted_by_name(simulator, part, parameters, opened, task, interval_seed=interval_seed)
     if past is None and best is None:
-        targets = where if where is not None else _groups(base, str(by))
+        targets = target(where) if where is not None else _groups(base, str(by))
         answer = _Answer(forecast_removal(fitted, base, targets, fill=fill), None, None)
         if out:
             answer.forecast.to_parquet(out)
@@ -202,14 +217,14 @@ def removal(
             answer.draw(plot)
         print_json(answer.content()) if as_json else answer.print()
         return
-    target = range(base.losses.shape[1]) if test is None else _test(test)
-    if past is not None:
-        chosen = smallest_removal(fitted, base, target, past, exact=exact)
-    else:
-        chosen = best_removal(fitted, base, target, int(best or 0), exact=exact)
+    tests = range(base.losses.shape[1]) if test is None else target(test)
+    with _warning_once():
+        if past is not None:
+            chosen = smallest_removal(fitted, base, tests, past, exact=exact)
+        else:
+            chosen = best_removal(fitted, base, tests, int(best or 0), exact=exact)
     ids = [base.train.ids[index] for index in chosen.examples] if base.train else list(map(str, chosen.examples))
-    losses = chosen.losses[1:] if len(chosen.losses) == len(ids) + 1 else [None] * len(ids)
-    table = pd.DataFrame({"train": chosen.examples, "id": ids, "loss": losses})
+    table = pd.DataFrame({"train": chosen.examples, "id": ids, "loss": chosen.losses[1:]})
     if out:
         table.to_parquet(out, index=False)
     if plot:
@@ -219,9 +234,19 @@ def removal(
         content = {"run": base.id, "simulator": str(fitted), "removed": records(table)}
         print_json(content | {"losses": chosen.losses.tolist(), "reached": chosen.reached, "exact": chosen.exact})
         return
-    print(f"{fitted}, base run {base.id}: remove {chosen}")
+    say(f"{fitted}, base run {base.id}: remove {chosen}")
     if len(table):
         print_table(table.set_index("train"), "In the order of removal, with the loss after each")
+
+
+@contextlib.contextmanager
+def _warning_once() -> Iterator[None]:
+    """Show the first warning of each kind only: a search simulates many candidates, each with its own warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in {warning.category: warning for warning in reversed(caught)}.values():
+        warnings.warn(warning.message, stacklevel=2)
 
 
 class _Answer:
@@ -245,6 +270,8 @@ class _Answer:
         if forecast.low is not None and forecast.high is not None:
             final |= {"low": forecast.low[-1].tolist(), "high": forecast.high[-1].tolist()}
         answer: dict[str, Any] = {"run": forecast.run.id, "edits": [str(edit) for edit in forecast.edits]}
+        if forecast.run.test is not None:
+            answer["test"] = forecast.run.test.ids
         answer |= {"final_loss": final, "change": forecast.change.tolist()}
         if self.verified:
             names = ("final_mse", "delta_correlation", "relative_error", "coverage", "seed_share")
@@ -264,7 +291,7 @@ class _Answer:
         from simfluence.queries.forecast import Forecast
 
         if isinstance(self.forecast, Forecast):
-            print(self.forecast.summary())
+            say(self.forecast.summary())
             table = self.forecast.ranking().rename(columns={"change": "predicted"})
             if self.verified:
                 table.insert(3, "retrained", self.verified.actual_change[table.index])
@@ -276,7 +303,7 @@ class _Answer:
         if self.groups is not None:
             print_table(self.groups, f"By {self.by}")
         if self.verified:
-            print(self.verified.summary())
+            say(self.verified.summary())
 
     def draw(self, path: Path) -> None:
         """Draw the mean trajectory of one query, or the mean changes of many, with the retrained ones."""
@@ -294,19 +321,14 @@ def _edits(
         raise InvalidInput("--then requires --first: pass both")
     edits: list[Edit] = []
     if remove:
-        edits.append(Remove(remove, fill))
+        edits.append(Remove(target(remove), fill))
     if keep:
-        edits.append(Keep(keep, fill))
+        edits.append(Keep(target(keep), fill))
     if repeat:
-        edits.append(Repeat(repeat, times, fill))
+        edits.append(Repeat(target(repeat), times, fill))
     if first:
-        edits.append(Reorder(first, then))
+        edits.append(Reorder(target(first), target(then)))
     return edits
-
-
-def _test(text: str | None) -> Any:
-    """Parse ``--test``: an index becomes a list of it; a filter stays as it is."""
-    return [int(text)] if text is not None and text.strip().isdigit() else text
 
 
 def _groups(base: Run, column: str) -> Mapping[str, np.ndarray]:

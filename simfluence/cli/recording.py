@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simfluence.cli.options import AsJson, OwnTask, Plot, StorePath
-from simfluence.errors import InvalidInput
+from simfluence.cli.text import complain, say
+from simfluence.errors import InvalidInput, StoreError
 
 if TYPE_CHECKING:
     from simfluence.runs import Run
     from simfluence.specs import RecordingSpec
+    from simfluence.storage.store import RunStore
     from simfluence.task import Task
 
 
@@ -48,22 +49,21 @@ def record(
     options = {"checkpoints": checkpoints and _steps(checkpoints), "every": every, "measures": measure}
     observe = parsed_spec.observe.replace(**{name: value for name, value in options.items() if value is not None})
     if dry_run:
+        _check_task(RunStore(store), built)
         estimated = estimate(built, recipe, curricula, store, observe=observe, engine=engine, device=device)
-        print_json(dataclasses.asdict(estimated)) if as_json else print(estimated)
+        print_json(dataclasses.asdict(estimated)) if as_json else say(estimated)
         return
     try:
         runs = record_runs(built, recipe, curricula, store, observe=observe, engine=engine, device=device)
     except KeyboardInterrupt:
         count = len(RunStore(store).ids()) if RunStore(store).exists else 0
-        print(
-            f"\nStopped. {count} runs are complete in {store}; run the same command again to continue.", file=sys.stderr
-        )
+        complain(f"\nStopped. {count} runs are complete in {store}; run the same command again to continue.")
         raise typer.Exit(130) from None
     diverged = sum(run.diverged for run in runs)
     if as_json:
         print_json({"store": str(store), "runs": len(runs), "diverged": diverged})
     else:
-        print(f"{len(runs)} runs in {store} ({diverged} diverged)")
+        say(f"{len(runs)} runs in {store} ({diverged} diverged)")
 
 
 def runs_ls(store: StorePath, plot: Plot = None, as_json: AsJson = False) -> None:
@@ -100,7 +100,7 @@ def runs_show(
         print_json(fields | {"mean_losses": mean, "curriculum": stored.curriculum.tolist()})
     else:
         for name, value in fields.items():
-            print(f"{name:>14}  {value}")
+            say(f"{name:>14}  {value}")
 
 
 def _task(reference: str | None, spec: RecordingSpec) -> Task:
@@ -114,6 +114,19 @@ def _task(reference: str | None, spec: RecordingSpec) -> Task:
             "a task is required: name a ready-made one in the file, or pass --task package.module:function"
         )
     return spec.task.build()
+
+
+def _check_task(store: RunStore, task: Task) -> None:
+    """Check that a store, if there is one, has runs of this task.
+
+    Raises:
+        StoreError: it has runs of another task.
+    """
+    if store.exists and store.info.fingerprint != task.fingerprint:
+        raise StoreError(
+            f"{store.path} has runs of another task ({store.info.name!r}), not of {task.name!r}: "
+            "record into another folder"
+        )
 
 
 def _steps(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -98,7 +99,7 @@ def removal_curve(losses: Line, past: float | None = None, ax: Axes | None = Non
     [1.0, 1.5]
     """
     ax = opened(ax)
-    if len(losses) == 0:
+    if not np.isfinite(losses).any():
         return empty(ax, title, "removals")
     ax.plot(losses, "o-", color=COLOURS[0])
     if past is not None:

@@ -38,7 +38,7 @@ MARKERS = ("o", "D", "s", "^", "v", "P")
 
 #: Arrays of numbers; lists and whole numbers are converted.
 Numbers = Float[np.ndarray, "..."]
-Line = Float[np.ndarray, " n"]
+Line = Float[np.ndarray, " _"]
 
 _LONGEST = 40  # characters of a name beside an axis
 

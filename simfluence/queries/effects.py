@@ -76,7 +76,9 @@ def leave_group_out(simulator: Simulator, run: Run, groups: str | Mapping[Any, T
     """
     check_base(simulator, run)
     members = _members(groups, run)
-    changes = simulator.changes_without(run.curriculum, [np.flatnonzero(mask) for mask in members.values()], run.initial_losses)
+    changes = simulator.changes_without(
+        run.curriculum, [np.flatnonzero(mask) for mask in members.values()], run.initial_losses
+    )
     return pd.DataFrame(changes.T, columns=pd.Index(members, name="group")).rename_axis("test")
 
 

@@ -31,6 +31,9 @@ from simfluence.simulators import Simulator
 from simfluence.task import Task
 
 PerTest = Float[np.ndarray, " test"]
+#: Said of a forecast whose base run the simulator knows, so that it flatters the simulator.
+SEEN = "The simulator was fitted on this base run: forecasts of other runs may be less right."
+
 SeedChanges = Float[np.ndarray, "seeds test"]
 
 
@@ -48,6 +51,7 @@ class Forecast:
         what_if: simulated losses under the edited curriculum, ``[its steps + 1, test]``.
         low, high: ends of the interval of each loss in ``what_if``, if the simulator gives intervals.
         task: task to train in ``verify``, if known.
+        seen: whether the simulator was fitted on the base run; None if it does not know.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -66,6 +70,7 @@ class Forecast:
     low: RunLosses | None = None
     high: RunLosses | None = None
     task: Task | None = field(default=None, repr=False)
+    seen: bool | None = None
 
     @classmethod
     def of(
@@ -82,7 +87,17 @@ class Forecast:
         low = high = None
         if simulator.gives_intervals:
             low, high = (ends[0] for ends in simulator.interval([edited], run.initial_losses, confidence))
-        return cls(run, edits, edited, base[: run.steps + 1], changed[: len(edited) + 1], low, high, task)
+        return cls(
+            run,
+            edits,
+            edited,
+            base[: run.steps + 1],
+            changed[: len(edited) + 1],
+            low,
+            high,
+            task,
+            simulator.was_fitted_on(run),
+        )
 
     @property
     def change(self) -> PerTest:
@@ -133,6 +148,7 @@ class Forecast:
             str(self),
             f"Base run {self.run.id}: {_extent(self.run.curriculum)}; edited: {_extent(self.curriculum)}.",
         ]
+        lines += [SEEN] if self.seen else []
         rises, falls = int((self.change > 0).sum()), int((self.change < 0).sum())
         lines.append(f"Of {len(self.change)} test examples {rises} rise and {falls} fall.")
         for index, row in self.ranking().head(3).iterrows():
@@ -286,9 +302,9 @@ class Verification:
     def summary(self) -> str:
         """Summarise in text how accurate the forecast was."""
         before, after = self.forecast.run.losses[-1].mean(), self.actual[-1].mean()
-        lines = [f"Retrained: mean final loss {after:.3f} (was {before:.3f})"]
+        lines = [f"Retrained: mean final loss {after:.3f} (was {before:.3f})", *([SEEN] if self.forecast.seen else [])]
         if (self.actual_change == 0).all():
-            return lines[0] + ": nothing changed"
+            return "\n".join([lines[0] + ": nothing changed", *lines[1:]])
         lines.append(
             f"Delta correlation {self.delta_correlation:.3f}, error {self.relative_error:.1%} of saying 'no change', "
             f"{self.hit_rate():.0%} of the 10 most changed test examples named, final-loss MSE {self.final_mse:.4g}"

@@ -116,7 +116,9 @@ class Forecasts(Sequence[Forecast]):
     def summary(self) -> str:
         """Summarise the forecasts in text."""
         counts = f"{len(self.queries)} queries of {len(self.runs)} base runs, {self.change.shape[2]} test examples"
-        lines = [f"{counts}. Mean final loss {self.base.mean():.3f}; by query:"]
+        seen = sum(bool(self.simulator.was_fitted_on(run)) for run in self.runs)
+        noted = f" The simulator was fitted on {seen} of these base runs." if seen else ""
+        lines = [f"{counts}.{noted} Mean final loss {self.base.mean():.3f}; by query:"]
         for name, row in self.ranking().iterrows():
             nothing = " (nothing changes)" if row["unchanged_runs"] == len(self.runs) else ""
             lines.append(f"  {name}: {row['change']:+.3f}{nothing}")

@@ -189,8 +189,10 @@ class FeaturizedSimulator(Simulator):
             self,
             {
                 "W_": "float64 4 h h", "lasting_": "float64 2", "usual_h_": "float64 h", "train_h_": "float64 train h",
-                "test_h_": "float64 test h", "mean_": "float64 times test", "mean_weights_": "float64 coefficients times",
-                "centre_": "float64 features", "directions_": "float64 features components", "classes_": "number classes",
+                "test_h_": "float64 test h", "mean_": "float64 times test",
+                "mean_weights_": "float64 coefficients times",
+                "centre_": "float64 features", "directions_": "float64 features components",
+                "classes_": "number classes",
                 "target_scale_": "float64 targets",
             },
             empty=("classes", "components"),

@@ -41,7 +41,7 @@ def check_arrays(simulator: Any, shapes: Mapping[str, str], empty: Collection[st
     sizes = {"train": simulator.n_train_, "test": simulator.n_test_}
     for name, text in shapes.items():
         kind, *axes = text.split()
-        array = getattr(simulator, name, None)
+        array: Any = getattr(simulator, name, None)
         fits = isinstance(array, np.ndarray) and array.ndim == len(axes)
         if not fits or (array.dtype.kind not in _KINDS[kind] if kind in _KINDS else array.dtype != kind):
             raise InvalidInput(f"{name} is not an array of {kind} [{', '.join(axes)}]")

@@ -556,14 +556,19 @@ def check_shape(losses: Any, batch: int) -> None:
 def check_losses(losses: Any, batch: int, side: str, first: int) -> None:
     """Refuse losses that have the wrong shape, are not finite, or have no gradient."""
     check_shape(losses, batch)
+    check_finite(losses, side, first)
+    if not losses.requires_grad:
+        raise InvalidInput(
+            "the loss does not depend on the model's parameters: compute it in torch, without no_grad or detach"
+        )
+
+
+def check_finite(losses: Tensor, side: str, first: int) -> None:
+    """Refuse losses that are not finite, by their example."""
     if not losses.isfinite().all():
         bad = int((~losses.isfinite()).nonzero()[0])
         raise InvalidInput(
             f"the loss of {side} example {first + bad} is {losses[bad].item()}: correct the example or leave it out"
-        )
-    if not losses.requires_grad:
-        raise InvalidInput(
-            "the loss does not depend on the model's parameters: compute it in torch, without no_grad or detach"
         )
 
 

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from simfluence._internal.checked import checked
 from simfluence._internal.types import Count
 from simfluence.attribution.gradients.checking import check_same_loss, tolerance
-from simfluence.attribution.gradients.hooks import Gradients, Loss, Mask, Pass, attention_mask, mapped, one_by_one
+from simfluence.attribution.gradients.hooks import (
+    Gradients,
+    Loss,
+    Mask,
+    Pass,
+    attention_mask,
+    check_finite,
+    mapped,
+    one_by_one,
+)
 from simfluence.attribution.gradients.layers import Layer, alone, find_layers
 from simfluence.errors import InvalidInput, PlainGradientsWarning, did_you_mean
 from simfluence.task import Data, take, tensors
@@ -101,7 +110,9 @@ def _chosen(gradients: Gradients, data: Data, most: int) -> Tensor:
     losses, lengths = [], []
     for row in rows.tolist():
         one = take(data, torch.tensor([row], device=data[1].device))
-        losses.append(float(gradients.losses(one, first=row)))
+        loss = gradients.losses(one, first=row)
+        check_finite(loss, "training", row)
+        losses.append(float(loss))
         lengths.append(sum(int((tensor != 0).sum()) for tensor in tensors(one[0])))
     by_length, by_loss = (torch.tensor(values).argsort(stable=True).tolist() for values in (lengths, losses))
     wanted = [by_loss[-1], by_length[0], by_length[-1], *reversed(by_loss)]
@@ -179,10 +190,6 @@ def _close(values: Tensor, expected: Tensor, scale: float) -> bool:
 
 def _matching(patterns: Sequence[str], names: list[str]) -> list[str]:
     """Return the names that match a pattern, in the order of ``names``."""
-    if isinstance(patterns, str):
-        raise InvalidInput(
-            f"layers must be a list of names or patterns, got the string {patterns!r}: write [{patterns!r}]"
-        )
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise InvalidInput(f"there is no layer {pattern!r}, {did_you_mean(pattern, names)}")
