@@ -82,7 +82,8 @@ class Run:
 
     @property
     def initial_losses(self) -> Float[np.ndarray, " test"]:
-        return self.losses[0]
+        values: np.ndarray = self.losses[0]
+        return values
 
     @property
     def diverged(self) -> bool:
@@ -120,7 +121,8 @@ class Run:
         if name not in self.measures:
             return self.times[:0]
         unread = np.isnan(self.measures[name]).all(axis=1) & np.isfinite(self.losses).all(axis=1)
-        return self.times[~unread[self.times]]
+        values: np.ndarray = self.times[~unread[self.times]]
+        return values
 
     @checked
     def select(self, name: str) -> Run:

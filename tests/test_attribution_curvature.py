@@ -363,7 +363,7 @@ def test_rank_takes_less_memory_and_leaves_the_random_state_alone():
 @pytest.mark.parametrize("rank", [0, -1, True])
 def test_ranks_out_of_range_are_refused(rank):
     case = mlp()
-    with pytest.raises(InvalidInput, match="EKFAC: rank must be (at least 1, got|a whole number or None, got True)"):
+    with pytest.raises(InvalidInput, match=r"EKFAC: rank must be (at least 1, got|a whole number or None, got True)"):
         EKFAC(rank=rank).fit(case.model, case.train, case.loss)
 
 

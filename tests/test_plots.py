@@ -223,7 +223,9 @@ def test_removal_curve(runs, simulators, ax):
 
 def test_heat_map(runs, simulators, ax):
     changes = (
-        pd.DataFrame(sf.leave_one_out(simulators["linear"], runs[0]).values).rename_axis("test").rename_axis(columns="train")
+        pd.DataFrame(sf.leave_one_out(simulators["linear"], runs[0]).values)
+        .rename_axis("test")
+        .rename_axis(columns="train")
     )
     plots.heat_map(changes, ax)
     assert np.allclose(ax.images[0].get_array(), changes)
@@ -412,7 +414,7 @@ def test_matplotlib_is_not_imported_with_the_library():
         (lambda ax: plots.recorded(np.ones(3), ax), "two axes"),
         (lambda ax: plots.changes(["a"], np.ones(2), None, ax), "for each of 1 names"),
         (lambda ax: plots.plane(np.ones(2), np.ones(3), ax), "one value per training example"),
-        (lambda ax: plots.fan({"a": "b"}, ax), "must be an array of numbers"),
+        (lambda ax: plots.fan({"a": np.ones((2, 2))}, ax), "must be an array of numbers"),
         (lambda ax: plots.trajectories(np.ones(3), {"a": np.ones(2)}, ax), "must have the shape of true"),
         (lambda ax: plots.heat_map(pd.DataFrame({"a": ["x"]}), ax), "must have numbers"),
         (lambda ax: plots.ranked(pd.DataFrame({"gain": ["x"]}), ax), "must have numbers"),

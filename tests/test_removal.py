@@ -112,7 +112,7 @@ def test_bad_questions(additive, linear, runs):
     with pytest.raises(InvalidInput, match="no example 9"):
         sf.best_removal(additive, runs[0], 9, 1)
     for k in (0, 1.5, np.nan, True, "2"):
-        with pytest.raises(InvalidInput, match="k must be (at least 1|a whole number), got"):
+        with pytest.raises(InvalidInput, match=r"k must be (at least 1|a whole number), got"):
             sf.best_removal(additive, runs[0], 0, k)
     for past in (np.nan, np.inf, "much"):
         with pytest.raises(InvalidInput, match="past must be a number, got"):

@@ -131,7 +131,7 @@ def test_bad_input(fitted, runs, known):
     with pytest.raises(InvalidInput, match="8 training examples, but this simulator was fitted on 12"):
         fitted.simulate(known.runs.curricula, runs.initial_losses)
     for initial in (runs.initial_losses[:, :4], runs.initial_losses[:2], 1.0):
-        with pytest.raises(InvalidInput, match="initial.losses must be"):
+        with pytest.raises(InvalidInput, match=r"initial.losses must be"):
             fitted.simulate(runs.curricula, initial)
     with pytest.raises(InvalidInput, match="no curriculum"):
         fitted.simulate([], runs.initial_losses)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Hashable
 from typing import Any
 
 from simfluence._internal.checked import fitting
@@ -29,7 +30,8 @@ def check_fields(instance: Any) -> None:
     ...
     simfluence.errors.InvalidInput: Point: x must be a number, got 'a'
     """
-    for name, hint in _hints(type(instance)).items():
+    kind: Hashable = type(instance)
+    for name, hint in _hints(kind).items():
         value = getattr(instance, name)
         try:
             fitted = fitting(name, value, hint)
@@ -40,6 +42,6 @@ def check_fields(instance: Any) -> None:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

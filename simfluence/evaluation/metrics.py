@@ -57,7 +57,8 @@ _BOOTSTRAP_ENTRIES = 2_000_000  # number of resampled losses to rank at a time
 @checked
 def all_steps_mse(simulated: Losses, true: Losses) -> PerRun:
     """Compute the mean of (simulated − true)² over steps 1…T and test examples, per run."""
-    return np.nanmean(squared_errors(simulated, true)[:, 1:], axis=(1, 2))
+    values: np.ndarray = np.nanmean(squared_errors(simulated, true)[:, 1:], axis=(1, 2))
+    return values
 
 
 @checked
@@ -159,12 +160,14 @@ def seed_share(changes: Float[np.ndarray, "*queries seeds test"]) -> float:
 
 def all_errors(simulated: Losses, true: Losses) -> PerRun:
     """Compute the sum of (simulated − true)² over steps 1…T and test examples, per run."""
-    return np.nansum(squared_errors(simulated, true)[:, 1:], axis=(1, 2))
+    values: np.ndarray = np.nansum(squared_errors(simulated, true)[:, 1:], axis=(1, 2))
+    return values
 
 
 def final_errors(simulated: Losses, true: Losses) -> PerRun:
     """Compute the sum of (simulated − true)² of the final losses over test examples, per run."""
-    return np.sum((final(simulated, true) - final(true, true)) ** 2, axis=1)
+    values: np.ndarray = np.sum((final(simulated, true) - final(true, true)) ** 2, axis=1)
+    return values
 
 
 def bounded_skill(sse: Any, baseline_sse: Any) -> Any:
@@ -178,13 +181,15 @@ def final(losses: Losses, true: Losses) -> Float[np.ndarray, "runs test"]:
     _check_same(losses, true)
     recorded = ~np.isnan(true).any(axis=2)  # [runs, times]
     last = recorded.shape[1] - 1 - np.argmax(recorded[:, ::-1], axis=1)
-    return losses[np.arange(len(losses)), last]
+    values: np.ndarray = losses[np.arange(len(losses)), last]
+    return values
 
 
 def squared_errors(simulated: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Compute (simulated − true)², NaN where the true loss is not recorded."""
     _check_same(simulated, true)
-    return (simulated - true) ** 2
+    values: np.ndarray = (simulated - true) ** 2
+    return values
 
 
 def pooled_skill(sse: PerRun, baseline_sse: PerRun) -> float:
@@ -198,7 +203,8 @@ def row_spearman(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
     scale = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
     covariance = (centred[0] * centred[1]).sum(-1)
-    return np.divide(covariance, scale, out=np.full_like(scale, np.nan), where=scale > 0)
+    values: np.ndarray = np.divide(covariance, scale, out=np.full_like(scale, np.nan), where=scale > 0)
+    return values
 
 
 def resampled_correlations(simulated: np.ndarray, true: np.ndarray, resamples: np.ndarray) -> np.ndarray:

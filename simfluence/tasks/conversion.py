@@ -62,7 +62,7 @@ def _as_array(name: str, data: Any) -> np.ndarray:
     elif isinstance(data, pd.Series | pd.Index | pd.Categorical):
         data = _from_column(name, pd.Series(data), None)
     elif isinstance(data, np.ma.MaskedArray) and np.ma.getmaskarray(data).any():
-        data = data.astype(np.float64).filled(np.nan) if data.dtype.kind in "biuf" else np.asarray(data)
+        data = np.where(np.ma.getmaskarray(data), np.nan, data.data) if data.dtype.kind in "biuf" else data.data
     try:
         array = np.asarray(data)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -30,7 +30,7 @@ from simfluence.task import Data, take, tensors
 #: Number of examples that are looked at, and number of them on which the rules are checked.
 _CANDIDATES = 16
 _CHECKED = 8
-#: Largest layer without a rule whose gradients are formed where there is another way.
+#: Largest layer whose gradients are formed where its rule is right for one example at a time.
 _LARGEST_FORMED = 2**14
 
 __all__ = ["per_example_gradients"]
@@ -127,13 +127,11 @@ def _without_wrong_rules(gradients: Gradients, few: Pass) -> Gradients:
     for row in range(min(2, len(few))):
         right = gradients.same_alone(few, right, row)
     wrong = [name for name in gradients.hooked if name not in right]
-    right_alone = set(gradients.one_at_a_time(few, wrong))
-    large = {name for name in right_alone if gradients.layers[name].size > _LARGEST_FORMED}
-    split = _split(gradients, [name for name in wrong if name not in large])
-    if not _can_map(split, few):  # then a rule for one example at a time takes less memory than forming gradients
-        large, split = right_alone, _split(gradients, [name for name in wrong if name not in right_alone])
-        split = replace(split, plain=True)
-    split.alone.update(large)
+    large = [name for name in wrong if gradients.layers[name].size > _LARGEST_FORMED]
+    right_alone = set(gradients.one_at_a_time(few, large))
+    split = _split(gradients, [name for name in wrong if name not in right_alone])
+    split = replace(split, plain=not _can_map(split, few))
+    split.alone.update(right_alone)
     _warn(split)
     return split
 
@@ -152,7 +150,7 @@ def _warn(gradients: Gradients) -> None:
     unhooked = [name for name, layer in gradients.layers.items() if not layer.sources]
     one_by_one = [name for name in gradients.layers if name in gradients.alone]
     if gradients.plain:
-        one_by_one, unhooked, why = unhooked + one_by_one, [], ", because torch.func fails on this model"
+        one_by_one, unhooked, why = unhooked + one_by_one, [], " because torch.func fails on this model"
     else:
         why = ""
     parts = [f"{', '.join(unhooked)}: they are computed by torch.func"] if unhooked else []
