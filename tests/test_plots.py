@@ -418,7 +418,7 @@ def test_matplotlib_is_not_imported_with_the_library():
         (lambda ax: plots.trajectories(np.ones(3), {"a": np.ones(2)}, ax), "must have the shape of true"),
         (lambda ax: plots.heat_map(pd.DataFrame({"a": ["x"]}), ax), "must have numbers"),
         (lambda ax: plots.ranked(pd.DataFrame({"gain": ["x"]}), ax), "must have numbers"),
-        (lambda ax: plots.by_layer(pd.DataFrame({"shape": [1]}), ax), "did you mean 'share'"),
+        (lambda ax: plots.by_layer(pd.DataFrame({"shape": [1]}), ax), "no column 'share'"),
         (lambda ax: plots.removal_curve(np.ones((2, 2)), None, ax), "losses must be an array of numbers"),
     ],
 )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
-from collections.abc import Hashable
 from typing import Any
 
 from simfluence._internal.checked import fitting
@@ -30,8 +28,7 @@ def check_fields(instance: Any) -> None:
     ...
     simfluence.errors.InvalidInput: Point: x must be a number, got 'a'
     """
-    kind: Hashable = type(instance)
-    for name, hint in _hints(kind).items():
+    for name, hint in _hints(type(instance)).items():
         value = getattr(instance, name)
         try:
             fitted = fitting(name, value, hint)
@@ -41,7 +38,6 @@ def check_fields(instance: Any) -> None:
             object.__setattr__(instance, name, fitted)  # frozen
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _hints(kind: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

@@ -356,8 +356,10 @@ class RunStore:
         if fingerprint != self.info.fingerprint:
             raise StoreError(f"run {run_id} belongs to another task than {self.path}: record into another folder")
         with self._locked():
-            yield
-        self._drop_folder(run_id)
+            try:
+                yield
+            finally:
+                self._drop_folder(run_id)
 
     def _write(self, run: Run) -> None:
         info, shape = self.info, (run.curriculum.n_train, run.losses.shape[1])
