@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -28,7 +29,7 @@ def check_fields(instance: Any) -> None:
     ...
     simfluence.errors.InvalidInput: Point: x must be a number, got 'a'
     """
-    for name, hint in _hints(type(instance)).items():
+    for name, hint in _hints(typing.cast("Any", type(instance))).items():
         value = getattr(instance, name)
         try:
             fitted = fitting(name, value, hint)
@@ -38,6 +39,7 @@ def check_fields(instance: Any) -> None:
             object.__setattr__(instance, name, fitted)  # frozen
 
 
-def _hints(kind: type[Any]) -> dict[str, Any]:
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

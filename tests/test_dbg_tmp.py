@@ -1,0 +1,2 @@
+import dbg
+from test_huggingface import *
