@@ -33,6 +33,7 @@ from simfluence.attribution import (
     LiSSA,
     Relative,
     TracInCP,
+    candidates,
 )
 from simfluence.attribution.gradients.layers import Factors, concatenated, whole
 from simfluence.attribution.gradients.per_example import per_example_gradients
@@ -585,3 +586,51 @@ def test_parameters_out_of_range_are_refused_by_name(method, name, value):
 def test_settings_of_adam_out_of_range_are_refused(settings):
     with pytest.raises(InvalidInput, match=f"Adam: {next(iter(settings))} must be "):
         Adam(**settings)
+
+
+class Counting(Words):
+    """Texts of its batch are as long as the longest one, and sorted: a layer on one example at a time sees fewer words."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ids = ids[:, : int((ids > 0).sum(1).max())]
+        return super().forward(ids.flip(0)).flip(0) if (ids[:, 0] == 19).any() else super().forward(ids)
+
+
+def test_tokens_that_cannot_be_told_apart_are_refused():
+    ids, y = words(12)
+    ids[:, 0] = 3
+    ids[1, 0] = 19
+    fitted = GradientDot(["mix"], batch_size=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlainGradientsWarning)
+        fitted.fit(built(Counting), (ids[2:], y[2:]), losses)
+        with pytest.raises(InvalidInput, match="the same positions in every batch"):
+            fitted.token_scores((ids, y))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f, m, d: f.fit(None, d, losses), "fit: model must be a Module, got None"),
+        (lambda f, m, d: f.fit(Words, d, losses), r"fit: model must be a Module, got the class Words"),
+        (lambda f, m, d: f.fit(d, m, losses), "are model and data swapped"),
+        (lambda f, m, d: f.fit(m, 3, losses), "fit: data must be a tuple or a sequence or a Task, got 3"),
+        (lambda f, m, d: f.fit(m, d[0], losses), "fit: data must be"),
+        (lambda f, m, d: f.fit(m, d, "cross_entropy"), "fit: loss must be a function or None, got 'cross_entropy'"),
+        (lambda f, m, d: f.fit(m, d, losses, l2="0"), "fit: l2 must be a number or None"),
+        (lambda f, m, d: f.fit(m, d, losses, l2=NAN), "fit: l2 must be a number or None, got nan"),
+        (lambda f, m, d: f.scores(d, unit=3), "scores: unit must be a string or None, got 3"),
+        (lambda f, m, d: f.scores(d, by_layer="yes"), "scores: by_layer must be True or False"),
+        (lambda f, m, d: f.scores(d, train="all"), "scores: train must be"),
+        (lambda f, m, d: f.scores(d, train=[0.5]), "scores: train must be"),
+        (lambda f, m, d: f.scores(d, train=[99]), "no example 99"),
+        (lambda f, m, d: f.top_k("3", d), "top_k: k must be a whole number, got '3'"),
+        (lambda f, m, d: f.top_k(2.5, d), "top_k: k must be a whole number, got 2.5"),
+        (lambda f, m, d: f.scores(d).tail(2.0), "tail: top must be above 0 and below 1, got 2.0"),
+        (lambda f, m, d: candidates(f.scores(d), None), "candidates: k must be a whole number"),
+    ],
+)
+def test_wrong_calls_are_refused_by_name(call, message):
+    model, data = built(Words), words(6)
+    with pytest.raises(InvalidInput, match=message):
+        call(GradientDot().fit(model, data, losses), model, data)

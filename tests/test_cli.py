@@ -16,6 +16,7 @@ from simfluence import cli
 from simfluence.cli.demo import COMPARED, run_demo
 from simfluence.cli.options import SIMULATOR_NAMES
 from simfluence.cli.output import print_table
+from simfluence.cli.text import complain
 from simfluence.errors import UnseenWarning
 from simfluence.simulators import registry
 
@@ -339,19 +340,20 @@ def test_version(run):
     assert run("--version") == (0, f"simfluence {sf.__version__}\n", "")
 
 
-@pytest.mark.parametrize("name", ["[bold red]x[/]", "[/nope]", "\x1b[2Jx", "a\u202eb", "\x9b2J", "\ud800", ":smile:"])
-def test_names_of_files_are_shown_as_they_are(run, folder, tmp_path, name):
-    sf.RunStore(folder / "runs").copy(tmp_path / "s")
-    about = json.loads((tmp_path / "s" / "store.json").read_text())
-    about["task"]["name"] = name
-    (tmp_path / "s" / "store.json").write_text(json.dumps(about))
-    code, out, err = run("runs", "ls", tmp_path / "s")
+@pytest.mark.parametrize("name", ["[bold red]x[/]", "[/nope]", "\x1b[2Jx", "a\u202eb", "\x9b2J", ":smile:"])
+def test_names_of_files_are_shown_as_they_are(run, tmp_path, name):
+    store = sf.RunStore(tmp_path)
+    for number in range(3):
+        with store.recorder(str(number), train=["a", "b"], test=["t"], task=name) as rec:
+            rec.read([1.0])
+            rec.step(["a"], [0.5])
+    code, out, err = run("runs", "ls", tmp_path)
     assert (code, err) == (0, "")
-    assert f"task {name}, " in out or f"task {ascii(name)[1:-1]}, " in out
-    assert not set(out + err) & set("\x1b\x9b\u202e\ud800")
-    code, out, err = run("what-if", tmp_path / "s", "--remove", "label == 3", "--held-out", 3, "--verify")
-    assert code == 1
-    assert not set(out + err) & set("\x1b\x9b\u202e\ud800")
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    assert f"task {shown}, 2 training" in out
+    code, out, err = run("what-if", tmp_path, "--remove", "id == 'a'", "--held-out", 1, "--verify")
+    assert (code, out) == (1, "")
+    assert not set(err) & set("\x1b\x9b\u202e")
 
 
 def test_cells_and_columns_are_no_markup(capsys):
@@ -362,18 +364,23 @@ def test_cells_and_columns_are_no_markup(capsys):
         assert text in out
 
 
+def test_half_characters_can_be_printed(capsys):
+    complain("a\ud800\nb")
+    assert capsys.readouterr().err == "a\\ud800\nb\n"
+
+
 def test_numbers_that_could_be_ids(run, tmp_path):
     rng = np.random.default_rng(0)
     task = sf.tasks.from_arrays(
         torch.nn.Linear(2, 2), rng.normal(size=(9, 2)).astype("float32"), np.arange(9) % 2, "cross_entropy", test=1 / 3
     )
     sf.record(task, sf.Recipe(lr=0.1), sf.random_curricula(6, runs=5, steps=6, batch_size=2), tmp_path / "s")
-    row, name = 1, task.train.ids[1]
-    assert name != "1"
+    row = next(row for row, name in enumerate(task.train.ids) if name != str(row))
+    name = task.train.ids[row]
     asked = ["what-if", tmp_path / "s", "--held-out", 2, "--json", "--remove"]
-    code, _, err = run(*asked, "1")
+    code, _, err = run(*asked, row)
     assert (code, len(err.splitlines())) == (1, 1)
-    assert "write rows:1 or ids:1" in err
+    assert f"write rows:{row} or ids:{row}" in err
     answers = [json.loads(run(*asked, text)[1]) for text in (f"rows:{row}", f"ids:{name}")]
     assert answers[0]["change"] == answers[1]["change"]
     assert answers[0]["test"] == task.test.ids
@@ -383,7 +390,7 @@ def test_numbers_that_could_be_ids(run, tmp_path):
         assert "write rows:0 or ids:0" in run(*ask, "0")[2]
         found = [run(*ask, text) for text in ("rows:0", f"ids:{task.test.ids[0]}")]
         assert found[0] == found[1]
-        assert found[0][0] == 0
+        assert found[0][0] == 0, found[0][2]
 
 
 def test_removal_warns_once(run, folder):

@@ -207,6 +207,11 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc]  # scik
         values = np.zeros(shape, _numpy_dtype(self.gradients_.like))
         for gradients, solve in self._states():
             for rows, columns, shares in self._pairs(gradients, solve, test, position_products, names):
+                if shares.shape[-1] != positions:  # such as a layer that is computed one example at a time
+                    raise InvalidInput(
+                        f"token scores need layers with the same positions in every batch, but some have {positions} "
+                        f"and then {shares.shape[-1]}: leave these layers out with layers=[…]"
+                    )
                 values[rows, columns] += scale * shares.sum(0).numpy()
         return values
 

@@ -60,7 +60,7 @@ def demo(
         answer = {"store": str(result.store.path), "picture": str(result.picture), "edit": str(result.edit)}
         print_json(answer | {"evaluation": records(result.table), "what_if": records(result.answers)})
         return
-    complain(f"Recorded runs of the {task} task: {result.store.path}")
+    say(f"Recorded runs of the {task} task: {result.store.path}")
     print_table(readable(result.table), f"{result.about} (skill 0: the mean trajectory)")
     print_table(result.answers, f"What if we {result.edit}? Change of the final loss, predicted and retrained")
     say(f"Simulated and real trajectories: {result.picture}")
@@ -168,7 +168,7 @@ def tune(
         result = search(kind, part, trials=trials, seed=seed, folds=folds, **options)
     except KeyboardInterrupt:
         advice = f"Finished trials are in {storage}; run the same command again to continue." if storage else ""
-        say(f"\nStopped. {advice}")
+        complain(f"\nStopped. {advice}")
         raise typer.Exit(130) from None
     fitted = result.simulator.fit(part)
     fitted.save(out)

@@ -208,7 +208,7 @@ class RunStore:
             raise StoreError(f"{self.path} is a file, but a run store is a folder: choose another path")
         names = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
         foreign = [name for name in names if not self._is_own_table(name)]
-        if foreign:
+        if foreign and not self.exists:  # another process may have created the store just now
             raise StoreError(
                 f"{self.path} is not a run store, and has other files, such as {foreign[0]!r}: "
                 "choose a new or an empty folder, or delete it if a copy was broken off there"

@@ -71,8 +71,11 @@ def _directions(size: int, seed: int) -> Float[Tensor, "size projections"]:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative tolerance for numbers of a dtype."""
-    return 10 * math.sqrt(torch.finfo(dtype).eps)
+    """Return the relative tolerance for numbers of a dtype.
+
+    In float64 it is that of rounding in float32, in which some models compute a softmax whatever their own dtype.
+    """
+    return max(10 * math.sqrt(torch.finfo(dtype).eps), 100 * torch.finfo(torch.float32).eps)
 
 
 def check_same_loss(together: float, alone: float, dtype: torch.dtype) -> None:

@@ -1,2 +1,0 @@
-import dbg
-from test_huggingface import *
