@@ -589,7 +589,7 @@ def test_settings_of_adam_out_of_range_are_refused(settings):
 
 
 class Counting(Words):
-    """Texts of its batch are as long as the longest one, and sorted: a layer on one example at a time sees fewer words."""
+    """Cuts texts to the longest of the batch, so a layer sees fewer words of one example alone."""
 
     def forward(self, ids: Tensor) -> Tensor:
         ids = ids[:, : int((ids > 0).sum(1).max())]

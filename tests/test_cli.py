@@ -388,6 +388,8 @@ def test_numbers_that_could_be_ids(run, tmp_path):
         held_out = [] if command[0] == "attribute" else ["--held-out", 2]
         ask = [command[0], tmp_path / "s", *command[1:], *held_out, "--json", "--test"]
         assert "write rows:0 or ids:0" in run(*ask, "0")[2]
+        if command[0] == "attribute":  # to go on, it would need the task
+            continue
         found = [run(*ask, text) for text in ("rows:0", f"ids:{task.test.ids[0]}")]
         assert found[0] == found[1]
         assert found[0][0] == 0, found[0][2]
