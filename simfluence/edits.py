@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from simfluence._internal.checked import checked
 from simfluence._internal.slots import insert_slots, marked_slots, rebatched, selected, sizes_of
 from simfluence._internal.targets import Selection, as_target, one_target
 from simfluence._internal.types import Target
@@ -64,6 +65,11 @@ class Edit(ABC):
 
     kind: ClassVar[str]
     name: str | None = field(default=None, kw_only=True, compare=False)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "apply" in vars(cls):
+            setattr(cls, "apply", checked(cls.apply))  # noqa: B010 (a class's own method is replaced on purpose)
 
     def __post_init__(self) -> None:
         for name in self._fields():
@@ -476,7 +482,7 @@ def _optional_name(name: str, value: Any) -> str | None:
 
 
 def _known_fill(name: str, value: Any) -> str:
-    if value not in FILLS:
+    if not isinstance(value, str) or value not in FILLS:
         raise InvalidInput(f"unknown fill {value!r}, {did_you_mean(str(value), FILLS)}")
     return str(value)
 
@@ -492,10 +498,7 @@ def _whole(least: int | None, note: str = "") -> Callable[[str, Any], int]:
 
 
 def _batches(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
-    try:
-        curriculum = value if isinstance(value, Curriculum) else Curriculum(value)
-    except TypeError:
-        raise InvalidInput(f"{name} must be a Curriculum or a list of lists of indices, got {value!r}") from None
+    curriculum = value if isinstance(value, Curriculum) else Curriculum(value)
     return tuple(tuple(batch) for batch in curriculum.tolist())
 
 

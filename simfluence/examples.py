@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from annotated_types import Ge
 
 from simfluence import filters
+from simfluence._internal.checked import checked, shown
 from simfluence._internal.columns import plain_table
 from simfluence._internal.targets import Selection, as_target, one_target
 from simfluence._internal.types import Indices, Target
@@ -37,12 +39,11 @@ class Examples:
     array([0, 2])
     """
 
+    @checked
     def __init__(
         self, ids: Sequence[Any], metadata: pd.DataFrame | None = None, features: Any = None, targets: Any = None
     ) -> None:
         metadata = pd.DataFrame(index=range(len(ids))) if metadata is None else metadata
-        if not isinstance(metadata, pd.DataFrame):
-            raise InvalidInput(f"metadata must be a pandas DataFrame, got {type(metadata).__name__}")
         if len(metadata) != len(ids):
             raise InvalidInput(f"{len(ids)} ids, but {len(metadata)} rows of metadata: give one row per example")
         if "id" in metadata.columns:
@@ -56,8 +57,13 @@ class Examples:
         self.targets = None if targets is None else _checked("targets", targets, len(ids), (1, 2), None)
 
     @classmethod
+    @checked
     def numbered(
-        cls, count: int, metadata: pd.DataFrame | None = None, features: Any = None, targets: Any = None
+        cls,
+        count: Annotated[int, Ge(0)],
+        metadata: pd.DataFrame | None = None,
+        features: Any = None,
+        targets: Any = None,
     ) -> Examples:
         """Build examples whose ids are "0", "1", …"""
         return cls(range(count), metadata, features, targets)
@@ -75,6 +81,7 @@ class Examples:
         ids: list[str] = self.table["id"].tolist()
         return ids
 
+    @checked
     def column(self, name: str) -> list[Any]:
         """Return the values of a metadata column.
 
@@ -166,7 +173,10 @@ def _checked(name: str, values: Any, count: int, ranks: tuple[int, ...], dtype: 
     Raises:
         InvalidInput: the number of rows or axes is wrong, or a value is not a finite number.
     """
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(f"{name} must be numbers with one row per example, got {shown(values)}") from None
     if array.dtype.kind not in "biuf" or array.ndim not in ranks:
         raise InvalidInput(f"{name} must be numbers with one row per example, got {array.dtype}{list(array.shape)}")
     if len(array) != count:

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 
+from simfluence._internal.checked import checked
 from simfluence._internal.spec import Spec
 from simfluence.errors import did_you_mean
 
@@ -96,7 +98,8 @@ class Recipe(Spec):
         build: Callable[..., torch.optim.Optimizer] = _optimizers()[self.optimizer]
         return build(parameters, lr=self.lr, **self._arguments())
 
-    def learning_rates(self, steps: int) -> Float[np.ndarray, " steps"]:
+    @checked
+    def learning_rates(self, steps: Annotated[int, Ge(0)]) -> Float[np.ndarray, " steps"]:
         """Compute the learning rate of each step."""
         return self.lr * np.array([self._factor(step) for step in range(steps)])
 

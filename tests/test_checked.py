@@ -75,6 +75,7 @@ def test_runs_stay_runs():
         (0, Count, "k must be at least 1, got 0"),
         (1.0, Share, "k must be above 0 and below 1, got 1.0"),
         (0, Count | None, "k must be at least 1, got 0"),
+        ([1, 0], Count | Sequence[Count], r"k\[1\] must be at least 1, got 0"),
         ("x", int | None, "k must be a whole number or None, got 'x'"),
         ("ab", Sequence[str], "k must be a sequence of strings, got 'ab'"),
         ([1, "a"], Sequence[int], r"k\[1\] must be a"),

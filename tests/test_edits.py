@@ -263,7 +263,7 @@ def test_bad_edits(edit, said):
         ({"edit": "insert", "target": [1], "at": "first"}, "at must be a whole number"),
         ({"edit": "move", "target": [1], "to": 0, "fill": "resample"}, "fill='shrink' or 'repack'"),
         ({"edit": "truncate", "steps": 0}, "steps must be a whole number from 1 up"),
-        ({"edit": "concatenate", "batches": 3}, "batches must be a Curriculum"),
+        ({"edit": "concatenate", "batches": 3}, "batches must be an iterable, got 3"),
         ({"edit": "concatenate", "batches": [["a"]]}, "integer training indices"),
     ],
 )

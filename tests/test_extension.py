@@ -257,7 +257,7 @@ def test_numpys_numbers_are_numbers(runs):
     assert np.array_equal(fitted.A_, sf.LinearSimulator(l2=3, order=2).fit(runs).A_)
     sf.ConformalSimulator().set_params(members=np.int64(2), seed=np.int32(1)).fit(runs)
     for wrong in (True, 1.5, "2", 0):
-        with pytest.raises(InvalidInput, match="order must be a whole number from 1 up"):
+        with pytest.raises(InvalidInput, match="order must be a whole number from 1 to "):
             sf.LinearSimulator().set_params(order=wrong).fit(runs)
 
 

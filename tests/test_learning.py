@@ -81,7 +81,7 @@ def test_progress_on_a_terminal(runs, capfd, monkeypatch):
         ({"sizes": [0, 2]}, "from 1 to 22"),
         ({"sizes": []}, "from 1 to 22"),
         ({"sizes": [23]}, "from 1 to 22"),
-        ({"repeats": 0}, "repeats=0"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"held_out": 30}, "leave at least one"),
     ],
 )

@@ -357,7 +357,7 @@ def test_a_loss_that_never_changes(runs):
 
 def test_bad_options(runs):
     for name, value in (("order", 0), ("rollout", 0), ("order", True)):
-        with pytest.raises(InvalidInput, match=f"{name} must be a whole number from 1 up"):
+        with pytest.raises(InvalidInput, match=f"{name} must be a whole number from 1 to "):
             sf.LinearSimulator(**{name: value}).fit(runs)
     with pytest.raises(InvalidInput, match="give 2 runs or more"):
         sf.LinearSimulator(l2="auto").fit(runs[:1])

@@ -397,9 +397,9 @@ def test_interrupted_it_keeps_what_is_finished(known, tmp_path, monkeypatch, fit
     [
         ("linaer", {}, "did you mean 'linear'"),
         ("linear", {"folds": 7}, r"6 run\(s\) cannot be split into 7 folds: record more runs, or use folds=6"),
-        ("linear", {"folds": 1}, "folds=1"),
-        ("linear", {"trials": 0}, "trials=0"),
-        ("linear", {"seed": -1}, "seed=-1"),
+        ("linear", {"folds": 1}, "folds must be at least 2, got 1"),
+        ("linear", {"trials": 0}, "trials must be at least 1 and at most 1000000, got 0"),
+        ("linear", {"seed": -1}, "seed must be at least 0, got -1"),
         (
             "linear",
             {"fixed": {"l3": 1}},

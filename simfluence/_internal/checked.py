@@ -175,8 +175,11 @@ def _one_of_types(name: str, value: Any, hint: Any) -> Any:
     for option in options:
         if _fits(value, option):
             return fitting(name, value, option)
-    for option in options:  # the right type, but out of range: say the range
-        if typing.get_origin(option) is typing.Annotated and _fits(value, typing.get_args(option)[0]):
+    for option in options:  # the right type, but out of range, or with a wrong element: say which
+        kind = typing.get_origin(option)
+        if kind is typing.Annotated and _fits(value, typing.get_args(option)[0]):
+            fitting(name, value, option)
+        if kind in _CONTAINERS and isinstance(value, kind) and not isinstance(value, str | bytes):
             fitting(name, value, option)
     return _accepted(name, value, hint, False)
 

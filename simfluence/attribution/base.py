@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from simfluence._internal.checked import checked, fitting
 from simfluence._internal.progress import bar
 from simfluence._internal.types import Indices
-from simfluence._internal.validation import checked_indices, number
+from simfluence._internal.validation import checked_indices, number, whole
 from simfluence.attribution.gradients.hooks import Gradients, Loss, Mask, attention_mask, rows_of
 from simfluence.attribution.gradients.inner_products import (
     Query,
@@ -249,7 +249,8 @@ class Attributor(sklearn.base.BaseEstimator, ABC):  # type: ignore[misc]  # scik
 
     def _solve_batch_size(self, gradients: Gradients) -> int:
         """Return how many examples may have their gradients solved at a time."""
-        return max(1, min(self.batch_size, QUERIES // (gradients.size * gradients.like.element_size())))
+        batch_size = whole("batch_size", self.batch_size, least=1)
+        return max(1, min(batch_size, QUERIES // (gradients.size * gradients.like.element_size())))
 
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` if a parameter is out of a range that its annotation does not say."""

@@ -159,11 +159,16 @@ def rank_suspects(
         if not runs:
             raise InvalidInput("a simulator forecasts removals from a run: give base=, a run or several")
         gains = [-_mean_over_tests(leave_one_out(source, run, method).values, run.test, test) for run in runs]
-        shown = np.array([run.curriculum.counts.sum(axis=0) for run in runs])
-        gain = np.sum(gains, axis=0) / np.maximum((shown > 0).sum(axis=0), 1)
-        table = pd.DataFrame({"gain": gain, "shown": shown.sum(axis=0)})
+        counts = np.array([run.curriculum.counts.sum(axis=0) for run in runs])  # [runs, train]
+        gain = np.sum(gains, axis=0) / np.maximum((counts > 0).sum(axis=0), 1)
+        table = pd.DataFrame({"gain": gain, "shown": counts.sum(axis=0)})
     else:
-        changes = np.asarray(source, np.float64)
+        try:
+            changes = np.asarray(source, np.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidInput(
+                f"source must be a fitted simulator, or changes [test, train], got {shown(source)}"
+            ) from None
         if changes.ndim != 2 or (train is not None and changes.shape[1] != len(train)):
             raise InvalidInput(f"changes must be [test, train], got {list(changes.shape)}")
         table = pd.DataFrame({"gain": -_mean_over_tests(changes, runs[0].test if runs else None, test)})

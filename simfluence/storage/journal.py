@@ -39,7 +39,7 @@ def journal_line(event: Mapping[str, Any], checksum: int = 0) -> tuple[bytes, in
     """Return an event as a line behind lines of a running checksum, and the checksum with this line.
 
     >>> journal_line({"batch": [3, 1]})
-    (b'ad3f5d19 {"batch":[3,1]}\\n', 2906611993)
+    (b'b4dd25e0 {"batch":[3,1]}\\n', 3034392032)
     """
     content = json.dumps(event, separators=(",", ":")).encode()
     checksum = zlib.crc32(content, checksum)

@@ -10,6 +10,7 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from torch import nn
 
+from simfluence._internal.checked import checked
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Task
@@ -18,6 +19,7 @@ from simfluence.tasks.losses import CLASSIFICATION, cross_entropy, squared_error
 __all__ = ["breast_cancer", "diabetes"]
 
 
+@checked
 def breast_cancer(
     n_train: int = 200, n_test: int = 150, model: str = "logistic", l2: float | None = None, seed: int = 0
 ) -> Task:
@@ -55,6 +57,7 @@ def breast_cancer(
     )  # fmt: skip
 
 
+@checked
 def diabetes(n_train: int = 200, n_test: int = 150, seed: int = 0) -> Task:
     """Build a task of scikit-learn's 442 diabetes patients: 10 measurements and the disease's progression, standardised
     on the training examples; an MLP 10-64-1 (ReLU) with squared error.
