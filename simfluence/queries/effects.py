@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from simfluence._internal.checked import checked
+from simfluence._internal.checked import checked, shown
 from simfluence._internal.types import Target
 from simfluence.attribution.scores import Scores
 from simfluence.edits import Insert, Move
