@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 
+from simfluence._internal.checked import checked
 from simfluence._internal.imports import imported_object
 from simfluence.errors import InvalidInput, StoreError, did_you_mean
 from simfluence.task import Task, TaskInfo
@@ -35,6 +36,7 @@ READY_MADE: Mapping[str, Callable[..., Task]] = {
 }
 
 
+@checked
 def build(name: str, **arguments: object) -> Task:
     """Build the ready-made task called ``name``.
 

@@ -250,6 +250,7 @@ class Gradients:
                 losses = self.loss(outputs, targets)
             calls = list(recorded)  # activation checkpointing calls the modules again in the backward pass
             check_losses(losses, len(targets), side, first)
+            check_not_hidden(losses)
             with explained(side, first, len(targets), "the derivative of the loss"):
                 derived = _derived(losses, calls)
                 sums = self._summed(losses, weights)
@@ -561,6 +562,24 @@ def check_losses(losses: Any, batch: int, side: str, first: int) -> None:
         raise InvalidInput(
             "the loss does not depend on the model's parameters: compute it in torch, without no_grad or detach"
         )
+
+
+def check_not_hidden(losses: Tensor) -> None:
+    """Refuse reentrant activation checkpointing: ``autograd.grad`` gives zeros there, without an error."""
+    seen: set[Any] = set()
+    left: list[Any] = [losses.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            raise InvalidInput(
+                "the model uses activation checkpointing of the reentrant kind, which hides the parameters inside from "
+                "autograd.grad: call torch.utils.checkpoint with use_reentrant=False (in transformers: "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}), or turn checkpointing off"
+            )
+        seen.add(node)
+        left.extend(function for function, _ in node.next_functions)
 
 
 def check_finite(losses: Tensor, side: str, first: int) -> None:
