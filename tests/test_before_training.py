@@ -386,13 +386,14 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint):
 
 
 def test_a_damaged_checkpoint_is_recorded_again(checkpoint, tmp_path):
-    whole = checkpoint.read_bytes()
-    checkpoint.write_bytes(whole[:-3] + b"abc")
+    whole = sf.Checkpoint.load(checkpoint).model
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-3] + b"abc")
     run = sf.RunStore(tmp_path).all_runs()[0]
     with pytest.raises(StoreError, match="record the run again"):
         sf.trained_model(task_of(), run)
     sf.record(task_of(), run.recipe, [run.curriculum], tmp_path, observe=sf.Observe(checkpoints=[2, 4]))
-    assert checkpoint.read_bytes() == whole
+    again = sf.Checkpoint.load(checkpoint).model
+    assert all(torch.equal(again[name], weights) for name, weights in whole.items())
 
 
 @pytest.mark.parametrize("engine", ["loop", "batched"])

@@ -136,7 +136,7 @@ def test_wrong_calls_are_refused_by_name(runs, task):
         with pytest.raises(InvalidInput, match=f"correlation_over_runs: {next(iter(wrong))} must be"):
             metrics.correlation_over_runs(losses, losses, **wrong)
     for wrong in (None, runs[0], [1], "x", 3):
-        with pytest.raises(InvalidInput, match="fit: runs must be a Runs or a sequence of Run objects"):
+        with pytest.raises(InvalidInput, match=r"fit: runs(\[0\])? must be a (Runs or a sequence of )?Run"):
             sf.LinearSimulator().fit(wrong)
     fitted = sf.LinearSimulator(l2=5.0).fit(runs)
     for wrong in (None, runs[0].curriculum, [[0]], "x"):
