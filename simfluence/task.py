@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from simfluence._internal.deprecation import renamed_names
 from simfluence._internal.fields import check_fields
+from simfluence._internal.generator import lent_generator
 from simfluence._internal.html import card, picture
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.examples import Examples
@@ -150,7 +151,7 @@ class Task:
         """
         if isinstance(self.model, nn.Module):
             return _copied(self.name, self.model)
-        with torch.random.fork_rng(devices=[]):
+        with lent_generator():
             set_seed(seed)
             model = _built(self.name, self.model)
         return _copied(self.name, model)  # a factory may return the same module each time

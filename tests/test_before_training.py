@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import simfluence as sf
+from simfluence.attribution.gradients.inner_products import low_rank
 from simfluence.errors import InvalidInput, SimfluenceError, StoreError
 from simfluence.recording import session
 from simfluence.recording.engines.base import Training
@@ -271,7 +272,15 @@ def test_threads_record_the_losses_of_one_thread():
             if not np.array_equal(record(seed), expected[seed]):
                 wrong.append(seed)
 
+    def prepare(seed):
+        """Everything else that seeds torch: building a model, making a task, a low-rank decomposition."""
+        for _ in range(20):
+            task.build_model(seed)
+            task_of(lambda: nn.Linear(6, 3))
+            low_rank(torch.ones(2, 5, 4), 2, seed)
+
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    threads += [threading.Thread(target=prepare, args=(seed,)) for seed in range(2)]
     sys.setswitchinterval(1e-5)
     try:
         for thread in threads:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simfluence._internal.generator import lent_generator
 from simfluence.errors import InvalidInput, SimfluenceError
 from simfluence.task import Data, Task, cast, forward, take, tensors
 from simfluence.tasks.losses import cross_entropy, token_cross_entropy
@@ -24,7 +25,7 @@ def try_model(task: Task) -> None:
         InvalidInput: the model cannot be built or does not run, the loss is not one number per example, or a label is
             no number of a class of the model.
     """
-    with torch.random.fork_rng(devices=[]):
+    with lent_generator():
         failures = [_failure(task, dtype) for dtype in (torch.float32, torch.float64)]  # a recipe may ask for either
     if all(failures) and failures[0] is not None:
         raise failures[0]

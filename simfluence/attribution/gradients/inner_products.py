@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from simfluence._internal.generator import lent_generator
 from simfluence.attribution.curvature.kronecker import FORMED, formed
 from simfluence.attribution.gradients.layers import Factors, concatenated
 
@@ -87,7 +88,7 @@ def low_rank(matrices: Float[Tensor, "batch rows columns"], rank: int, seed: int
     """
     full_rank = min(matrices.shape[1:])
     devices = [matrices.device] if matrices.is_cuda else []
-    with torch.random.fork_rng(devices):
+    with lent_generator(), torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         U, sizes, V = torch.svd_lowrank(matrices, min(rank + _OVERSAMPLED, full_rank), niter=2)
     leading = slice(min(rank, full_rank))
