@@ -114,7 +114,7 @@ def test_a_copy_that_is_broken_off_is_no_store(small, tmp_path, monkeypatch):
     assert len(small.copy(tmp_path / "copy").load()) == 4
     (tmp_path / "copy" / "store.json").unlink()  # as if killed just before the end
     (tmp_path / "copy" / "run-r0.parquet").unlink()
-    with pytest.raises(StoreError, match="a copy was broken off here"):
+    with pytest.raises(StoreError, match="a copy was interrupted here"):
         sf.RunStore(tmp_path / "copy").load()
     with pytest.raises(StoreError, match="has other files"):
         small.copy(tmp_path / "copy")

@@ -163,7 +163,7 @@ class RunStore:
         file = self.path / "store.json"
         if not self.exists:
             runs = any(self.path.glob("run-*.parquet"))
-            advice = "a copy was broken off here: delete the folder and copy again" if runs else "record into it first"
+            advice = "a copy was interrupted here: delete the folder and copy again" if runs else "record into it first"
             raise StoreError(f"no run store at {self.path} (store.json is missing): {advice}")
         return _Description.from_bytes(regular_content(file, _LARGEST_DESCRIPTION), file)
 
@@ -197,7 +197,7 @@ class RunStore:
             lock.release()
 
     def _check_unused(self) -> None:
-        """Check that a store can be created here: the folder is new or empty, or the creation of one broke off.
+        """Check that a store can be created here: the folder is new or empty, or has an unfinished store.
 
         Raises:
             StoreError: the folder has other files, which are not touched.
@@ -211,7 +211,7 @@ class RunStore:
         if foreign and not self.exists:  # another process may have created the store just now
             raise StoreError(
                 f"{self.path} is not a run store, and has other files, such as {foreign[0]!r}: "
-                "choose a new or an empty folder, or delete it if a copy was broken off there"
+                "choose a new or an empty folder, or delete it if a copy was interrupted there"
             )
 
     def _is_own_table(self, name: str) -> bool:
@@ -296,7 +296,7 @@ class RunStore:
             return
         with self._locked():
             info = self.info
-            self._describe(info, {})  # without checksums, so that what is broken off here can still be read
+            self._describe(info, {})  # without checksums, so that the store can be read after an interruption here
             for side, content in completed.items():
                 write_whole(self.path / f"{side}.parquet", content)
             self._describe(info, self._digests())
@@ -430,8 +430,8 @@ class RunStore:
     def _all_runs(self, mapped: bool = False, skip_damaged: bool = False) -> Runs:
         for mark in sorted(self.path.glob(f"{_MERGING}*")):
             warnings.warn(
-                f"a merge into {self.path} is not whole ({mark.name}): some runs are missing. If no process is merging "
-                "any more, it was broken off: merge again",
+                f"a merge into {self.path} is not complete ({mark.name}): some runs are missing. If no process is "
+                "merging any more, it was interrupted: merge again",
                 stacklevel=3,
             )
         info, sides = self.info, self.sides()
@@ -495,8 +495,8 @@ class RunStore:
     def merge(self, other: RunStore) -> int:
         """Copy every run and checkpoint of ``other``, a store of the same task, into this one.
 
-        Runs that both stores have are combined, and nothing recorded is lost. A merge that was broken off is gone on
-        with by merging again; until then, ``load`` warns.
+        Runs that both stores have are combined, and nothing recorded is lost. To complete an
+        interrupted merge, merge again; until then, ``load`` warns.
 
         Returns:
             The number of runs that this store did not have before.

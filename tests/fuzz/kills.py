@@ -159,7 +159,7 @@ def operations(folder: Path) -> list[Operation]:
 
 
 def _check_copies(source: sf.RunStore, folder: Path) -> None:
-    """A copy that was broken off is refused or gone on with, and never loads short."""
+    """An interrupted copy is refused, and never loads short."""
     for path in folder.glob("copy*"):
         try:
             runs = sf.RunStore(path).load()
