@@ -31,6 +31,7 @@ from .runs import Run, Runs
 from .simulators import (
     AdditiveSimulator,
     AttributedSimulator,
+    BestSimulator,
     BoostedSimulator,
     ConformalSimulator,
     FeaturizedSimulator,
@@ -49,6 +50,7 @@ __all__ = [
     "LDS",
     "AdditiveSimulator",
     "AttributedSimulator",
+    "BestSimulator",
     "BoostedSimulator",
     "Checkpoint",
     "Concatenate",

@@ -16,6 +16,7 @@ __all__ = [
     "InvalidInput",
     "NotFittedError",
     "PlainGradientsWarning",
+    "RunawayWarning",
     "SimfluenceError",
     "StoreError",
     "UnseenWarning",
@@ -56,6 +57,10 @@ class UnseenWarning(UserWarning):
 
 class BeyondReferenceWarning(UserWarning):
     """A simulated curriculum is longer than every run that the simulator was fitted on."""
+
+
+class RunawayWarning(UserWarning):
+    """Forecasts grew far beyond every recorded loss, and were stopped at a bound."""
 
 
 class EngineWarning(UserWarning):

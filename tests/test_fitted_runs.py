@@ -11,6 +11,7 @@ import simfluence as sf
 from simfluence.errors import InvalidInput, NotFittedError
 from simfluence.evaluation import skill_over_steps
 from simfluence.evaluation.learning_curves import learning_curve
+from simfluence.simulators.folds import fold_of, refitted_forecasts
 
 pytestmark = pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning")
 
@@ -120,8 +121,8 @@ def test_copies_of_a_run_are_calibrated_on_together(parts):
     """The residuals of cross-validation are of runs that the fold did not fit, also where a run is given twice."""
     fit, _, _ = parts
     doubled = sf.Runs([*fit[:4], *fit[:4]])
-    conformal = sf.ConformalSimulator(sf.MeanTrajectorySimulator(), members=2, folds=4)
-    once, twice = (conformal._residuals(runs, np.random.default_rng(0)) for runs in (fit[:4], doubled))
+    mean = sf.MeanTrajectorySimulator()
+    once, twice = (refitted_forecasts(mean, runs, fold_of(runs, 4, seed=0)) for runs in (fit[:4], doubled))
     assert np.allclose(twice[:4], once)
     assert np.array_equal(twice[:4], twice[4:])
     with pytest.raises(InvalidInput, match="3 runs cannot be split into 4 folds"):

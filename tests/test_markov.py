@@ -171,6 +171,7 @@ def test_around_the_mean_with_nothing_learned_is_the_mean_where_runs_start_there
     assert np.allclose(still.simulate(*args), mean.simulate(*args), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
 def test_around_the_mean_rolls_out_its_own_equation(runs):
     simulator = sf.LinearSimulator(l2=1.0, around="mean").fit(runs[:4])
     curriculum = sf.Curriculum([*runs[5].curriculum.tolist(), [], [0, 1], [2, 3, 3]], n_train=12)  # longer, ragged

@@ -31,10 +31,10 @@ VARIANTS = [
     ("tangent", {"n_checkpoints": 2, "n_references": 1, "n_features": 1}),
 ]
 #: Simulators that learn from all test examples together, or know their scores, or the task.
-SHARED = {"boosted", "featurized", "attributed", "tangent"}
+SHARED = {"best", "boosted", "featurized", "attributed", "tangent"}
 SINGLE = {"tangent"}  # in the recipe's precision
 #: Parameters that are no data: no file holds them.
-UNSAVED = {"attributed": ["attributor"], "tangent": ["task", "recipe"]}
+UNSAVED = {"attributed": ["attributor"], "best": ["task", "members"], "tangent": ["task", "recipe"]}
 SCORES = np.random.default_rng(0).normal(size=(5, 12))
 
 
@@ -90,6 +90,7 @@ def test_shorter_curricula_end_in_nan(fitted, runs):
 
 
 @pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
+@pytest.mark.filterwarnings("ignore::simfluence.errors.RunawayWarning")
 def test_longer_curricula_are_simulated(fitted, runs):
     longer = sf.Curriculum(runs[0].curriculum.tolist() * 3, n_train=12)
     losses = fitted.simulate([longer], runs.initial_losses[0])[0]
@@ -196,6 +197,7 @@ def test_files_that_are_no_simulators(runs, tmp_path):
             sf.Simulator.load(path)
 
 
+@pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
 def test_mean_trajectory_is_the_mean_and_is_held(runs):
     fitted = sf.MeanTrajectorySimulator().fit(runs[:4])
     longer = sf.Curriculum(runs[0].curriculum.tolist() * 2, n_train=12)

@@ -156,6 +156,7 @@ def test_intervals_come_with_forecasts(runs, task):
     assert 0 <= forecast.verify(task=task).coverage <= 1
 
 
+@pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
 def test_an_edit_that_changes_the_number_of_steps(linear, runs, task):
     for edit in (sf.Truncate(4), sf.Concatenate([[0, 1, 2], [3]]), sf.Repeat(runs[5].curriculum[0], 4, "repack")):
         forecast = sf.what_if(linear, runs[5], edit, task=task)

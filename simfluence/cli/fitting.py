@@ -24,6 +24,7 @@ from simfluence.cli.options import (
     fitted_by_name,
     opened_and_split,
     parsed,
+    ready_made_task,
     simulator_class,
     unfitted,
     with_intervals,
@@ -33,6 +34,8 @@ from simfluence.errors import InvalidInput, did_you_mean
 
 if TYPE_CHECKING:
     from simfluence.evaluation.tuning import Search
+    from simfluence.simulators import Simulator
+    from simfluence.storage.store import RunStore
 
 __all__ = ["demo", "evaluate", "fit", "learning_curve", "tune"]
 
@@ -69,7 +72,7 @@ def demo(
 def fit(
     store: StorePath,
     out: Annotated[Path, typer.Option(help="File for the fitted simulator (.safetensors).")],
-    simulator: Named = "linear",
+    simulator: Named = "best",
     parameters: Parameters = None,
     held_out: HeldOut = 8,
     seed: Seed = 0,
@@ -141,7 +144,7 @@ def tune(
     out: Annotated[Path, typer.Option(help="File for the fitted simulator (.safetensors).")],
     simulator: Annotated[
         str, typer.Option(help=f"best, package.module:Class, or one of {', '.join(SIMULATOR_NAMES)}.")
-    ] = "linear",
+    ] = "best",
     trials: Annotated[int, typer.Option(help="Number of candidates to try.")] = 20,
     parameters: Parameters = None,
     folds: Annotated[int, typer.Option(help="Number of cross-validation folds.")] = 4,
@@ -162,7 +165,7 @@ def tune(
 
     kind = "best" if simulator == "best" else simulator_class(simulator, "best")
     opened, part, held = opened_and_split(store, held_out, seed)
-    task_parameter = {"task": built_task(opened, task)} if not isinstance(kind, str) and kind.needs_task else {}
+    task_parameter = _task_parameter(kind, opened, task)
     options: dict[str, Any] = {"fixed": parsed(parameters) | task_parameter, "storage": storage}
     try:
         result = search(kind, part, trials=trials, seed=seed, folds=folds, **options)
@@ -185,7 +188,7 @@ def tune(
 
 def learning_curve(
     store: StorePath,
-    simulator: Named = "linear",
+    simulator: Named = "best",
     parameters: Parameters = None,
     repeats: Annotated[int, typer.Option(help="Number of random sets of fitting runs of each size.")] = 5,
     held_out: HeldOut = 8,
@@ -211,6 +214,14 @@ def learning_curve(
         print_json(table.to_dict("records"))
     else:
         print_table(readable(table.set_index("runs")), f"{store}: {chosen} by number of fitting runs")
+
+
+def _task_parameter(kind: type[Simulator] | str, store: RunStore, task: str | None) -> dict[str, Any]:
+    """Return the task as a fixed parameter of the search, where a kind needs it or it is at hand."""
+    if isinstance(kind, str):
+        built = built_task(store, task) if task else ready_made_task(store)
+        return {} if built is None else {"task": built}
+    return {"task": built_task(store, task)} if kind.needs_task else {}
 
 
 def _print_search(result: Search) -> None:

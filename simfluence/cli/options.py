@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simfluence.cli.text import complain
-from simfluence.errors import InvalidInput, did_you_mean
+from simfluence.errors import InvalidInput, SimfluenceError, did_you_mean
 
 if TYPE_CHECKING:
     from simfluence.examples import Examples
@@ -43,6 +43,7 @@ __all__ = [
     "fitted_by_name",
     "opened_and_split",
     "parsed",
+    "ready_made_task",
     "simulator_class",
     "target",
     "unfitted",
@@ -51,6 +52,7 @@ __all__ = [
 
 #: Names of the library's own simulators, for help texts; a test compares them with the registry.
 SIMULATOR_NAMES = (
+    "best",
     "persistence",
     "mean_trajectory",
     "additive",
@@ -135,8 +137,10 @@ def unfitted(name: str, parameters: list[str] | None, store: RunStore, task: str
     chosen, values = simulator_class(name)(), parsed(parameters)
     known = {key for kind in SIMULATORS.values() for key in kind().get_params()}
     chosen.with_parameters(**{k: v for k, v in values.items() if k in chosen.get_params() or k not in known})
-    if chosen.needs_task:
+    if chosen.needs_task or (task and "task" in chosen.get_params()):
         chosen.set_params(task=built_task(store, task))
+    elif "task" in chosen.get_params():
+        chosen.set_params(task=ready_made_task(store))
     return chosen
 
 
@@ -165,6 +169,14 @@ def built_task(store: RunStore, task: str | None) -> Task:
     from simfluence import tasks
 
     return tasks.imported(task) if task else tasks.rebuild(store.info)
+
+
+def ready_made_task(store: RunStore) -> Task | None:
+    """Build the ready-made task of the store, or return None if it is a task of somebody's own."""
+    try:
+        return built_task(store, None)
+    except SimfluenceError:
+        return None
 
 
 def with_intervals(simulator: Simulator, seed: int) -> Simulator:

@@ -33,7 +33,7 @@ from simfluence.evaluation.cross_validation import fitted_errors
 from simfluence.evaluation.metrics import MIN_SKILL, bounded_skill
 from simfluence.recipe import Recipe
 from simfluence.runs import Runs
-from simfluence.simulators import SIMULATORS, MeanTrajectorySimulator, Simulator
+from simfluence.simulators import SIMULATORS, BestSimulator, MeanTrajectorySimulator, Simulator
 from simfluence.task import Task
 
 __all__ = ["Search", "search", "tune"]
@@ -344,7 +344,8 @@ def _kinds_with(fixed: Mapping[str, Any]) -> list[type[Simulator]]:
     kinds = [
         kind
         for kind in SIMULATORS.values()
-        if _fixed_for(kind, fixed).keys() <= kind().get_params().keys()
+        if kind is not BestSimulator  # it is made of the others
+        and _fixed_for(kind, fixed).keys() <= kind().get_params().keys()
         and (not kind.needs_task or fixed.get("task") is not None)
     ]
     if not kinds:

@@ -7,6 +7,7 @@ from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.simulators.attributed import AttributedSimulator
 from simfluence.simulators.base import Simulator
 from simfluence.simulators.baselines import MeanTrajectorySimulator, PersistenceSimulator
+from simfluence.simulators.best import BestSimulator
 from simfluence.simulators.boosted import BoostedSimulator
 from simfluence.simulators.checks import check_simulator
 from simfluence.simulators.conformal import ConformalSimulator
@@ -40,6 +41,7 @@ __all__ = [
     "SIMULATORS",
     "AdditiveSimulator",
     "AttributedSimulator",
+    "BestSimulator",
     "BoostedSimulator",
     "ConformalSimulator",
     "FeaturizedSimulator",

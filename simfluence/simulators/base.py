@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 import optuna
 import safetensors
 import safetensors.numpy
+from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 
 from simfluence._internal.checked import checked, shown
 from simfluence._internal.files import check_format, write_whole
 from simfluence._internal.progress import bar
-from simfluence._internal.types import Losses, Share
+from simfluence._internal.types import Losses, Seed, Share
 from simfluence._internal.validation import checked_indices
 from simfluence._version import __version__
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Remove
-from simfluence.errors import InvalidInput, NotFittedError, StoreError, did_you_mean
+from simfluence.errors import (
+    BeyondReferenceWarning,
+    InvalidInput,
+    NotFittedError,
+    RunawayWarning,
+    StoreError,
+    did_you_mean,
+)
 from simfluence.runs import Run, Runs
+from simfluence.simulators.folds import fold_of, means_of_others, refitted_forecasts
 from simfluence.simulators.learned import check_arrays, check_counts
 from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.registry import register, registered
+from simfluence.simulators.trust import Trust
 
 if TYPE_CHECKING:  # scikit-learn has no type hints
 
@@ -46,6 +58,7 @@ __all__ = ["FORMAT", "Simulator", "SimulatorT", "not_fitted_on"]
 #: Version of the file format. Files without a version count as version 0. Older versions are read, newer ones refused.
 FORMAT = 2
 
+_FARTHEST = 10  # largest forecast, as a multiple of the largest recorded loss
 _AT_ONCE = 50  # edited curricula simulated at a time
 
 #: Losses before training, ``[runs, test]``, or ``[test]`` for all runs alike.
@@ -55,6 +68,8 @@ Changes = Float[np.ndarray, "edits test"]
 #: Groups of training examples by their rows, or as booleans.
 Groups = Bool[np.ndarray, "groups train"] | Int[np.ndarray, "groups members"] | Sequence[Any]
 
+Folds = Annotated[int, Ge(2)]
+
 # Not typing.Self: the tests' runtime type checker wraps functions, not classes.
 SimulatorT = TypeVar("SimulatorT", bound="Simulator")
 
@@ -63,9 +78,12 @@ class Simulator(BaseEstimator, ABC):
     """Predicts the test losses of a training run from its curriculum and the losses before training.
 
     Subclasses implement ``_fit(runs)``, which sets attributes whose names end in an underscore, and
-    ``_simulate(curricula, initial)``. A class with a ``name`` of its own is registered under it when it is defined:
-    files, ``tune`` and the command line then accept that name. ``simfluence.simulators.check_simulator`` tests a
-    subclass.
+    ``_simulate(curricula, initial)``. Forecasts are kept within bounds: ten times the largest loss of the fitting runs,
+    and 0 where none of them was negative. A forecast that reaches a bound is not to be trusted, and a warning says so;
+    so does one for a curriculum longer than every fitting run.
+
+    A class with a ``name`` of its own is registered under it when it is defined: files, ``tune`` and the command line
+    then accept that name. ``simfluence.simulators.check_simulator`` tests a subclass.
     """
 
     #: Name in files and on the command line.
@@ -74,8 +92,11 @@ class Simulator(BaseEstimator, ABC):
     is_wrapper: ClassVar[bool] = False
     #: Whether it needs the task as well as the runs, as a parameter ``task``.
     needs_task: ClassVar[bool] = False
-    #: Whether ``interval`` returns intervals of the losses.
-    gives_intervals: ClassVar[bool] = False
+
+    @property
+    def gives_intervals(self) -> bool:
+        """Whether ``interval`` returns intervals of the losses."""
+        return False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -86,7 +107,8 @@ class Simulator(BaseEstimator, ABC):
     def fit(self: SimulatorT, runs: Runs | Sequence[Run], y: Any = None) -> SimulatorT:
         """Learn from recorded runs, leaving out diverged ones with a warning. A fit that fails changes nothing.
 
-        The ids of the runs become ``fitted_ids_``, which files carry, so that ``evaluate`` can leave these runs out.
+        The ids of the runs become ``fitted_ids_``, which files carry, so that ``evaluate`` can leave these runs out;
+        ``fit_seconds_`` is how long it took.
 
         Args:
             runs: runs of one task and one recipe.
@@ -97,14 +119,17 @@ class Simulator(BaseEstimator, ABC):
         """
         self._check_parameters()
         runs = (runs if isinstance(runs, Runs) else Runs(runs)).usable("fit")
-        before = dict(vars(self))
+        before, start = dict(vars(self)), time.perf_counter()
+        self.__dict__.pop("trust_", None)
         try:
             self.n_train_ = runs.n_train
             self.n_test_ = runs.n_test
             self.fingerprint_ = runs[0].fingerprint
             self.baseline_ = mean_trajectory(runs)
+            self.bounds_, self.spread_ = _bounds(runs), _spread(runs, self.baseline_)
             self._fit(runs)
             self.fitted_ids_ = sorted({*runs.ids, *self._ids_of_parts()})
+            self.fit_seconds_ = time.perf_counter() - start
         except BaseException:
             self.__dict__ = before
             raise
@@ -129,6 +154,15 @@ class Simulator(BaseEstimator, ABC):
         self._check_fitted()
         ids = getattr(self, "fitted_ids_", None)
         return None if ids is None else run.id in ids
+
+    @property
+    def trust(self) -> Trust | None:
+        """How right forecasts of held-out runs were; None if no runs were held out in fitting, or too few."""
+        numbers = getattr(self, "trust_", None)
+        return None if numbers is None else Trust(**numbers)
+
+    def __str__(self) -> str:
+        return f"{self!r}: {self.trust}" if self.trust else repr(self)
 
     def _ids_of_parts(self) -> set[str]:
         """Return the ids of the runs that fitted parts of this simulator learned from: its parameters and members."""
@@ -161,6 +195,50 @@ class Simulator(BaseEstimator, ABC):
         error, baseline = (np.nansum(((losses - true) ** 2)[:, 1:]) for losses in (simulated, self.baseline_[times]))
         return float(1 - error / baseline) if baseline > 0 else float("nan")
 
+    @checked
+    def cross_fit(self: SimulatorT, runs: Runs | Sequence[Run], folds: Folds = 4, seed: Seed = 0) -> SimulatorT:
+        """Fit like ``fit``, and learn how far forecasts can be trusted from runs that are held out.
+
+        Whole runs are held out in turn: each is forecast by a clone that was fitted on the runs of the other folds, so
+        this takes about ``folds`` + 1 times as long as ``fit``. What comes out is ``trust``, which files carry and
+        forecasts show. The simulators that give intervals do all of this in ``fit`` already.
+
+        Args:
+            runs: two runs or more, of one task and one recipe.
+            folds: number of parts of the runs that are held out in turn; at most one for each run is made.
+            seed: seed of the folds.
+
+        Raises:
+            InvalidInput: see ``fit``; also for a single run.
+
+        >>> rng = np.random.default_rng(0)
+        >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
+        >>> from simfluence.simulators import MeanTrajectorySimulator
+        >>> MeanTrajectorySimulator().cross_fit(runs).trust.skill
+        0.0
+        """
+        runs = (runs if isinstance(runs, Runs) else Runs(runs)).usable("fit")
+        if len(set(runs.ids)) < 2:
+            raise InvalidInput("one run cannot be held out and fitted on: give two or more, or use fit(runs)")
+        numbers = fold_of(runs, folds, seed)
+        forecasts = self._cross_fit(runs, numbers)
+        self.trust_ = dataclasses.asdict(Trust.of(forecasts, runs.losses, means_of_others(runs, numbers)))
+        return self
+
+    def _cross_fit(self, runs: Runs, folds: np.ndarray) -> np.ndarray:
+        """Fit on all runs, and return forecasts of each run by a clone that was fitted on the other folds alone.
+
+        Args:
+            runs: usable runs.
+            folds: number of each run's fold, ``[runs]``.
+
+        Returns:
+            Losses ``[runs, steps + 1, test]``; NaN after a run's end.
+        """
+        forecasts = refitted_forecasts(self, runs, folds)
+        self.fit(runs)
+        return forecasts
+
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
         """Draw parameters to try from an Optuna trial; by default none, if there is nothing to tune.
@@ -186,7 +264,8 @@ class Simulator(BaseEstimator, ABC):
         self._check_fitted()
         curricula = list(curricula)
         initial = self._check_initial(curricula, initial_losses)
-        losses = self._simulate(curricula, initial)
+        self._warn_beyond(curricula)
+        losses = self._bounded(self._simulate(curricula, initial), curricula)
         losses[:, 0] = initial
         for index, curriculum in enumerate(curricula):
             losses[index, len(curriculum) + 1 :] = np.nan
@@ -206,7 +285,9 @@ class Simulator(BaseEstimator, ABC):
         self._check_fitted()
         edited = list(edited)
         initial = self._check_initial([base, *edited], initial_losses)[0]
-        return self._changes(base, edited, initial) if edited else np.empty((0, self.n_test_))
+        if not edited:
+            return np.empty((0, self.n_test_))
+        return self._bounded_changes(base, self._changes(base, edited, initial), initial)
 
     @checked
     def changes_without(self, base: Curriculum, groups: Groups, initial_losses: InitialLosses) -> Changes:
@@ -226,7 +307,7 @@ class Simulator(BaseEstimator, ABC):
         initial = self._check_initial([base], initial_losses)[0]
         members = _members(groups, self.n_train_)
         _check_remaining(base, members)
-        return self._changes_without(base, members, initial)
+        return self._bounded_changes(base, self._changes_without(base, members, initial), initial)
 
     @checked
     def derivatives_without(self, base: Curriculum, initial_losses: InitialLosses) -> Float[np.ndarray, "train test"]:
@@ -396,6 +477,48 @@ class Simulator(BaseEstimator, ABC):
     def _derivatives_without(self, base: Curriculum, initial: np.ndarray) -> np.ndarray:
         raise InvalidInput(f"simulator {self.name!r} has no derivatives: use method='simulate'")
 
+    def _warn_beyond(self, curricula: Sequence[Curriculum]) -> None:
+        longest = max(len(curriculum) for curriculum in curricula)
+        if hasattr(self, "baseline_") and longest >= len(self.baseline_):
+            warnings.warn(
+                f"a curriculum has {longest} steps, but no fitting run has more than {len(self.baseline_) - 1}: later "
+                "steps are less right; fit on a run of that length to know better",
+                BeyondReferenceWarning,
+                stacklevel=4,
+            )
+
+    def _bounded(self, losses: np.ndarray, curricula: Sequence[Curriculum]) -> np.ndarray:
+        """Keep losses ``[runs, times, test]`` within the bounds, and warn of forecasts that run away."""
+        if not hasattr(self, "bounds_"):  # the file of an older version
+            return losses
+        kept = _kept(losses, self.bounds_)
+        times, lengths = np.arange(losses.shape[1]), np.array([len(curriculum) for curriculum in curricula])
+        within = (times > 0) & (times <= lengths[:, None])  # [runs, times]
+        run_away = (_runs_away(losses, self.bounds_).any(axis=2) & within).any(axis=1)
+        if run_away.any():
+            warnings.warn(
+                f"{run_away.sum()} of {len(losses)} forecasts of {self.name or type(self).__name__} ran away and were "
+                "stopped at ten times the largest loss of the fitting runs: do not trust them",
+                RunawayWarning,
+                stacklevel=4,
+            )
+        return kept
+
+    def bounds_stop(self, losses: np.ndarray) -> np.ndarray:
+        """Tell which forecast losses a bound had to stop, or would have to, as booleans of the same shape."""
+        bounds = getattr(self, "bounds_", np.array([-np.inf, np.inf]))  # the file of an older version has none
+        stopped: np.ndarray = _runs_away(losses, bounds) | (losses >= bounds[1])
+        return stopped
+
+    def _bounded_changes(self, base: Curriculum, changes: np.ndarray, initial: np.ndarray) -> np.ndarray:
+        """Keep the losses that changes ``[edits, test]`` lead to within the bounds."""
+        if not hasattr(self, "bounds_") or not len(changes):
+            return changes
+        before = self.simulate([base], initial)[0, -1]
+        after = before + changes
+        outside = np.isnan(after) | (after < self.bounds_[0]) | (after > self.bounds_[1])
+        return np.where(outside, _kept(after, self.bounds_) - before, changes)
+
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""
 
@@ -404,8 +527,12 @@ class Simulator(BaseEstimator, ABC):
         check_counts(self, "n_train_", "n_test_")
         if hasattr(self, "baseline_"):  # not in files of older versions
             check_arrays(self, {"baseline_": "float times test"})
+        if hasattr(self, "bounds_"):
+            check_arrays(self, {"bounds_": "float 2", "spread_": "float times"})
         if getattr(self, "fingerprint_", None) is not None and not isinstance(self.fingerprint_, str):
             raise InvalidInput("fingerprint_ is not text")
+        if getattr(self, "trust_", None) is not None:
+            Trust.checked(self.trust_)
         ids = getattr(self, "fitted_ids_", [])  # not in files of older versions
         if not isinstance(ids, list) or not all(isinstance(run_id, str) for run_id in ids):
             raise InvalidInput("fitted_ids_ is not a list of the ids of runs")
@@ -455,6 +582,41 @@ def not_fitted_on(simulators: Mapping[str, Simulator], held: Runs, stacklevel: i
         )
     warnings.warn(f"{said}, so they are left out: {_listed(known)}", UserWarning, stacklevel)
     return Runs(run for run in held if run.id not in known)
+
+
+def _bounds(runs: Runs) -> np.ndarray:
+    """Return the least and the largest loss that is forecast, ``[2]``.
+
+    Ten times the largest loss of the runs in size; and not below 0 if none of them is, as most losses have no negative
+    values.
+    """
+    size, least = max(float(np.nanmax(np.abs(run.losses))) for run in runs), min(np.nanmin(run.losses) for run in runs)
+    return np.array([0.0 if least >= 0 else -_FARTHEST * size, _FARTHEST * size])
+
+
+def _spread(runs: Runs, mean: np.ndarray) -> np.ndarray:
+    """Return the mean square of the runs' deviations from their mean trajectory, ``[times]``."""
+    sums, counts = np.zeros(len(mean)), np.zeros(len(mean))
+    for run in runs:  # one at a time: all losses together may not fit into memory
+        squares = (run.losses - mean[: len(run.losses)]) ** 2
+        known = ~np.isnan(squares).any(axis=1)
+        sums[: len(known)][known] += squares[known].mean(axis=1)
+        counts[: len(known)] += known
+    times = np.flatnonzero(counts)
+    return np.interp(np.arange(len(mean)), times, sums[times] / counts[times])
+
+
+def _kept(losses: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Clip losses to the bounds; what is not a number has grown beyond them."""
+    kept: np.ndarray = np.clip(np.nan_to_num(losses, nan=bounds[1]), *bounds)
+    return kept
+
+
+def _runs_away(losses: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Tell losses that a bound had to stop from those that fell a little below 0."""
+    margin = bounds[1] / _FARTHEST
+    away: np.ndarray = ~((losses >= bounds[0] - margin) & (losses <= bounds[1]))  # NaN too
+    return away
 
 
 def _listed(ids: Iterable[str], most: int = 5) -> str:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import sklearn.base
 
 from simfluence._internal.checked import checked
-from simfluence._internal.types import Losses
+from simfluence._internal.types import Losses, Seed
 from simfluence._internal.validation import whole
 from simfluence.curriculum import Curriculum
-from simfluence.errors import BeyondReferenceWarning, InvalidInput, UnseenWarning
-from simfluence.runs import Runs
+from simfluence.errors import InvalidInput
+from simfluence.runs import Run, Runs
 from simfluence.simulators.base import InitialLosses, Simulator
+from simfluence.simulators.folds import at_times, fold_of, means_of_others, quiet
+from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths
 from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.markov.simulators import LinearSimulator
+from simfluence.simulators.trust import Trust
 
 __all__ = ["ConformalSimulator"]
-
-_LEVELS = np.linspace(0.5, 0.99, 50)  # confidences at which quantiles are stored; others are interpolated
-_BORROWED = 0.5  # weight, in runs, of the median variance in each test example's: few runs may miss its errors
 
 
 class ConformalSimulator(Simulator):
@@ -58,7 +57,6 @@ class ConformalSimulator(Simulator):
     """
 
     name = "conformal"
-    gives_intervals = True
     is_wrapper = True
 
     def __init__(self, simulator: Simulator | None = None, members: int = 10, folds: int = 4, seed: int = 0) -> None:
@@ -66,6 +64,10 @@ class ConformalSimulator(Simulator):
         self.members = members
         self.folds = folds
         self.seed = seed
+
+    @property
+    def gives_intervals(self) -> bool:
+        return True
 
     @checked
     def interval(
@@ -84,15 +86,15 @@ class ConformalSimulator(Simulator):
             InvalidInput: the confidence is out of range, or ``simulate`` refuses the curricula or losses.
         """
         self._check_fitted()
-        if not _LEVELS[0] <= confidence <= _LEVELS[-1]:
-            raise InvalidInput(f"confidence must be from {_LEVELS[0]} to {_LEVELS[-1]}, got {confidence}")
         forecast = self.simulate(curricula, initial_losses)
-        times = np.minimum(np.arange(forecast.shape[1]), len(self.variance_) - 1)
-        factors = [np.interp(confidence, _LEVELS, quantiles) for quantiles in self.quantiles_[times]]
-        spread = self._spread(curricula, initial_losses)
-        half = np.array(factors)[:, None] * np.sqrt(self.variance_[times] + spread)
-        half[:, 0] = 0.0
+        variance = at_times(self.variance_, forecast.shape[1]) + self._spread(curricula, initial_losses)
+        half = half_widths(self.quantiles_, variance, confidence)
         return forecast - half, forecast + half
+
+    @checked
+    def cross_fit(self, runs: Runs | Sequence[Run], folds: int = 4, seed: Seed = 0) -> ConformalSimulator:
+        """Fit like ``fit``, which holds runs out already; ``folds`` and ``seed`` are those of the simulator."""
+        return self.fit(runs)
 
     def _check_parameters(self) -> None:
         if self.simulator is not None and not isinstance(self.simulator, Simulator):
@@ -108,31 +110,23 @@ class ConformalSimulator(Simulator):
             )
         rng = np.random.default_rng(self.seed)
         draws = [rng.integers(len(runs), size=len(runs)) for _ in range(self.members)]
-        samples = [runs, *(runs.take(draw) for draw in draws)]
-        with _quiet():  # samples and folds need not show all examples
-            self.fitted_ = [self._base().fit(sample) for sample in samples]
-            squares = self._residuals(runs, rng) ** 2  # [runs, times, test]
-        observed = ~np.isnan(squares)
-        read = np.flatnonzero(observed.any(axis=(0, 2)))  # other times are interpolated
-        squares, observed = squares[:, read], observed[:, read]
-        sums = np.nansum(squares, axis=0)
-        borrowed = _BORROWED * np.median(sums / np.maximum(observed.sum(0), 1), axis=1, keepdims=True)
-        variance = (borrowed + sums) / (_BORROWED + observed.sum(0))
-        variance_without = np.maximum(borrowed + sums - squares, 0.0) / (_BORROWED + observed.sum(0) - 1)  # each run
-        spread = self._spread(runs.curricula, runs.initial_losses)
-        scale = np.sqrt(variance_without + spread[:, read])
-        scores = np.divide(np.sqrt(squares), scale, out=np.zeros_like(scale), where=scale > 0)
-        scores[~observed] = np.nan
-        times = np.arange(runs.losses.shape[1])
-        quantiles = np.nanquantile(scores, _LEVELS, axis=(0, 2)).T
-        self.variance_, self.quantiles_ = (
-            np.stack([np.interp(times, read, column) for column in values.T], axis=1)
-            for values in (variance, quantiles)
-        )
+        samples = [runs.take(draw) for draw in draws]
+        with quiet():  # samples and folds need not show all examples
+            fitted = self._base()
+            folds = fold_of(runs, int(self.folds), int(self.seed))
+            forecasts = fitted._cross_fit(runs, folds)
+            errors = UsualErrors.of(forecasts - runs.losses)
+            self.fitted_ = [fitted, *(self._base().fit(sample) for sample in samples)]
+            spread = self._spread(runs.curricula, runs.initial_losses)
+        self.variance_ = errors.variance
+        self.quantiles_ = errors.quantiles(errors.without + spread)
+        half = half_widths(self.quantiles_, errors.without + spread, USUAL_CONFIDENCE)
+        inside = np.abs(forecasts - runs.losses) <= half
+        self.trust_ = dataclasses.asdict(Trust.of(forecasts, runs.losses, means_of_others(runs, folds), inside))
 
     def _check_learned(self) -> None:
         super()._check_learned()
-        check_arrays(self, {"variance_": "float times test", "quantiles_": f"float times {len(_LEVELS)}"})
+        check_arrays(self, {"variance_": "float times test", "quantiles_": f"float times {len(LEVELS)}"})
         fitted = getattr(self, "fitted_", None)
         if not isinstance(fitted, list) or len(fitted) < 3 or not all(isinstance(part, Simulator) for part in fitted):
             raise InvalidInput("fitted_ is not a list of three simulators or more")
@@ -143,26 +137,15 @@ class ConformalSimulator(Simulator):
         """Leave out the parameter ``simulator``, of which only unfitted clones are used."""
         return {run_id for part in self.fitted_ for run_id in part.fitted_ids_}
 
+    def _warn_beyond(self, curricula: Sequence[Curriculum]) -> None:
+        """Leave the warning to the simulator inside."""
+
     def _base(self) -> Simulator:
         return LinearSimulator(around="mean") if self.simulator is None else sklearn.base.clone(self.simulator)
 
-    def _residuals(self, runs: Runs, rng: np.random.Generator) -> np.ndarray:
-        """Return the residuals of cross-validation, ``[runs, times, test]``; NaN where no loss was recorded."""
-        ids = list(dict.fromkeys(runs.ids))
-        folds = dict(zip(ids, rng.permutation(len(ids)) % self.folds, strict=True))
-        fold_of = np.array([folds[run_id] for run_id in runs.ids])  # copies of a run are held out together
-        residuals = np.full(runs.losses.shape, np.nan)
-        for fold in range(self.folds):
-            rows = np.flatnonzero(fold_of == fold)
-            fitted = self._base().fit(runs.take(np.flatnonzero(fold_of != fold)))
-            held_out = runs.take(rows)
-            simulated = fitted.simulate(held_out.curricula, held_out.initial_losses)
-            residuals[rows, : simulated.shape[1]] = simulated - held_out.losses
-        return residuals
-
     def _spread(self, curricula: Sequence[Curriculum], initial_losses: np.ndarray) -> np.ndarray:
         """Return the variance of the members' forecasts, ``[runs, times, test]``."""
-        with _quiet():
+        with quiet():
             forecasts = [member.simulate(curricula, initial_losses) for member in self.fitted_[1:]]
         return np.asarray(np.var(forecasts, axis=0, ddof=1))
 
@@ -177,12 +160,3 @@ class ConformalSimulator(Simulator):
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         return self.fitted_[0].simulate(curricula, initial)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence warnings about what a sample of the runs does not cover."""
-    with warnings.catch_warnings():
-        for kind in (UnseenWarning, BeyondReferenceWarning):
-            warnings.simplefilter("ignore", kind)
-        yield

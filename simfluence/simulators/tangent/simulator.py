@@ -42,6 +42,7 @@ from simfluence.recipe import Recipe
 from simfluence.recording.engines.base import TrainingSetup
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import Simulator
+from simfluence.simulators.folds import quiet, refitted_forecasts
 from simfluence.simulators.learned import MOST, check_arrays, check_indices
 from simfluence.simulators.tangent.adjoint import final_derivatives
 from simfluence.simulators.tangent.function_space import FunctionSpace
@@ -220,25 +221,46 @@ class TangentKernelSimulator(Simulator):
         self.reference_sizes_ = np.stack([_padded(run.curriculum.sizes, steps) for run in runs])
         self.reference_steps_ = np.array([run.steps for run in runs])
 
+    def _cross_fit(self, runs: Runs, folds: np.ndarray) -> np.ndarray:
+        """Fit on all runs, and return forecasts of each run by the references of the other folds.
+
+        The kernels are taken once. See ``Simulator._cross_fit``.
+        """
+        self.fit(runs)
+        curricula, true = runs.curricula, runs.losses.astype(np.float64)
+        references = self._reference_curricula()
+        with quiet():
+            parts = np.stack([self._rolled(index, curricula) for index in range(len(references))])
+        forecasts = np.full(true.shape, np.nan)
+        of_reference = folds[: len(references)]
+        for fold in np.unique(folds):
+            held, kept = folds == fold, np.flatnonzero(of_reference != fold)
+            if not len(kept):
+                forecasts[held] = refitted_forecasts(self, runs, np.where(held, 0, 1))[held]
+                continue
+            weights = reference_weights(curricula, [references[index] for index in kept], true.shape[1] - 1)
+            mean = np.einsum("rkt,krtz->rtz", weights, parts[kept])
+            correcting = ~held
+            correcting[kept] = False
+            if correcting.sum() > 2:
+                mean = _Correction.best(mean[correcting], true[correcting]).applied(mean)
+            forecasts[held] = mean[held]
+        return self._bounded(forecasts, curricula)
+
     def _fit_correction(self, runs: Runs) -> None:
         """Fit the correction whose strength and scaling do best in leave-one-out over the runs."""
         true = runs.losses.astype(np.float64)
-        simulated = self._uncorrected(runs.curricula)[:, : true.shape[1]]
-        errors: dict[tuple[float, bool], float] = {}
-        for strength in STRENGTHS:
-            for scaled in (False, True):
-                total = 0.0
-                for left_out in range(len(runs)):
-                    others = np.arange(len(runs)) != left_out
-                    correction = _Correction.of(simulated[others], true[others], strength, scaled)
-                    total += float(np.nansum((correction.applied(simulated[left_out]) - true[left_out]) ** 2))
-                errors[strength, scaled] = total
-        correction = _Correction.of(simulated, true, *min(errors, key=lambda choice: errors[choice]))
+        correction = _Correction.best(self._uncorrected(runs.curricula)[:, : true.shape[1]], true)
         self.correction_, self.scale_, self.centre_ = correction.shift, correction.scale, correction.centre
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
-        self._warn_beyond(curricula)
         return _Correction(self.correction_, self.scale_, self.centre_).applied(self._uncorrected(curricula))
+
+    def _rolled(self, number: int, curricula: Sequence[Curriculum]) -> np.ndarray:
+        """Return one reference's forecasts, ``[runs, steps + 1, test]``."""
+        space, longest = self._space(number, self._reference_curricula()[number]), max(map(len, curricula))
+        chunks = [curricula[start : start + _AT_ONCE] for start in range(0, len(curricula), _AT_ONCE)]
+        return np.concatenate([space.roll(chunk, longest) for chunk in chunks])
 
     def _uncorrected(self, curricula: Sequence[Curriculum]) -> np.ndarray:
         longest = max(len(curriculum) for curriculum in curricula)
@@ -412,6 +434,20 @@ class _Correction:
             variance = (predictor**2).sum((0, 2))
             scale = np.divide((predictor * response).sum((0, 2)), variance, out=scale, where=variance > 0)
         return cls(strength * (mean - centre), scale, centre)
+
+    @classmethod
+    def best(cls, simulated: np.ndarray, true: np.ndarray) -> _Correction:
+        """Fit the correction whose strength and scaling do best in leave-one-out over the runs."""
+        errors: dict[tuple[float, bool], float] = {}
+        for strength in STRENGTHS:
+            for scaled in (False, True):
+                total = 0.0
+                for left_out in range(len(true)):
+                    others = np.arange(len(true)) != left_out
+                    correction = cls.of(simulated[others], true[others], strength, scaled)
+                    total += float(np.nansum((correction.applied(simulated[left_out]) - true[left_out]) ** 2))
+                errors[strength, scaled] = total
+        return cls.of(simulated, true, *min(errors, key=lambda choice: errors[choice]))
 
     def applied(self, losses: np.ndarray) -> np.ndarray:
         """Correct losses ``[…, times, test]``."""

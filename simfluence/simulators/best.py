@@ -1,0 +1,326 @@
+"""The simulator to use when nothing speaks for another: several simulators, weighted by how well they forecast."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sklearn.base
+
+from simfluence._internal.checked import checked
+from simfluence._internal.progress import bar
+from simfluence._internal.types import Losses, Seed
+from simfluence._internal.validation import whole
+from simfluence.curriculum import Curriculum
+from simfluence.errors import InvalidInput
+from simfluence.runs import Run, Runs
+from simfluence.simulators.base import InitialLosses, Simulator
+from simfluence.simulators.boosted import BoostedSimulator
+from simfluence.simulators.folds import at_times, fold_of, means_of_others, quiet
+from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths
+from simfluence.simulators.learned import check_arrays
+from simfluence.simulators.markov.simulators import LinearSimulator
+from simfluence.simulators.mean import mean_trajectory
+from simfluence.simulators.stacking import stacking_weights
+from simfluence.simulators.tangent.simulator import TangentKernelSimulator
+from simfluence.simulators.trust import Trust
+from simfluence.task import Task
+
+__all__ = ["BestSimulator"]
+
+_LEAST_WEIGHT = 1e-3  # members with less at every time are left out
+
+
+class BestSimulator(Simulator):
+    """The mean trajectory, plus the deviations that several simulators forecast, each as far as it has proved right.
+
+    Every simulator that the runs allow is tried: a linear one around the mean, the boosted one if examples have
+    features, and with ``task`` the tangent kernel. Each forecasts every run while it is held out (cross-validation over
+    whole runs). With m the mean trajectory, f_k the forecasts and w_k ≥ 0 the weights that do best on the held-out
+    runs (stacked regression: Breiman 1996),
+
+        L_t = m_t + Σ_k w_k(t) (f_k,t − m_t)
+
+    The weights change along training. Where no simulator is of any use they are 0, and the mean trajectory is forecast.
+    From a single run nothing can be held out: then the first simulator that can be fitted is used as it is, the
+    tangent kernel before the others.
+
+    Intervals are as wide as the errors on held-out runs. They widen for a curriculum unlike those of the runs: in
+    proportion to how far its forecast is from the mean trajectory, and to how far the simulators disagree.
+
+    Args:
+        task: the task that the runs trained; without it, no simulator is tried that needs one.
+        members: the simulators to try, instead of those above; they are cloned.
+        folds: number of parts of the runs that are held out in turn.
+        stretches: number of weights of each simulator along training.
+        seed: seed of the folds.
+
+    Attributes:
+        members_: the simulators with a weight, fitted on all runs.
+        weights_: their weights, ``[steps + 1, members]``.
+        mean_: m, ``[steps + 1, test]``.
+        left_out_: why simulators have no weight, by name.
+        variance_: mean square of the errors on held-out runs, ``[steps + 1, test]``.
+        usual_square_, usual_disagreement_: mean squares, over held-out runs, of the forecasts' deviations from the
+            mean trajectory and of the members' disagreement, ``[steps + 1, test]``.
+        quantiles_: of errors on held-out runs relative to their usual size, at confidences of 0.50, 0.51, … 0.99.
+
+    >>> rng = np.random.default_rng(0)
+    >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
+    >>> fitted = BestSimulator().fit(runs)
+    >>> fitted.simulate(runs.curricula, runs.initial_losses).shape
+    (8, 6, 2)
+    >>> sorted(fitted.left_out_)  # these examples have no features
+    ['boosted']
+    """
+
+    name = "best"
+
+    def __init__(
+        self,
+        task: Task | None = None,
+        members: Sequence[Simulator] | None = None,
+        folds: int = 4,
+        stretches: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.task = task
+        self.members = members
+        self.folds = folds
+        self.stretches = stretches
+        self.seed = seed
+
+    @property
+    def gives_intervals(self) -> bool:
+        """Whether it was fitted on two runs or more, so that its errors on held-out runs are known."""
+        return not hasattr(self, "n_train_") or bool(self.quantiles_.size)
+
+    def __sklearn_clone__(self) -> BestSimulator:
+        """Clone the parameters, but share the task."""
+        return type(self)(**self.get_params(deep=False))
+
+    @checked
+    def interval(
+        self, curricula: Sequence[Curriculum], initial_losses: InitialLosses, confidence: float = 0.9
+    ) -> tuple[Losses, Losses]:
+        """Return the lower and upper ends of each loss's interval, each ``[runs, steps + 1, test]``.
+
+        At time 0 both are the initial losses.
+
+        Args:
+            curricula, initial_losses: see ``simulate``.
+            confidence: fraction of the losses that the intervals should contain, from 0.5 to 0.99.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            InvalidInput: the confidence is out of range, the simulator was fitted on a single run, or ``simulate``
+                refuses the curricula or losses.
+        """
+        self._check_fitted()
+        if not self.gives_intervals:
+            raise InvalidInput("fitted on a single run, it knows nothing of its errors: fit it on several")
+        curricula = list(curricula)
+        initial = self._check_initial(curricula, initial_losses)
+        forecast = self.simulate(curricula, initial)
+        with quiet():
+            deviations = self._deviations(curricula, initial)
+        stacked, disagreements = _stacked(deviations, at_times(self.weights_, forecast.shape[1]))
+        variance = self._widened(at_times(self.variance_, forecast.shape[1])[None], stacked**2, disagreements)
+        half = half_widths(self.quantiles_, variance, confidence)
+        return forecast - half, forecast + half
+
+    @checked
+    def cross_fit(self, runs: Runs | Sequence[Run], folds: int = 4, seed: Seed = 0) -> BestSimulator:
+        """Fit like ``fit``, which holds runs out already; ``folds`` and ``seed`` are those of the simulator."""
+        return self.fit(runs)
+
+    def _check_parameters(self) -> None:
+        for name, least in (("folds", 2), ("stretches", 1), ("seed", 0)):
+            whole(name, getattr(self, name), least)
+        if not isinstance(self.task, Task | None):
+            raise InvalidInput(f"task must be a Task or None, got {self.task!r}")
+        members = [] if self.members is None else self.members
+        if not isinstance(members, Sequence) or not all(isinstance(member, Simulator) for member in members):
+            raise InvalidInput(f"members must be a list of simulators or None, got {self.members!r}")
+        if self.members is not None and not self.members:
+            raise InvalidInput("members is empty: give a simulator or more, or None for all that the runs allow")
+
+    def _fit(self, runs: Runs) -> None:
+        self.left_out_: dict[str, str] = {}
+        self.mean_ = mean_trajectory(runs)
+        candidates = _candidates(self.task, runs) if self.members is None else list(self.members)
+        if len(set(runs.ids)) == 1:
+            self._fit_first(candidates, runs)
+        else:
+            self._fit_stack(candidates, runs)
+
+    def _fit_first(self, candidates: Sequence[Simulator], runs: Runs) -> None:
+        """Take the first simulator that can be fitted on a single run."""
+        self.members_: list[Simulator] = []
+        for candidate in candidates:
+            try:
+                self.members_ = [_clone(candidate).fit(runs)]
+                break
+            except InvalidInput as problem:
+                self.left_out_[candidate.name] = str(problem)
+        self.weights_ = np.ones((len(self.mean_), len(self.members_)))
+        self.variance_, self.quantiles_ = np.zeros((0, runs.n_test)), np.zeros((0, len(LEVELS)))
+        self.usual_square_ = self.usual_disagreement_ = self.variance_
+
+    def _fit_stack(self, candidates: Sequence[Simulator], runs: Runs) -> None:
+        """Weigh the simulators by their forecasts of held-out runs, then fit those with a weight on all runs."""
+        folds = fold_of(runs, int(self.folds), int(self.seed))
+        means = means_of_others(runs, folds)  # [runs, times, test]
+        tried: list[Simulator] = []
+        forecasts: list[np.ndarray] = []
+        with bar("Fitting", len(candidates), shown=True) as advance:
+            for candidate in map(_clone, candidates):
+                try:
+                    with quiet():
+                        forecasts.append(candidate._cross_fit(runs, folds))
+                    tried.append(candidate)
+                except InvalidInput as problem:
+                    self.left_out_[candidate.name] = str(problem)
+                advance()
+            deviations = np.stack(forecasts) - means if forecasts else np.zeros((0, *means.shape))
+            actual = runs.losses.astype(np.float64) - means
+            self.weights_ = stacking_weights(deviations, actual, self.stretches)
+            self._fit_errors(deviations, actual, means, folds)
+            useful = [bool((column > _LEAST_WEIGHT).any()) for column in self.weights_.T]
+            self.weights_ = self.weights_[:, useful]
+            self.members_ = [member for member, used in zip(tried, useful, strict=True) if used]
+        for member, used in zip(tried, useful, strict=True):
+            if not used:
+                self.left_out_[member.name] = "it adds nothing to the forecasts of the others"
+
+    def _fit_errors(self, deviations: np.ndarray, actual: np.ndarray, means: np.ndarray, folds: np.ndarray) -> None:
+        """Learn how large errors are where neither a member nor the weights have seen the run.
+
+        Args:
+            deviations: of the members' forecasts from the mean, ``[members, runs, times, test]``.
+            actual: of the recorded losses, ``[runs, times, test]``.
+            means: mean trajectories of the other runs, ``[runs, times, test]``.
+            folds: number of each run's fold, ``[runs]``.
+        """
+        squares, disagreements, errors = (np.full(actual.shape, np.nan) for _ in range(3))
+        for fold in np.unique(folds):
+            held = folds == fold
+            weights = stacking_weights(deviations[:, ~held], actual[~held], self.stretches)
+            stacked, disagreements[held] = _stacked(deviations[:, held], weights)
+            squares[held], errors[held] = stacked**2, stacked - actual[held]
+        usual = UsualErrors.of(errors)
+        self.variance_ = usual.variance
+        self.usual_square_, self.usual_disagreement_ = (_mean_over_runs(part) for part in (squares, disagreements))
+        expected = self._widened(usual.without, squares, disagreements)
+        self.quantiles_ = usual.quantiles(expected)
+        inside = np.abs(errors) <= half_widths(self.quantiles_, expected, USUAL_CONFIDENCE)
+        self.trust_ = dataclasses.asdict(Trust.of(means + actual + errors, means + actual, means, inside))
+
+    def _widened(self, variance: np.ndarray, squares: np.ndarray, disagreements: np.ndarray) -> np.ndarray:
+        """Return expected squared errors ``[runs, times, test]``, larger than usual for unusual curricula.
+
+        Errors are taken to grow in proportion: with the distance of the whole curriculum from the mean trajectory
+        beyond the usual one, with the deviation of each loss, and with the disagreement of the members about it.
+
+        Args:
+            variance: usual squared errors, ``[runs or 1, times, test]``.
+            squares: squared deviations of the forecasts from the mean trajectory, ``[runs, times, test]``.
+            disagreements: variances of the members' forecasts, ``[runs, times, test]``.
+        """
+        times = squares.shape[1]
+        usual = [at_times(part, times) for part in (self.usual_square_, self.usual_disagreement_)]
+        error = at_times(self.variance_, times).mean(axis=1, keepdims=True)  # [times, 1]
+        distance = _ratio(squares.mean(axis=2, keepdims=True), usual[0].mean(axis=1, keepdims=True))
+        widened = variance * np.maximum(distance, 1.0)
+        for part, size in zip((squares, disagreements), usual, strict=True):
+            share = _ratio(error, size.mean(axis=1, keepdims=True))
+            widened = widened + share * np.maximum(part - size, 0.0)
+        return np.asarray(widened)
+
+    def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        with quiet():
+            deviations = self._deviations(curricula, initial)
+        weights = at_times(self.weights_, deviations.shape[2])
+        losses: np.ndarray = at_times(self.mean_, deviations.shape[2]) + _stacked(deviations, weights)[0]
+        return losses
+
+    def _deviations(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        """Return what the members forecast minus the mean trajectory, ``[members, runs, times, test]``."""
+        times = max(len(curriculum) for curriculum in curricula) + 1
+        shape = (len(self.members_), len(curricula), times, self.n_test_)
+        forecasts = [member.simulate(curricula, initial) for member in self.members_]
+        deviations: np.ndarray = np.asarray(forecasts).reshape(shape) - at_times(self.mean_, times)
+        return deviations
+
+    def _changes_without(self, base: Curriculum, groups: Sequence[np.ndarray], initial: np.ndarray) -> np.ndarray:
+        """Add up the members' changes, as curricula without a group are as long as the base."""
+        weights = self.weights_[min(len(base), len(self.weights_) - 1)]
+        changes = [member.changes_without(base, groups, initial) for member in self.members_]
+        shaped = np.asarray(changes).reshape(len(weights), len(groups), self.n_test_)
+        return np.asarray(np.einsum("m,mgz->gz", weights, shaped))
+
+    def _check_learned(self) -> None:
+        super()._check_learned()
+        members = getattr(self, "members_", None)
+        if not isinstance(members, list) or not all(isinstance(member, Simulator) for member in members):
+            raise InvalidInput("members_ is not a list of simulators")
+        if any((member.n_train_, member.n_test_) != (self.n_train_, self.n_test_) for member in members):
+            raise InvalidInput("the simulators in members_ are of other numbers of examples")
+        check_arrays(
+            self,
+            {
+                "mean_": "float times test", "weights_": f"float times {len(members)}",
+                "variance_": "float errors test", "usual_square_": "float errors test",
+                "usual_disagreement_": "float errors test", "quantiles_": f"float errors {len(LEVELS)}",
+            },
+            empty=("errors",),
+        )  # fmt: skip
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Leave out the task and the unfitted members: the fitted ones are in the file."""
+        about, arrays = super()._state()
+        about["parameters"] |= {"task": None, "members": None}
+        return about, arrays
+
+
+def _clone(simulator: Simulator) -> Simulator:
+    cloned: Simulator = sklearn.base.clone(simulator)
+    return cloned
+
+
+def _stacked(deviations: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Add up members' deviations, and measure how much they disagree.
+
+    Args:
+        deviations: ``[members, runs, times, test]``.
+        weights: ``[times, members]``.
+
+    Returns:
+        The weighted sum, and the weighted variance around the weighted mean, both ``[runs, times, test]``.
+    """
+    stacked = np.einsum("tm,mrtz->rtz", weights, deviations)
+    total = weights.sum(axis=1)[:, None]
+    shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    centre = np.einsum("tm,mrtz->rtz", shares, deviations)
+    return stacked, np.einsum("tm,mrtz->rtz", shares, (deviations - centre) ** 2)
+
+
+def _mean_over_runs(values: np.ndarray) -> np.ndarray:
+    """Average ``[runs, times, test]`` over the runs that have the time."""
+    known = ~np.isnan(values)
+    return np.asarray(np.where(known, values, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide; 0 where there is nothing to compare with."""
+    shape = np.broadcast_shapes(part.shape, whole.shape)
+    ratio: np.ndarray = np.divide(part, whole, out=np.zeros(shape), where=np.broadcast_to(whole > 0, shape))
+    return ratio
+
+
+def _candidates(task: Task | None, runs: Runs) -> list[Simulator]:
+    """Return the simulators to try, those before that need fewer runs."""
+    with_task: list[Simulator] = [] if task is None else [TangentKernelSimulator(task)]
+    return [*with_task, BoostedSimulator(), LinearSimulator(around="mean", l2="auto")]
