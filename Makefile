@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow coverage fuzz lint format bench peers bench-peers table tangent-table text-table what-if-table \
+.PHONY: demo test test-slow coverage fuzz fuzz-ci lint format bench peers bench-peers table tangent-table text-table what-if-table \
 	attribution-table notebooks docs front-page wheel runs clean
 
 $(READY): pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ test-slow: $(READY)  ## the longer tests
 
 coverage: $(READY)  ## the tests, and the lines that they run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
+
+fuzz-ci: $(READY)  ## damaged files, wrong calls and kills, seeded, for two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
 
 fuzz: $(READY)  ## damaged files, wrong calls and kills, for half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/files.py --files 10000
@@ -92,6 +95,9 @@ notebooks: $(VENV)/.shown  ## execute the notebooks and keep their outputs, ten 
 
 docs: $(VENV)/.shown  ## the documentation site, in build/site; any warning stops it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+grid: $(READY)  ## the default simulator on thirty settings that nothing was tuned on, two hours
+	$(BIN)/python benchmarks/grid.py --markdown docs/grid.md
 
 runs: $(READY)  ## the recorded runs that the repository ships
 	for name in digits digits_cnn digits_adamw breast_cancer breast_cancer_mlp diabetes; do \

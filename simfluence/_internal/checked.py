@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import annotated_types
 import numpy as np
 import pandas as pd
-from jaxtyping import AbstractArray
+from jaxtyping import AbstractArray, jaxtyped
 
 from simfluence._internal.validation import number, whole
 from simfluence.errors import InvalidInput, did_you_mean
@@ -54,9 +54,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def checking(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
         hints = _hints(function)
-        for name, value in bound.arguments.items():
-            if name in hints:
-                bound.arguments[name] = _argument(function, signature, bound, name, value)
+        with jaxtyped("context"):  # sizes of axes in the function that calls this one say nothing of those in here
+            for name, value in bound.arguments.items():
+                if name in hints:
+                    bound.arguments[name] = _argument(function, signature, bound, name, value)
         return function(*bound.args, **bound.kwargs)
 
     return checking

@@ -84,8 +84,11 @@ def fit(
     opened, part, _ = opened_and_split(store, held_out, seed)
     chosen = unfitted(simulator, parameters, opened, task)
     chosen = with_intervals(chosen, seed) if intervals else chosen
-    chosen.fit(part).save(out)
-    say(f"{chosen} fitted on {len(part)} runs: {out}")
+    fitted = chosen.cross_fit(part) if len(set(part.ids)) > 1 else chosen.fit(part)
+    fitted.save(out)
+    say(f"{fitted!r} fitted on {len(part)} runs: {out}")
+    if fitted.trust:
+        say(f"Forecasts of held-out runs: {fitted.trust}")
 
 
 def evaluate(
@@ -183,7 +186,7 @@ def tune(
     else:
         _print_search(result)
         print_table(readable(table), f"{store}: {len(held)} held-out runs, not used for tuning")
-        say(f"{fitted} fitted on {len(part)} runs: {out}")
+        say(f"{fitted!r} fitted on {len(part)} runs: {out}")
 
 
 def learning_curve(

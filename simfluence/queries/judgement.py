@@ -13,6 +13,10 @@ __all__ = ["Judgement"]
 #: Largest error of a forecast that is trusted, as a share of the forecast change.
 TOLERANCE = 0.25
 
+# Distance beyond which errors grow faster than changes, with its square root. On the known settings of
+# benchmarks/settings.py, edits at most this far from the recorded runs were as right as these runs themselves.
+_NEAR = 3.0
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -21,8 +25,8 @@ class Judgement:
     Args:
         change: the forecast change.
         error: in nine of ten cases the error is smaller. It is learned from pairs of runs that were held out of
-            fitting: errors of their differences are in proportion to how much single losses differ. NaN if no runs
-            were held out.
+            fitting: errors of their differences are in proportion to how much single losses differ; far from the
+            fitting runs they are taken to grow faster. NaN if no runs were held out.
         distance: how far the edited curriculum's final losses are forecast from the mean of the fitting runs, as a
             multiple of how far these runs are from it themselves; NaN for simulators of older files.
         ran_away: whether a forecast loss had to be stopped at a bound.
@@ -51,11 +55,12 @@ class Judgement:
         """
         changes = what_if - base
         trust, mean = simulator.trust, getattr(simulator, "baseline_", None)
-        size = float(np.sqrt((changes**2).mean()))
+        size, distance = float(np.sqrt((changes**2).mean())), _distance(simulator, what_if, steps)
+        error = float("nan") if trust is None else trust.change_error * size * max(1.0, distance / _NEAR) ** 0.5
         return cls(
             float(changes.mean()),
-            float("nan") if trust is None else trust.change_error * size,
-            _distance(simulator, what_if, steps),
+            error,
+            distance,
             bool(simulator.bounds_stop(what_if).any()),
             mean is not None and steps >= len(mean),
         )

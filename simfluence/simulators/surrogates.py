@@ -45,7 +45,8 @@ class Sides:
     Args:
         train, test: features, ``[examples, features]``, divided by the root mean square norm of the training features.
         train_targets, test_targets: ``[examples, outputs]``; one-hot for classes.
-        classes: whether targets are classes, learned by cross-entropy, or numbers, learned by squared error.
+        classes: whether targets are classes, learned by cross-entropy, or numbers, learned by squared error. Numbers
+            of two whole values, such as the 0.0 and 1.0 of a binary cross-entropy, are classes.
     """
 
     train: np.ndarray
@@ -79,6 +80,8 @@ class Sides:
                 "classes, or floats in both"
             )
         scale = np.sqrt((features[0] ** 2).sum(1).mean()) or 1.0
+        if _are_two_classes(targets):
+            targets = [values.reshape(len(values)).astype(np.int64) for values in targets]
         classes = targets[0].ndim == 1 and targets[0].dtype.kind in "iub"
         columns = _one_hot(targets) if classes else [t.reshape(len(t), -1).astype(np.float64) for t in targets]
         return cls(features[0] / scale, features[1] / scale, columns[0], columns[1], classes)
@@ -217,6 +220,14 @@ def _features_and_targets(examples: Examples | None, split: str, purpose: str) -
                 f"{name}: add them with runs.with_examples({split}=Examples(ids, features=…, targets=…))"
             )
     return np.asarray(features, np.float64), np.asarray(targets)
+
+
+def _are_two_classes(targets: list[np.ndarray]) -> bool:
+    """Decide whether targets are floating-point numbers of two whole values, one for each example."""
+    if any(values.dtype.kind != "f" or values.size != len(values) for values in targets):
+        return False
+    values = np.unique(np.concatenate([part.ravel() for part in targets]))
+    return len(values) == 2 and bool((values == np.round(values)).all())
 
 
 def _one_hot(targets: list[np.ndarray]) -> list[np.ndarray]:
