@@ -3,7 +3,9 @@
 Each simulator is fitted on 24 runs (the tangent kernel on the first of them alone) and asked of the 8 others; places
 that an edit frees are filled from the remaining examples. "Error" is the mean squared error of the forecast change of
 the final loss, as a share of that of saying "no change" (below 1 is of use), pooled over base runs and test examples;
-"delta r" is the mean over base runs of Pearson's r, over test examples, of forecast and retrained change.
+"delta r" is the mean over base runs of Pearson's r, over test examples, of forecast and retrained change. Beside it
+stands what a forecast would have that knows of an edit only how many showings it takes from each label ("label alone"),
+and delta r within labels: after each label's mean has been taken out of both changes.
 
 Then the tangent kernel from each of eight runs in turn: how much depends on which run it is?
 
@@ -190,8 +192,10 @@ def main() -> None:
     copies = verified(fitted_on(part, copied), chosen, removals, copied, FOLDER / "copies")
 
     tables = {}
+    some, some_copies = next(iter(found.values())).table, next(iter(copies.values())).table
     for column, title in (("relative_error", "Error, as a share of that of saying 'no change'"),
-                          ("delta_correlation", "Delta correlation")):  # fmt: skip
+                          ("delta_correlation", "Delta correlation"),
+                          ("within_correlation", "Delta correlation within labels")):  # fmt: skip
         rows = {n: pd.concat([found[n].table[column][:-1], copies[n].table[column][:-1]]) for n in found}
         table = pd.DataFrame(rows)
         table.index.name = f"{len(bases)} base runs"
@@ -200,9 +204,12 @@ def main() -> None:
         wanted = (
             {"all 22, pooled": pooled, **summary} if column == "relative_error" else {"median of 24": table.median()}
         )
-        retrained = next(iter(found.values())).table["retrained"][:-1]
-        table.insert(0, "retrained change", pd.concat([retrained, next(iter(copies.values())).table["retrained"][:-1]]))
-        rest = pd.DataFrame(wanted).T.rename_axis(table.index.name).assign(**{"retrained change": ""})
+        truth = {"retrained change": "retrained"}
+        truth |= {"label alone": "group_correlation"} if column == "delta_correlation" else {}
+        rest = pd.DataFrame(wanted).T.rename_axis(table.index.name)
+        for place, (name, known) in enumerate(truth.items()):
+            table.insert(place, name, pd.concat([some[known][:-1], some_copies[known][:-1]]))
+            rest[name] = "" if known == "retrained" else table[name].median()
         tables[title] = pd.concat([table.astype(object), rest])
     title = f"The tangent kernel from one run, over {options.references} choices of it"
     tables[title] = references.rename_axis(f"{len(bases)} base runs")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -16,6 +17,7 @@ from simfluence import cli
 from simfluence.cli.demo import COMPARED, run_demo
 from simfluence.cli.options import SIMULATOR_NAMES
 from simfluence.cli.output import print_table
+from simfluence.cli.queries import _costs
 from simfluence.cli.text import complain
 from simfluence.errors import UnseenWarning
 from simfluence.simulators import registry
@@ -247,12 +249,34 @@ def test_what_if(run, folder, tmp_path):
     assert code == 0
     assert answer["edits"] == ["remove examples where label == 3", "show examples where label == 1 3 times as often"]
     assert len(answer["change"]) == len(answer["actual_change"]) == 12
+    assert 0 <= answer["group_correlation"] <= 1
+    assert -1 <= answer["within_correlation"] <= 1
     frame = pd.read_parquet(out_file)
     assert list(frame.columns)[:5] == ["step", "test", "base", "what_if", "change"]
     assert np.allclose(frame["change"].tail(12), answer["change"])
     code, out, _ = run("what-if", folder / "runs", "--first", "label < 5", "--held-out", 3, "--verify")
     assert code == 0
     assert "Delta correlation" in out
+    assert "within each label" in out
+    assert "Retraining takes 0." in out
+
+
+@pytest.mark.parametrize(
+    ("simulate", "fit", "said"),
+    [
+        (None, 3.0, "Retraining takes 2.0 s a question."),
+        (2.5, 3.0, "Retraining takes 2.0 s a question, the simulator 2.5 s: retraining is cheaper, and exact."),
+        (0.01, None, "Retraining takes 2.0 s a question, the simulator 0.01 s once it is fitted."),
+        (0.5, 3.1, "the simulator 0.5 s and 3.1 s to fit: it is cheaper from 3 questions on, not counting the runs"),
+    ],
+)
+def test_when_to_retrain_instead(folder, monkeypatch, simulate, fit, said):
+    runs, task = sf.RunStore(folder / "runs").load(), sf.tasks.digits(n_train=40, n_test=12)
+    forecast = sf.what_if(sf.MeanTrajectorySimulator().fit(runs[:3]), runs[3], sf.Remove([0]), task=task)
+    timed = dataclasses.replace(forecast, simulate_seconds=simulate, fit_seconds=fit)
+    costs = sf.recording.Estimate(1, 0, {"loop": 1}, seconds=2.0, disk=0, memory=0)
+    monkeypatch.setattr(sys.modules["simfluence.recording.estimate"], "estimate", lambda *args, **options: costs)
+    assert said in _costs(timed, task, runs[3].recipe)
 
 
 def test_queries_of_a_file(run, folder, tmp_path):
@@ -399,7 +423,7 @@ def test_removal_warns_once(run, folder):
     warnings.simplefilter("always", UnseenWarning)  # until the end of this test
     code, _, err = run("removal", folder / "runs", "--held-out", 5, "--best", 3, "--json")
     assert code == 0
-    assert sum(line.startswith("warning: ") for line in err.splitlines()) <= 1
+    assert sum(line.startswith("warning: ") for line in err.splitlines()) == 1
 
 
 def test_a_dry_run_notices_the_store_of_another_task(run, folder, tmp_path):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
+from simfluence.recording.estimate import break_even, duration
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,8 @@ def test_time_and_disk_are_about_right(job, engine, tmp_path):
     assert 0.7 * disk < estimate.disk < 1.4 * disk
     assert 50e6 < estimate.memory < 100e9
     assert "4 runs to record" in str(estimate)
+    assert estimate.seconds_per_run == estimate.seconds / 4
+    assert f"A run takes {duration(estimate.seconds / 4)} to train" in str(estimate)
 
 
 def test_what_is_there_costs_nothing(job, tmp_path):
@@ -39,6 +43,8 @@ def test_what_is_there_costs_nothing(job, tmp_path):
     sf.record(*job, tmp_path, engine="loop")
     estimate = sf.estimate(*job, tmp_path, engine="loop")
     assert (estimate.runs, estimate.already_recorded, estimate.seconds, estimate.disk) == (0, 4, 0, 0)
+    assert math.isnan(estimate.seconds_per_run)
+    assert "A run takes" not in str(estimate)
 
 
 def test_short_runs(job):
@@ -52,3 +58,19 @@ def test_bad_requests(job):
         sf.estimate(task, recipe, [])
     with pytest.raises(InvalidInput, match="every=81"):
         sf.estimate(task, recipe, curricula, observe=sf.Observe(every=81))
+
+
+def test_when_a_simulator_pays_off():
+    fit, simulate, retrain = 30.0, 0.5, 2.0
+    questions = break_even(fit, simulate, retrain)
+    assert fit + questions * simulate == pytest.approx(questions * retrain)
+    assert break_even(0.0, 0.0, 0.1) == 0
+    for never in ((30.0, 2.0, 2.0), (0.0, 3.0, 2.0), (None, 3.0, 2.0)):
+        assert break_even(*never) == math.inf
+    assert math.isnan(break_even(None, 1.0, 2.0))
+    assert math.isnan(break_even(1.0, None, 2.0))
+    with pytest.raises(InvalidInput, match="retrain must be at least 0"):
+        break_even(1.0, 1.0, -1.0)
+    assert [duration(seconds) for seconds in (0.0213, 3.21, 45.3, 240, 9000)] == [
+        "0.02 s", "3.2 s", "45 s", "4 min", "2.5 h",
+    ]  # fmt: skip

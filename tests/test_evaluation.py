@@ -51,6 +51,71 @@ def test_delta_correlation():
     assert np.isnan(ev.delta_correlation(np.zeros(20), two))
 
 
+def test_what_the_edited_group_alone_has():
+    labels, test = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 2, 2, 0, 3])
+    actual = RNG.normal(size=7)
+    removed = np.where(labels == 1, 4.0, 0.0)
+    indicator = np.array([0, 1, 1, 0, 0, 0, 0])
+    expected = abs(np.corrcoef(indicator, actual)[0, 1])
+    assert ev.group_correlation(removed, labels, test, actual) == pytest.approx(expected)
+    assert ev.group_correlation(-3 * removed, labels, test, -actual) == pytest.approx(expected)  # size, sign: fitted
+    assert ev.group_correlation(removed, labels, test, 7.0 + 2 * indicator) == pytest.approx(1)
+    several = np.array([1.0, 2.0, 0.0, 1.0, 0.0, 0.0])  # 3 showings of group 0, 1 of group 2
+    shares = np.array([0.75, 0, 0, 0.25, 0.25, 0.75, 0])
+    fitted = np.polyval(np.polyfit(shares, actual, 1), shares)  # least squares
+    share_explained = 1 - ((actual - fitted) ** 2).sum() / ((actual - actual.mean()) ** 2).sum()
+    assert ev.group_correlation(several, labels, test, actual) == pytest.approx(np.sqrt(share_explained))
+    assert np.isnan(ev.group_correlation(np.zeros(6), labels, test, actual))
+    assert np.isnan(ev.group_correlation(removed, labels, test, np.ones(7)))
+
+
+def test_correlation_within_groups():
+    groups = np.array([5, 5, 5, -1, -1, 2])
+    predicted, actual = RNG.normal(size=(2, 6))
+    rest = [values - np.array([values[groups == group].mean() for group in groups]) for values in (predicted, actual)]
+    expected = scipy.stats.pearsonr(*rest).statistic
+    assert ev.within_correlation(predicted, actual, groups) == pytest.approx(expected)
+    shifted = predicted + np.where(groups == 5, 1e3, 0)  # what is said of a group as a whole does not count
+    assert ev.within_correlation(shifted, actual, groups) == pytest.approx(expected)
+    one = np.zeros(6, int)
+    assert ev.within_correlation(predicted, actual, one) == pytest.approx(ev.delta_correlation(predicted, actual))
+    means = np.array([0.1, 0.1, 0.1, 0.7, 0.7, 3.3])
+    assert ev.delta_correlation(means, means + 0.01 * actual) > 0.99
+    assert np.isnan(ev.within_correlation(means, means + 0.01 * actual, groups))  # no rounding error is a forecast
+    assert np.isnan(ev.within_correlation(predicted, actual, np.arange(6)))
+    order = RNG.permutation(6)
+    assert ev.within_correlation(predicted[order], actual[order], groups[order]) == pytest.approx(expected)
+
+
+def test_the_most_harmful_examples():
+    actual = RNG.normal(size=(4, 40))
+    worst = np.argsort(actual.mean(0))
+    predicted = np.zeros((4, 40))
+    predicted[:, worst[[1, 2, 30, 31]]] = -1  # 40 examples: 4 are a tenth
+    assert ev.harmful_hit_rate(predicted, actual) == 0.5
+    assert ev.harmful_hit_rate(actual, actual) == 1
+    assert ev.harmful_hit_rate(-actual, actual) == 0
+    assert ev.harmful_hit_rate(actual, actual + 10.0, k=1) == 1  # all of them help, some least
+    assert ev.harmful_hit_rate(predicted[:, :7] - np.eye(4, 7), actual[:, :7]) in (0, 1)  # of 7, one
+    assert np.isnan(ev.harmful_hit_rate(np.zeros((4, 40)), actual))
+
+
+def test_no_skill_beyond_the_mean_trajectory():
+    short = MEAN.copy()
+    short[4:, 3:] = np.nan  # five of nine runs are longer than every fitting run
+    ours = ((SIMULATED - TRUE)[:4, 1:] ** 2).sum() + ((SIMULATED - TRUE)[4:, 1:3] ** 2).sum()
+    theirs = ((MEAN - TRUE)[:4, 1:] ** 2).sum() + ((MEAN - TRUE)[4:, 1:3] ** 2).sum()
+    assert ev.skill(SIMULATED, TRUE, short) == pytest.approx(1 - ours / theirs)
+    assert ev.final_skill(SIMULATED, TRUE, short) == pytest.approx(ev.final_skill(SIMULATED[:4], TRUE[:4], MEAN[:4]))
+    assert np.isnan(ev.final_skill(SIMULATED[4:], TRUE[4:], short[4:]))
+    assert ev.skill(np.where(np.isnan(short), 1e9, TRUE), TRUE, short) == 1
+    for trajectory in (MEAN[0, :4], MEAN[0], np.concatenate([MEAN[0]] * 2)):
+        beside = ev.baseline_losses(trajectory, TRUE)
+        known = min(len(trajectory), 6)
+        assert np.array_equal(beside[:, :known], MEAN[:, :known])
+        assert np.isnan(beside[:, known:]).all()
+
+
 def test_steps_not_recorded_do_not_count():
     sparse = TRUE.copy()
     sparse[:, 1::2] = np.nan  # recorded at 0, 2, 4

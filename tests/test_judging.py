@@ -7,6 +7,8 @@ import scipy.stats
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
+from simfluence.evaluation.groups import Groups, groups_of
+from simfluence.evaluation.metrics import harmful_hit_rate
 
 
 def test_lds_is_the_mean_spearman_over_runs(runs):
@@ -78,3 +80,50 @@ def test_agreement():
         sf.agreement(scores[:3], truth)
     with pytest.raises(InvalidInput, match="3 training examples or more"):
         sf.agreement(scores[:, :2], truth[:, :2])
+
+
+def test_agreement_beside_the_same_class():
+    rng = np.random.default_rng(0)
+    train, test = rng.integers(3, size=30), np.array([0, 1, 2, 2])
+    groups = Groups("label", test, train)
+    same = test[:, None] == train
+    truth = same + 0.1 * rng.normal(size=(4, 30))
+    scores = same + 0.1 * rng.normal(size=(4, 30))
+    found = sf.agreement(scores, truth, groups=groups)
+    alone = np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(same, truth, strict=True)])
+    rest = []
+    for values in (scores, truth):
+        means = np.stack([values[:, train == label].mean(1) for label in range(3)], 1)  # [test, 3]
+        rest.append(values - means[:, train])
+    within = np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(*rest, strict=True)])
+    assert found["same_group"] == pytest.approx(alone)
+    assert found["within"] == pytest.approx(within)
+    assert found["pearson"] > 0.9
+    assert abs(found["within"]) < 0.4  # the scores know the classes and nothing more
+    assert sf.agreement(groups.same, truth)["pearson"] == pytest.approx(alone)
+    assert np.isnan(sf.agreement(groups.same, truth, groups=groups)["within"])
+    assert found["harmful"] == harmful_hit_rate(scores, truth)
+    assert sf.agreement(truth, truth, groups=groups)[["within", "harmful"]].tolist() == pytest.approx([1, 1])
+    with pytest.raises(InvalidInput, match=r"groups are of \[test, train\] \[4, 29\]"):
+        sf.agreement(scores, truth, groups=Groups("label", test, train[1:]))
+    with pytest.raises(InvalidInput, match="of the training examples is not known"):
+        sf.agreement(scores, truth, groups=Groups("label", test))
+
+
+def test_groups_are_labels_or_classes():
+    def examples(values, targets=None, name="label"):
+        return sf.Examples.numbered(3, None if values is None else pd.DataFrame({name: values}), targets=targets)
+
+    pairs = [(["x", "y", "x"], ["y", "y", "z"]), ([1, 2, 1], [2.0, 2.0, None]), ([[1], [2], [1]], [[2], [2], [3]])]
+    for train, test in pairs:
+        found = groups_of(examples(train), examples(test))
+        assert found.name == "label"
+        assert found.same.tolist() == [[False, True, False], [False, True, False], [False] * 3]
+    classes, numbers = np.array([0, 1, 0]), np.array([0.0, 1.0, 0.0])
+    assert groups_of(examples(None, classes), examples(None, classes)).same[0].tolist() == [True, False, True]
+    assert groups_of(examples(None, numbers), examples(None, numbers)) is None
+    assert groups_of(None, None) is None
+    named = groups_of(examples([1, 2, 3]), examples(["a", "a", "b"], name="source"), "source")
+    assert (named.name, named.test.tolist(), named.train) == ("source", [0, 0, 1], None)
+    with pytest.raises(InvalidInput, match="no column 'sauce'"):
+        groups_of(None, examples([1, 2, 3]), "sauce")

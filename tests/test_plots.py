@@ -132,6 +132,7 @@ def test_forecast_against_retrained(verified, ax):
     points = ax.collections[0].get_offsets()
     assert np.allclose(points, np.stack([verified.forecast.change, verified.actual_change], 1))
     assert f"delta correlation {verified.delta_correlation:.3g}" in ax.get_title()
+    assert f"within groups {verified.within_correlation:.3g}" in ax.get_title()
     assert ax.get_xlim() == ax.get_ylim()
 
 

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 
 import simfluence as sf
 from simfluence.errors import InvalidInput
-from simfluence.evaluation.metrics import hit_rate, relative_error, seed_share
+from simfluence.evaluation.metrics import hit_rate, relative_error, seed_share, within_correlation
+from simfluence.queries.tables import taken_by
+
+#: One of the queries is longer than the fitting runs.
+pytestmark = pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,84 @@ def test_many_are_retrained_like_one(linear, runs, task):
     assert np.allclose(verified.frame["actual_change"], actual.ravel())
     assert "delta correlation" in verified.summary()
     assert [len(each.actual) for each in verified[4:]] == [13, 13]
+
+
+def test_what_an_edit_takes():
+    base = sf.Curriculum([[0, 1], [2, 0], [1, 3]], n_train=5)
+    cases = [
+        (sf.Remove([0]), [2, 0, 0, 0, 0]),
+        (sf.Remove([0, 3], "repack"), [2, 0, 0, 1, 0]),
+        (sf.Repeat([2], 3), [0, 0, -2, 0, 0]),
+        (sf.Swap([3], by=[2]), [0, 0, -1, 1, 0]),
+        (sf.Truncate(1), [1, 1, 1, 1, 0]),
+        (sf.Move([1], to=0), [0, 2, 0, 0, 0]),  # no showing less, but one two steps earlier
+        (sf.Reorder([3]), [-1, -1, 0, 2, 0]),  # [3, 0], [1, 2], [0, 1]
+        (sf.Reorder([0]), [1, -1, 0, 0, 0]),  # [0, 0], [1, 2], [1, 3]
+        (sf.Remove([4]), [0, 0, 0, 0, 0]),
+    ]
+    for edit, expected in cases:
+        assert taken_by(edit.apply(base), base).tolist() == expected, edit
+
+
+LABELS = np.array([0, 1, 1, 0, 2])
+
+
+def labelled(runs, name="label"):
+    """The runs, with labels of their test examples: five of one class have no groups."""
+    test = sf.Examples.numbered(5, pd.DataFrame({name: LABELS}))
+    return [dataclasses.replace(run, test=test) for run in runs]
+
+
+def test_beside_a_delta_correlation_stands_what_the_label_alone_has(linear, runs, task):
+    (run,) = labelled(runs[5:])
+    verified = sf.what_if(linear, run, sf.Remove("label == 1"), task=task).verify()
+    labels, actual = LABELS, verified.actual_change
+    alone = abs(np.corrcoef(labels == 1, actual)[0, 1])
+    rest = [change - np.array([change[labels == label].mean() for label in labels]) for change in (
+        verified.forecast.change, actual)]  # fmt: skip
+    within = np.corrcoef(*rest)[0, 1]
+    assert verified.group_correlation == pytest.approx(alone)
+    assert verified.within_correlation == pytest.approx(within)
+    said = f"(the edited label alone has {alone:.3f}, within each label {within:.3f})"
+    assert said in verified.summary()
+    assert said in verified._repr_html_()
+    bare = dataclasses.replace(verified, groups=None)
+    assert np.isnan([bare.group_correlation, bare.within_correlation]).all()
+    assert "alone" not in bare.summary()
+
+
+def test_groups_of_a_column_and_of_many_queries(linear, runs, task):
+    verified = sf.what_if(linear, labelled(runs[4:]), QUERIES, task=task).verify()
+    for number, name in enumerate(QUERIES):
+        pair = [verified[2 * number], verified[2 * number + 1]]
+        for column in ("group_correlation", "within_correlation"):
+            assert verified.table.loc[name, column] == pytest.approx(np.mean([getattr(each, column) for each in pair]))
+    every = [within_correlation(each.forecast.change, each.actual_change, each.groups.test) for each in verified]
+    assert verified.table.loc["all", "within_correlation"] == pytest.approx(np.mean(every))
+    assert f"within each label {np.mean(every):.3f})" in verified.summary()
+    named = sf.what_if(linear, labelled(runs[4:], "kind"), QUERIES, task=task).verify(group="kind")
+    assert named.table.loc["all", "within_correlation"] == pytest.approx(np.mean(every))
+    assert named.table["group_correlation"].isna().all()  # of which kind training examples are is not known
+    with pytest.raises(InvalidInput, match="no column 'kin'"):
+        named.forecasts.verify(group="kin")
+    with pytest.raises(InvalidInput, match="no column 'kin'"):
+        named.forecasts[0].verify(group="kin")
+
+
+def test_when_the_simulator_pays_off(linear, runs, task):
+    forecast = sf.what_if(linear, runs[5], sf.Remove([0]), task=task)
+    assert 0 < forecast.simulate_seconds < 10
+    timed = dataclasses.replace(forecast, simulate_seconds=0.5, fit_seconds=3.0)
+    assert timed.break_even(retrain_seconds=2.0) == 2
+    assert timed.break_even(retrain_seconds=0.1) == np.inf
+    forecasts = sf.what_if(linear, runs[4:], QUERIES, task=task)
+    fitted = copy.copy(linear)
+    fitted.fit_seconds_ = 3.0
+    many = dataclasses.replace(forecasts, simulator=fitted, simulate_seconds=0.5)
+    assert many.fit_seconds == 3
+    assert many[0].fit_seconds == 3
+    assert many.break_even(retrain_seconds=2.0) == 2
+    assert np.isnan(dataclasses.replace(many, simulate_seconds=None).break_even(2.0))
 
 
 def test_asking_twice_trains_nothing(linear, runs, task, tmp_path, monkeypatch):

@@ -129,6 +129,7 @@ def answers(task: Task, label: Any, verified: Mapping[str, Verification]) -> pd.
             f"change_of_{label}s": answer.forecast.change[removed].mean(),
             "change_of_others": answer.forecast.change[~removed].mean(),
             "delta_correlation": answer.delta_correlation,
+            "within_labels": answer.within_correlation,
             "final_mse": answer.final_mse,
         }
         for name, answer in verified.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
     from simfluence.edits import Edit
     from simfluence.queries.forecast import Forecast
     from simfluence.queries.forecasts import Forecasts
+    from simfluence.recipe import Recipe
     from simfluence.runs import Run
     from simfluence.simulators import Simulator
+    from simfluence.task import Task
 
 
 __all__ = ["leave_one_out", "removal", "what_if"]
@@ -70,7 +73,9 @@ def what_if(
     seed: Seed = 0,
     verify: Annotated[bool, typer.Option(help="Retrain to confirm; STORE keeps the retrained runs.")] = False,
     seeds: Annotated[int, typer.Option(help="For --verify: number of seeds, to measure their noise.")] = 1,
-    by: Annotated[str | None, typer.Option(help="Group by this column of the test examples.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Group by this column of the test examples, in --verify too (else by label).")
+    ] = None,
     task: OwnTask = None,
     out: Out = None,
     plot: Plot = None,
@@ -95,13 +100,41 @@ def what_if(
     fitted = fitted_by_name(simulator, part, parameters, opened, task, interval_seed=interval_seed)
     queries: Any = WhatIfSpec.read(spec).queries if spec else edits
     forecast = ask(fitted, base[0] if len(base) == 1 else base, queries, task=built)
-    verified = forecast.verify(store=store, seeds=seeds) if verify else None
+    verified = forecast.verify(store=store, seeds=seeds, group=by) if verify else None
     if out:
         (verified or forecast).frame.to_parquet(out, index=False)
     answer = _Answer(forecast, verified, by)
     if plot:
         answer.draw(plot)
-    print_json(answer.content()) if as_json else answer.print()
+    if as_json:
+        print_json(answer.content())
+        return
+    answer.print()
+    if built and base[0].recipe:
+        say(_costs(forecast, built, base[0].recipe))
+
+
+def _costs(forecast: Forecast | Forecasts, task: Task, recipe: Recipe) -> str:
+    """Say from how many questions on the simulator saves time, with the time of a retraining measured on its steps."""
+    from simfluence.queries.forecast import Forecast
+    from simfluence.recording.estimate import duration, estimate
+
+    rows = [[forecast.curriculum]] if isinstance(forecast, Forecast) else forecast.curricula
+    retrain = estimate(task, recipe, [curriculum for row in rows for curriculum in row], steps=5).seconds_per_run
+    simulate, fit = forecast.simulate_seconds, forecast.fit_seconds
+    said = f"Retraining takes {duration(retrain)} a question"
+    if simulate is None:
+        return f"{said}."
+    said += f", the simulator {duration(simulate)}"
+    if simulate >= retrain:
+        return f"{said}: retraining is cheaper, and exact."
+    if fit is None:
+        return f"{said} once it is fitted."
+    questions = math.ceil(forecast.break_even(retrain))
+    return (
+        f"{said} and {duration(fit)} to fit: it is cheaper from {questions:,} questions on, not counting the runs that "
+        "it was fitted on."
+    )
 
 
 def leave_one_out(
@@ -274,7 +307,10 @@ class _Answer:
             answer["test"] = forecast.run.test.ids
         answer |= {"final_loss": final, "change": forecast.change.tolist()}
         if self.verified:
-            names = ("final_mse", "delta_correlation", "relative_error", "coverage", "seed_share")
+            names = (
+                "final_mse", "delta_correlation", "group_correlation", "within_correlation", "relative_error",
+                "coverage", "seed_share",
+            )  # fmt: skip
             answer |= {name: getattr(self.verified, name) for name in names}
             answer |= {"actual_change": self.verified.actual_change.tolist(), "hit_rate": self.verified.hit_rate()}
         return answer

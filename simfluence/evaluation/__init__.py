@@ -1,6 +1,7 @@
 """How good is a forecast, or an attribution? Metrics, tables, tuning, learning curves."""
 
 from simfluence.evaluation.attribution import LDS, agreement, brittleness, lds
+from simfluence.evaluation.groups import Groups, groups_of
 from simfluence.evaluation.held_out import METRICS, EvaluationTable, evaluate, skill_over_steps
 from simfluence.evaluation.learning_curves import learning_curve
 from simfluence.evaluation.metrics import (
@@ -9,11 +10,14 @@ from simfluence.evaluation.metrics import (
     delta_correlation,
     final_skill,
     final_spearman,
+    group_correlation,
+    harmful_hit_rate,
     hit_rate,
     relative_error,
     run_correlation,
     seed_share,
     skill,
+    within_correlation,
 )
 from simfluence.evaluation.tuning import Search, search, tune
 
@@ -21,6 +25,7 @@ __all__ = [
     "LDS",
     "METRICS",
     "EvaluationTable",
+    "Groups",
     "Search",
     "agreement",
     "all_steps_mse",
@@ -30,6 +35,9 @@ __all__ = [
     "evaluate",
     "final_skill",
     "final_spearman",
+    "group_correlation",
+    "groups_of",
+    "harmful_hit_rate",
     "hit_rate",
     "lds",
     "learning_curve",
@@ -40,4 +48,5 @@ __all__ = [
     "skill",
     "skill_over_steps",
     "tune",
+    "within_correlation",
 ]

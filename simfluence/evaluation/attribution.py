@@ -16,7 +16,15 @@ from simfluence._internal.types import Count, Seed, Share, Target
 from simfluence.attribution.scores import Scores
 from simfluence.edits import Remove
 from simfluence.errors import InvalidInput
-from simfluence.evaluation.metrics import Resamples, correlation_over_runs
+from simfluence.evaluation.groups import Groups
+from simfluence.evaluation.metrics import (
+    Resamples,
+    correlation_over_runs,
+    delta_correlation,
+    harmful_hit_rate,
+    mean_or_nan,
+    within_correlation,
+)
 from simfluence.recording import record
 from simfluence.runs import Run, Runs
 from simfluence.task import Task
@@ -149,21 +157,31 @@ def brittleness(
 
 
 @checked
-def agreement(scores: Any, truth: Float[np.ndarray, "test train"] | Scores) -> pd.Series:
+def agreement(
+    scores: Any, truth: Float[np.ndarray, "test train"] | Scores, *, groups: Groups | None = None, k: Count = 10
+) -> pd.Series:
     """Compare scores with true influence scores (leave-one-out retraining, PBRF, exact influence).
 
+    Much of such a truth is "examples of the same class help", which needs no attribution. So judge scores beside
+    ``agreement(groups.same, truth)``, or with ``groups=``, where the classes are those of ``groups_of``.
+
     Args:
-        scores, truth: ``[test, train]``.
+        scores, truth: ``[test, train]``, positive where the loss rises without the training example.
+        groups: classes of the examples, or other groups.
+        k: number of most harmful training examples to find; at most a tenth of them, but at least 1.
 
     Returns:
         ``pearson`` and ``spearman``: correlations over training examples, averaged over test examples; ``pooled``:
-        Pearson's r over all pairs; ``size``: slope of truth on scores, 1 if their sizes agree.
+        Pearson's r over all pairs; ``size``: slope of truth on scores, 1 if their sizes agree; ``harmful``: the share
+        of the k training examples with the lowest mean of the truth that are among the k lowest by scores. With groups
+        also ``same_group``: ``pearson`` of "is of the same group", and ``within``: ``pearson`` after the mean of each
+        group of training examples has been taken out of both, for each test example.
 
     Raises:
-        InvalidInput: the shapes differ, or there are fewer than 3 training examples.
+        InvalidInput: the shapes differ, there are fewer than 3 training examples, or their groups are not known.
 
     >>> agreement(np.array([[1.0, 2.0, 3.0]]), np.array([[2.0, 4.0, 6.0]])).round(2).to_dict()
-    {'pearson': 1.0, 'spearman': 1.0, 'pooled': 1.0, 'size': 2.0}
+    {'pearson': 1.0, 'spearman': 1.0, 'pooled': 1.0, 'size': 2.0, 'harmful': 1.0}
     """
     truth = np.asarray(truth, np.float64)
     if truth.ndim != 2 or truth.shape[1] < 3:
@@ -173,7 +191,20 @@ def agreement(scores: Any, truth: Float[np.ndarray, "test train"] | Scores) -> p
     ranks = pd.DataFrame(values.T).corrwith(pd.DataFrame(truth.T), method="spearman")
     pooled = float(np.corrcoef(values.ravel(), truth.ravel())[0, 1])
     size = float((values * truth).sum() / (values**2).sum()) if values.any() else float("nan")
-    return pd.Series({"pearson": rows.mean(), "spearman": ranks.mean(), "pooled": pooled, "size": size})
+    found = {"pearson": rows.mean(), "spearman": ranks.mean(), "pooled": pooled, "size": size}
+    found["harmful"] = harmful_hit_rate(values, truth, k)
+    return pd.Series(found if groups is None else found | _by_group(values, truth, groups))
+
+
+def _by_group(values: np.ndarray, truth: np.ndarray, groups: Groups) -> dict[str, float]:
+    """Compute what knowing the groups alone has, and the correlation within each group of training examples."""
+    same = groups.same.astype(np.float64)
+    if same.shape != truth.shape:
+        raise InvalidInput(f"groups are of [test, train] {list(same.shape)}, but truth is {list(truth.shape)}")
+    alone = [delta_correlation(*pair) for pair in zip(same, truth, strict=True)]
+    train = np.asarray(groups.train)
+    within = [within_correlation(*pair, train) for pair in zip(values, truth, strict=True)]
+    return {"same_group": mean_or_nan(np.array(alone)), "within": mean_or_nan(np.array(within))}
 
 
 def checked_scores(scores: Any, n_test: int, n_train: int) -> Float[np.ndarray, "test train"]:

@@ -15,24 +15,25 @@ from simfluence._internal.types import Losses, Seed, Share
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.evaluation.metrics import (
     Resamples,
-    all_errors,
     all_steps_mse,
+    baseline_losses,
     bootstrap_interval,
     coverage,
     final,
-    final_errors,
+    final_skill_errors,
     final_spearman,
     mean_or_nan,
     pooled_skill,
     resampled_correlations,
     run_correlation,
     sd_or_nan,
+    skill_errors,
     squared_errors,
 )
 from simfluence.runs import Runs
 from simfluence.simulators import Simulator
 from simfluence.simulators.base import not_fitted_on
-from simfluence.simulators.baselines import MeanTrajectorySimulator
+from simfluence.simulators.mean import mean_trajectory
 
 __all__ = ["METRICS", "EvaluationTable", "evaluate", "skill_over_steps"]
 
@@ -58,6 +59,8 @@ class EvaluationTable(pd.DataFrame):
     def _repr_html_(self) -> str:
         drawn = [name for name in ("skill", *METRICS) if name in self.columns][:1]
         facts = {"task": self.attrs.get("task") or "not known", "runs to fit on": self.attrs.get("fit", "not known")}
+        if longer := self.attrs.get("longer"):
+            facts["longer than these"] = f"{longer} held-out runs; skill goes no further than the runs to fit on"
         bars = [picture(lambda ax: self.plot_metric(drawn[0], ax), 6.5, 1.4 + 0.3 * len(self))] if drawn else []
         return card("Evaluation on runs that were held out", facts, as_html(readable(self)), *bars)
 
@@ -87,6 +90,9 @@ def evaluate(
 
     Returns:
         A table indexed by simulator, with the columns above and the numbers of ``runs`` and ``test_examples``.
+        Skill goes as far as the baseline runs do: their mean trajectory, held at its end, would be beaten too easily.
+        Later steps do not count, and held-out runs that are longer have no final skill; ``attrs["longer"]`` tells how
+        many they are.
         If a simulator gives intervals, ``coverage``: the share of final losses within its 90 % intervals.
         An undefined metric (such as the run correlation of a constant forecast) is NaN.
 
@@ -94,10 +100,11 @@ def evaluate(
         InvalidInput: a metric is unknown, there is no run, a run is in both ``held`` and ``baseline_runs``, or the
             simulators were fitted on all runs of ``held``.
 
+    >>> import simfluence as sf
     >>> rng = np.random.default_rng(0)
     >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
     >>> fit, held = runs.split(held_out=3)
-    >>> mean = MeanTrajectorySimulator().fit(fit)
+    >>> mean = sf.MeanTrajectorySimulator().fit(fit)
     >>> evaluate({"mean": mean}, held, baseline_runs=fit)[["skill", "final_skill", "runs"]].loc["mean"].tolist()
     [0.0, 0.0, 3.0]
     """
@@ -106,7 +113,7 @@ def evaluate(
             raise InvalidInput(f"unknown metric {metric!r}, {did_you_mean(metric, METRICS)}")
     held, baseline_runs = _usable(simulators, held, baseline_runs)
     true = held.losses.astype(np.float64)
-    mean = MeanTrajectorySimulator().fit(baseline_runs).simulate(held.curricula, held.initial_losses)
+    mean = baseline_losses(mean_trajectory(baseline_runs), true)
     resamples = np.random.default_rng(seed).integers(len(held), size=(bootstrap, len(held)))
     rows = {}
     for name, simulator in simulators.items():
@@ -118,7 +125,8 @@ def evaluate(
             scores["coverage"] = coverage(*simulator.interval(held.curricula, held.initial_losses, _COVERED), true)
         rows[name] = scores | {"runs": len(held), "test_examples": held.n_test}
     table = EvaluationTable(pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulator"))
-    table.attrs |= {"task": held.task_name, "fit": len(baseline_runs), "held": len(held)}
+    longer = int((~np.isnan(true) & np.isnan(mean)).any(axis=(1, 2)).sum())
+    table.attrs |= {"task": held.task_name, "fit": len(baseline_runs), "held": len(held), "longer": longer}
     return table
 
 
@@ -140,20 +148,23 @@ def skill_over_steps(
 
     Returns:
         A row per simulator and recorded step: simulator, step, skill and its bootstrap interval over runs, ``low`` and
-        ``high``. Steps at which the mean trajectory is exact are left out, because the skill is undefined there.
+        ``high``. Steps at which the mean trajectory is exact, or beyond its end, are left out, because the
+        skill is undefined there.
 
     Raises:
         InvalidInput: same as in ``evaluate``.
 
+    >>> import simfluence as sf
     >>> rng = np.random.default_rng(0)
     >>> runs = Runs.from_arrays(rng.integers(3, size=(8, 5, 2)), rng.normal(size=(8, 6, 2)).cumsum(axis=1))
-    >>> table = skill_over_steps({"mean": MeanTrajectorySimulator().fit(runs[:4])}, runs[4:], runs[:4])
+    >>> table = skill_over_steps({"mean": sf.MeanTrajectorySimulator().fit(runs[:4])}, runs[4:], runs[:4])
     >>> table[["step", "skill"]].to_numpy().tolist()
     [[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0], [5.0, 0.0]]
     """
     held, baseline_runs = _usable(simulators, held, baseline_runs)
     true = held.losses.astype(np.float64)
-    mean = MeanTrajectorySimulator().fit(baseline_runs).simulate(held.curricula, held.initial_losses)
+    mean = baseline_losses(mean_trajectory(baseline_runs), true)
+    true = np.where(np.isnan(mean), np.nan, true)  # later steps have no baseline
     baseline_sse = np.nansum(squared_errors(mean, true), axis=2)  # [runs, times]
     steps = 1 + np.flatnonzero(baseline_sse[:, 1:].sum(axis=0) > 0)
     draws = np.random.default_rng(seed).multinomial(len(held), np.full(len(held), 1 / len(held)), size=bootstrap)
@@ -201,9 +212,10 @@ def _scored(
         value = run_correlation(simulated, true)
         draws = resampled_correlations(final(simulated, true), final(true, true), resamples)
     else:
-        errors = all_errors if metric == "skill" else final_errors
-        sse, baseline_sse = errors(simulated, true), errors(mean, true)
+        errors = skill_errors if metric == "skill" else final_skill_errors
+        sse, baseline_sse = errors(simulated, true, mean)
         value = pooled_skill(sse, baseline_sse)
-        draws = 1 - sse[resamples].sum(1) / baseline_sse[resamples].sum(1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no run that the baseline covers
+            draws = 1 - sse[resamples].sum(1) / baseline_sse[resamples].sum(1)
     low, high = bootstrap_interval(draws, confidence)
     return {metric: value, f"{metric}_low": low, f"{metric}_high": high}

@@ -1,6 +1,7 @@
 """Metrics of forecasts, as pure functions of simulated and true losses.
 
-Losses are ``[runs, steps + 1, test]``. NaN in the true losses means not recorded and is left out.
+Losses are ``[runs, steps + 1, test]``. NaN in the true losses means not recorded and is left out; NaN in the mean
+trajectory means that it does not go that far, and skill says nothing of such times.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import numpy as np
-import scipy.stats
 from annotated_types import Interval
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from simfluence._internal.checked import checked
+from simfluence._internal.ranks import row_spearman
 from simfluence._internal.types import Count, Losses, Seed, Share
 from simfluence.errors import InvalidInput
 
@@ -21,6 +22,7 @@ __all__ = [
     "Resamples",
     "all_errors",
     "all_steps_mse",
+    "baseline_losses",
     "bootstrap_interval",
     "bounded_skill",
     "correlation_over_runs",
@@ -29,18 +31,22 @@ __all__ = [
     "final",
     "final_errors",
     "final_skill",
+    "final_skill_errors",
     "final_spearman",
+    "group_correlation",
+    "harmful_hit_rate",
     "hit_rate",
     "mean_or_nan",
     "pooled_skill",
     "relative_error",
     "resampled_correlations",
-    "row_spearman",
     "run_correlation",
     "sd_or_nan",
     "seed_share",
     "skill",
+    "skill_errors",
     "squared_errors",
+    "within_correlation",
 ]
 
 PerRun = Float[np.ndarray, " runs"]
@@ -69,14 +75,24 @@ def final_spearman(simulated: Losses, true: Losses) -> PerRun:
 
 @checked
 def skill(simulated: Losses, true: Losses, mean: Losses) -> float:
-    """Compute 1 − SSE(simulated)/SSE(mean trajectory), pooled over runs, steps 1…T and test examples."""
-    return pooled_skill(all_errors(simulated, true), all_errors(mean, true))
+    """Compute 1 − SSE(simulated)/SSE(mean trajectory), pooled over runs, steps 1…T and test examples.
+
+    A mean trajectory that is held at its end is easily beaten beyond it, so times at which it is NaN are left out.
+
+    >>> true, simulated = np.array([[[0.0], [2.0], [9.0]]]), np.array([[[0.0], [1.0], [0.0]]])
+    >>> skill(simulated, true, np.array([[[0.0], [0.0], [np.nan]]]))
+    0.75
+    """
+    return pooled_skill(*skill_errors(simulated, true, mean))
 
 
 @checked
 def final_skill(simulated: Losses, true: Losses, mean: Losses) -> float:
-    """Compute the ``skill`` of the final losses only."""
-    return pooled_skill(final_errors(simulated, true), final_errors(mean, true))
+    """Compute the ``skill`` of the final losses only.
+
+    Runs that end where the mean trajectory is NaN are left out; NaN if none remains.
+    """
+    return pooled_skill(*final_skill_errors(simulated, true, mean))
 
 
 @checked
@@ -124,6 +140,73 @@ def delta_correlation(predicted: Float[np.ndarray, " test"], actual: Float[np.nd
 
 
 @checked
+def group_correlation(
+    taken: Float[np.ndarray, " train"],
+    train_groups: Int[np.ndarray, " train"],
+    test_groups: Int[np.ndarray, " test"],
+    actual: Float[np.ndarray, " test"],
+) -> float:
+    """Compute how far a retrained change is explained by whose group was edited: a baseline of ``delta_correlation``.
+
+    The only predictor of a test example's change is how much the edit takes from its group. Fitted to the retrained
+    change by least squares, it correlates with it at |Pearson's r|, which is returned. For the removal of a class it is
+    the indicator of that class.
+
+    Args:
+        taken: how many showings of each training example the edit takes away; negative where it adds some.
+        train_groups, test_groups: number of each example's group.
+        actual: retrained changes.
+
+    Returns:
+        From 0 to 1; NaN if nothing changes, or the edit takes equally much from the group of every test example.
+
+    >>> labels, taken = np.array([0, 1, 2]), np.array([0.0, 5.0, 0.0])  # the examples of label 1 are removed
+    >>> round(group_correlation(taken, labels, np.array([0, 1, 1, 2]), np.array([0.0, 2.0, 1.0, 0.0])), 3)
+    0.905
+    """
+    _check_same(taken, train_groups)
+    _check_same(test_groups, actual)
+    membership = np.zeros(len(test_groups))
+    for group in np.unique(test_groups):
+        membership[test_groups == group] = taken[train_groups == group].sum()
+    return abs(delta_correlation(membership, actual))
+
+
+@checked
+def within_correlation(
+    predicted: Float[np.ndarray, " examples"],
+    actual: Float[np.ndarray, " examples"],
+    groups: Int[np.ndarray, " examples"],
+) -> float:
+    """Compute Pearson's r of predicted and retrained change after taking each group's mean out of both.
+
+    So knowing the groups alone is worth nothing, however high its ``delta_correlation``.
+
+    Args:
+        predicted, actual: changes.
+        groups: number of each example's group.
+
+    Returns:
+        From −1 to 1; NaN if a change is constant within every group, as it is where each group has one example.
+
+    >>> groups = np.array([0, 0, 1, 1])
+    >>> round(within_correlation(np.array([5.0, 6.0, 0.0, 1.0]), np.array([5.0, 4.0, 0.0, 3.0]), groups), 3)
+    0.447
+    """
+    _check_same(predicted, actual)
+    _check_same(groups, actual)
+    return delta_correlation(*(_without_means(changes, groups) for changes in (predicted, actual)))
+
+
+def _without_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Subtract the mean of each group; what rounding leaves of equal values is 0."""
+    _, rows, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    rest: np.ndarray = values - (np.bincount(rows, values) / counts)[rows]
+    rest[np.abs(rest) <= 1e-12 * np.abs(values).max()] = 0
+    return rest
+
+
+@checked
 def relative_error(predicted: Float[np.ndarray, "*changes"], actual: Float[np.ndarray, "*changes"]) -> float:
     """Compute the squared error of predicted changes relative to predicting no change; NaN if nothing changes.
 
@@ -147,6 +230,33 @@ def hit_rate(predicted: Float[np.ndarray, " test"], actual: Float[np.ndarray, " 
         return float("nan")
     named, largest = (set(np.argsort(-np.abs(changes), kind="stable")[:k]) for changes in (predicted, actual))
     return len(named & largest) / k
+
+
+@checked
+def harmful_hit_rate(
+    predicted: Float[np.ndarray, "test train"], actual: Float[np.ndarray, "test train"], k: Count = 10
+) -> float:
+    """Compute the share of the ``k`` most harmful training examples that are among the ``k`` said to be.
+
+    Harmful are examples whose removal lowers the mean loss over test examples most.
+
+    Args:
+        predicted, actual: changes of each test loss by the removal of each training example, positive where the loss
+            rises.
+        k: number of examples; at most a tenth of the training examples, but at least 1.
+
+    Returns:
+        From 0 to 1, by chance k / train; NaN if nothing changes or no change was predicted.
+
+    >>> harmful_hit_rate(np.array([[0.1, -0.2, 0.0]]), np.array([[0.3, -0.1, 0.2]]))
+    1.0
+    """
+    _check_same(predicted, actual)
+    if not (actual.any() and predicted.any()):
+        return float("nan")
+    k = min(k, max(1, actual.shape[1] // 10))
+    named, worst = (set(np.argsort(each.mean(axis=0), kind="stable")[:k]) for each in (predicted, actual))
+    return len(named & worst) / k
 
 
 @checked
@@ -185,6 +295,27 @@ def final(losses: Losses, true: Losses) -> Float[np.ndarray, "runs test"]:
     return values
 
 
+def baseline_losses(trajectory: Float[np.ndarray, "baseline_times test"], true: Losses) -> Losses:
+    """Return the mean trajectory ``[times, test]`` beside each run; NaN where the runs go on beyond its end."""
+    mean = np.full(true.shape, np.nan)
+    mean[:, : len(trajectory)] = trajectory[: true.shape[1]]
+    return mean
+
+
+def skill_errors(simulated: Losses, true: Losses, mean: Losses) -> tuple[PerRun, PerRun]:
+    """Compute ``all_errors`` of the simulation and of the mean trajectory, over the times where there is one."""
+    _check_same(mean, true)
+    known = np.where(np.isnan(mean), np.nan, true)
+    return all_errors(simulated, known), all_errors(mean, known)
+
+
+def final_skill_errors(simulated: Losses, true: Losses, mean: Losses) -> tuple[PerRun, PerRun]:
+    """Compute ``final_errors`` of the simulation and of the mean trajectory; 0 for runs that end beyond it."""
+    sse, baseline_sse = final_errors(simulated, true), final_errors(mean, true)
+    known = ~np.isnan(baseline_sse)
+    return np.where(known, sse, 0.0), np.where(known, baseline_sse, 0.0)
+
+
 def squared_errors(simulated: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Compute (simulated − true)², NaN where the true loss is not recorded."""
     _check_same(simulated, true)
@@ -195,16 +326,6 @@ def squared_errors(simulated: np.ndarray, true: np.ndarray) -> np.ndarray:
 def pooled_skill(sse: PerRun, baseline_sse: PerRun) -> float:
     """Compute ``skill`` from each run's sum of squared errors and that of the mean trajectory."""
     return float(1 - sse.sum() / baseline_sse.sum()) if baseline_sse.sum() > 0 else float("nan")
-
-
-def row_spearman(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Compute Spearman's ρ along the last axis; NaN where an input is constant."""
-    ranks = [scipy.stats.rankdata(values, axis=-1) for values in (left, right)]
-    centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
-    scale = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
-    covariance = (centred[0] * centred[1]).sum(-1)
-    values: np.ndarray = np.divide(covariance, scale, out=np.full_like(scale, np.nan), where=scale > 0)
-    return values
 
 
 def resampled_correlations(simulated: np.ndarray, true: np.ndarray, resamples: np.ndarray) -> np.ndarray:

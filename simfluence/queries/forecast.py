@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,11 +22,20 @@ from simfluence._internal.types import Count, RunLosses, Target
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit
 from simfluence.errors import InvalidInput
-from simfluence.evaluation.metrics import delta_correlation, hit_rate, relative_error, seed_share
+from simfluence.evaluation.groups import Groups, groups_of
+from simfluence.evaluation.metrics import (
+    delta_correlation,
+    group_correlation,
+    hit_rate,
+    relative_error,
+    seed_share,
+    within_correlation,
+)
 from simfluence.examples import Examples
 from simfluence.queries.retraining import retrained
-from simfluence.queries.tables import column_of, described, tidy
+from simfluence.queries.tables import column_of, described, taken_by, tidy
 from simfluence.recipe import Recipe
+from simfluence.recording.estimate import Seconds, break_even
 from simfluence.runs import Run
 from simfluence.simulators import Simulator
 from simfluence.task import Task
@@ -52,6 +62,7 @@ class Forecast:
         low, high: ends of the interval of each loss in ``what_if``, if the simulator gives intervals.
         task: task to train in ``verify``, if known.
         seen: whether the simulator was fitted on the base run; None if it does not know.
+        simulate_seconds, fit_seconds: time that it took to simulate, and to fit the simulator, if known.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -71,6 +82,8 @@ class Forecast:
     high: RunLosses | None = None
     task: Task | None = field(default=None, repr=False)
     seen: bool | None = None
+    simulate_seconds: float | None = None
+    fit_seconds: float | None = None
 
     @classmethod
     def of(
@@ -83,10 +96,12 @@ class Forecast:
         task: Task | None = None,
     ) -> Forecast:
         """Simulate the base run and its edited curriculum, with intervals where the simulator gives them."""
+        start = time.perf_counter()
         base, changed = simulator.simulate([run.curriculum, edited], run.initial_losses)
         low = high = None
         if simulator.gives_intervals:
             low, high = (ends[0] for ends in simulator.interval([edited], run.initial_losses, confidence))
+        seconds = time.perf_counter() - start
         return cls(
             run,
             edits,
@@ -97,6 +112,8 @@ class Forecast:
             high,
             task,
             simulator.was_fitted_on(run),
+            seconds,
+            getattr(simulator, "fit_seconds_", None),
         )
 
     @property
@@ -109,6 +126,21 @@ class Forecast:
     def changes_nothing(self) -> bool:
         """Whether the edited curriculum equals the base's, for example if the base never shows the target."""
         return self.curriculum == self.run.curriculum
+
+    @checked
+    def break_even(self, retrain_seconds: Seconds) -> float:
+        """Return from how many such questions on the simulator saves time, if a retraining takes ``retrain_seconds``.
+
+        Infinity means never: retraining is cheaper, and exact. NaN where it is not known how long fitting took. The
+        recording of the runs that the simulator was fitted on is not counted.
+
+        >>> import simfluence as sf
+        >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
+        >>> forecast = sf.what_if(sf.AdditiveSimulator().fit(runs), runs[0], sf.Remove([1]))
+        >>> forecast.break_even(retrain_seconds=1e-9)
+        inf
+        """
+        return break_even(self.fit_seconds, self.simulate_seconds, retrain_seconds)
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -187,6 +219,7 @@ class Forecast:
         task: Task | None = None,
         store: str | Path | None = None,
         seeds: Count = 1,
+        group: str | None = None,
     ) -> Verification:
         """Retrain under the edited curriculum and compare the result with the forecast.
 
@@ -197,13 +230,16 @@ class Forecast:
                 a second call trains nothing, and an interrupted verification is resumed.
             seeds: number of seeds; with more than 1, base and edited curriculum are also trained from ``seeds − 1``
                 other seeds of the recipe, to measure how much of the change is due to the seed.
+            group: a metadata column whose values are the groups of ``group_correlation`` and ``within_correlation``;
+                by default the label, or the class that is the target.
 
         Raises:
-            InvalidInput: the task or recipe is missing or differs from the base run's.
+            InvalidInput: the task or recipe is missing or differs from the base run's, or there is no such column.
         """
         task = task or self.task
+        groups = groups_in(self.run, task, group)
         after, noise = retrained([self.run], [[self.curriculum]], task, recipe, store, seeds)
-        return Verification(self, after[0][0], None if noise is None else noise[0, 0])
+        return Verification(self, after[0][0], None if noise is None else noise[0, 0], groups)
 
     @checked
     def against(self, verification: Verification) -> Verification:
@@ -236,6 +272,7 @@ class Verification:
         forecast: what was predicted.
         actual: losses of the retrained run, ``[steps + 1, test]``.
         seed_changes: change of the final losses, retrained from the base's seed and from others, ``[seeds, test]``.
+        groups: groups of the examples, such as classes, if there are any.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -249,6 +286,7 @@ class Verification:
     forecast: Forecast
     actual: RunLosses
     seed_changes: SeedChanges | None = None
+    groups: Groups | None = None
 
     @property
     def actual_change(self) -> PerTest:
@@ -260,6 +298,26 @@ class Verification:
     def delta_correlation(self) -> float:
         """Over test examples, Pearson's r of predicted and retrained change of the final loss."""
         return delta_correlation(self.forecast.change, self.actual_change)
+
+    @property
+    def group_correlation(self) -> float:
+        """The correlation with the retrained change that knowing whose group is edited has by itself, from 0 to 1.
+
+        The predictor of a test example's change is the number of showings that the edit takes from its group, or, for
+        an edit that only moves showings, how much earlier it moves those of its group. A forecast whose delta
+        correlation is no higher knows no more than that. NaN without groups, or if they are all edited alike.
+        """
+        return group_correlation_of(
+            self.forecast.run.curriculum, self.forecast.curriculum, self.groups, self.actual_change
+        )
+
+    @property
+    def within_correlation(self) -> float:
+        """The delta correlation within groups: after each group's mean has been taken out of both changes.
+
+        NaN without groups.
+        """
+        return within_correlation_of(self.forecast.change, self.actual_change, self.groups)
 
     @property
     def relative_error(self) -> float:
@@ -302,18 +360,20 @@ class Verification:
     def summary(self) -> str:
         """Summarise in text how accurate the forecast was."""
         before, after = self.forecast.run.losses[-1].mean(), self.actual[-1].mean()
-        lines = [f"Retrained: mean final loss {after:.3f} (was {before:.3f})", *([SEEN] if self.forecast.seen else [])]
+        lines, seen = [f"Retrained: mean final loss {after:.3f} (was {before:.3f})"], [SEEN] * bool(self.forecast.seen)
         if (self.actual_change == 0).all():
-            return "\n".join([lines[0] + ": nothing changed", *lines[1:]])
+            return "\n".join([lines[0] + ": nothing changed", *seen])
+        beside = beside_groups(self.groups, self.group_correlation, self.within_correlation)
         lines.append(
-            f"Delta correlation {self.delta_correlation:.3f}, error {self.relative_error:.1%} of saying 'no change', "
+            f"Delta correlation {self.delta_correlation:.3f}{beside}, "
+            f"error {self.relative_error:.1%} of saying 'no change', "
             f"{self.hit_rate():.0%} of the 10 most changed test examples named, final-loss MSE {self.final_mse:.4g}"
         )
         if self.forecast.low is not None:
             lines.append(f"{self.coverage:.0%} of retrained final losses lie within their intervals")
         if self.seed_changes is not None:
             lines.append(f"{self.seed_share:.1%} of the change is the seed's ({len(self.seed_changes)} seeds)")
-        return "\n".join(lines)
+        return "\n".join(lines + seen)
 
     @checked
     def plot(self, ax: Any = None, title: str = "", *, test: Target | None = None) -> Any:
@@ -326,15 +386,45 @@ class Verification:
         from simfluence import plots
 
         metrics = {"delta correlation": self.delta_correlation, "relative error": self.relative_error}
+        metrics |= {} if np.isnan(self.within_correlation) else {"within groups": self.within_correlation}
         title = title or f"{_question(self.forecast)} {len(self.actual_change)} test examples"
         return plots.scatter(self.forecast.change, self.actual_change, ax, title, metrics=metrics)
 
     def _repr_html_(self) -> str:
-        facts = {"truth": self.summary().replace("\n", ". ")}
+        truth, *lines = self.summary().split("\n")
+        facts = {"truth": truth, "forecast": "".join(lines[:1]), "further": ". ".join(lines[1:])}  # long ones are cut
+        facts = {name: said for name, said in facts.items() if said}
         return card(str(self.forecast), facts, picture(self.plot), picture(self.plot_changes, 5, 4.4))
 
     def __str__(self) -> str:
         return f"{self.forecast}\n{self.summary()}"
+
+
+def groups_in(run: Run, task: Task | None, column: str | None) -> Groups | None:
+    """Return the groups of a run's examples, or of its task's where the run does not know them."""
+    train, test = (run.train, run.test) if run.test is not None or task is None else (task.train, task.test)
+    return groups_of(train, test, column)
+
+
+def group_correlation_of(base: Curriculum, edited: Curriculum, groups: Groups | None, actual: PerTest) -> float:
+    """Compute the ``group_correlation`` of an edit; NaN where the groups are not known."""
+    if groups is None or groups.train is None:
+        return float("nan")
+    return group_correlation(taken_by(edited, base), groups.train, groups.test, actual)
+
+
+def within_correlation_of(predicted: PerTest, actual: PerTest, groups: Groups | None) -> float:
+    """Compute the ``within_correlation``; NaN without groups."""
+    return float("nan") if groups is None else within_correlation(predicted, actual, groups.test)
+
+
+def beside_groups(groups: Groups | None, alone: float, within: float) -> str:
+    """Say what stands beside a delta correlation, as far as it is known: what groups alone have, and within them."""
+    if groups is None or np.isnan([alone, within]).all():
+        return ""
+    said = [] if np.isnan(alone) else [f"the edited {groups.name} alone has {alone:.3f}"]
+    said += [] if np.isnan(within) else [f"within each {groups.name} {within:.3f}"]
+    return f" ({', '.join(said)})"
 
 
 def described_edits(edits: Sequence[Edit]) -> str:

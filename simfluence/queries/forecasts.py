@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,22 @@ from simfluence._internal.types import Count
 from simfluence.curriculum import Curriculum
 from simfluence.edits import Edit
 from simfluence.errors import InvalidInput
+from simfluence.evaluation.groups import Groups
 from simfluence.evaluation.metrics import delta_correlation, hit_rate, relative_error, seed_share
-from simfluence.queries.forecast import Forecast, Verification, described_edits, share_within
+from simfluence.queries.forecast import (
+    Forecast,
+    Verification,
+    beside_groups,
+    described_edits,
+    group_correlation_of,
+    groups_in,
+    share_within,
+    within_correlation_of,
+)
 from simfluence.queries.retraining import retrained
 from simfluence.queries.tables import column_of
 from simfluence.recipe import Recipe
+from simfluence.recording.estimate import Seconds, break_even
 from simfluence.runs import Run
 from simfluence.simulators import Simulator
 from simfluence.task import Task
@@ -48,6 +59,7 @@ class Forecasts(Sequence[Forecast]):
         low, high: ends of the intervals of the final losses, if the simulator gives intervals.
         confidence: confidence of the intervals.
         task: task to train in ``verify``, if known.
+        simulate_seconds: time that it took to answer one question, on average, if known.
 
     >>> import simfluence as sf
     >>> runs = sf.Runs.from_arrays([[[0], [1], [0]]], [[[3.0], [2.0], [2.5], [1.5]]])
@@ -67,6 +79,17 @@ class Forecasts(Sequence[Forecast]):
     high: PerQuery | None
     confidence: float
     task: Task | None = field(default=None, repr=False)
+    simulate_seconds: float | None = None
+
+    @property
+    def fit_seconds(self) -> float | None:
+        """Time that it took to fit the simulator, if known."""
+        return getattr(self.simulator, "fit_seconds_", None)
+
+    @checked
+    def break_even(self, retrain_seconds: Seconds) -> float:
+        """Return from how many such questions on the simulator saves time; see ``Forecast.break_even``."""
+        return break_even(self.fit_seconds, self.simulate_seconds, retrain_seconds)
 
     @property
     def what_if(self) -> PerQuery:
@@ -146,11 +169,13 @@ class Forecasts(Sequence[Forecast]):
         task: Task | None = None,
         store: str | Path | None = None,
         seeds: Count = 1,
+        group: str | None = None,
     ) -> Verifications:
         """Retrain under every edited curriculum, many at a time; for arguments see ``Forecast.verify``."""
+        groups = groups_in(self.runs[0], task or self.task, group)
         after, noise = retrained(self.runs, self.curricula, task or self.task, recipe, store, seeds)
         final = np.array([[losses[-1] for losses in row] for row in after])
-        return Verifications(self, after, final, noise)
+        return Verifications(self, after, final, noise, groups)
 
     @checked
     def against(self, verifications: Verifications) -> Verifications:
@@ -200,6 +225,7 @@ class Verifications(Sequence[Verification]):
         final: final losses of the retrained runs, ``[queries, runs, test]``.
         seed_changes: change of the final losses for each seed, ``[queries, runs, seeds, test]``, if several were
             trained.
+        groups: groups of the examples, such as classes, if there are any.
 
     >>> import simfluence as sf
     >>> task = sf.tasks.digits(n_train=20, n_test=5)
@@ -215,6 +241,7 @@ class Verifications(Sequence[Verification]):
     losses: Sequence[Sequence[np.ndarray]]
     final: Float[np.ndarray, "queries runs test"]
     seed_changes: Float[np.ndarray, "queries runs seeds test"] | None = None
+    groups: Groups | None = None
 
     @property
     def actual_change(self) -> Float[np.ndarray, "queries runs test"]:
@@ -226,8 +253,9 @@ class Verifications(Sequence[Verification]):
         """How accurate the forecasts were: a row per query, and one for all.
 
         Columns: ``change`` and ``retrained`` (means over base runs and test examples); ``relative_error``, pooled over
-        both, below 1 if better than "nothing changes"; ``delta_correlation`` and ``hit_rate`` of the 10 most changed
-        test examples (means over base runs); ``coverage`` of the intervals; ``seed_share`` of the retrained change.
+        both, below 1 if better than "nothing changes"; ``delta_correlation``, beside it ``group_correlation`` and
+        ``within_correlation`` (see ``Verification``), and ``hit_rate`` of the 10 most changed test examples (means over
+        base runs, and for all over queries); ``coverage`` of the intervals; ``seed_share`` of the retrained change.
         """
         rows = {name: self._scores(slice(number, number + 1)) for number, name in enumerate(self.forecasts.queries)}
         return pd.DataFrame.from_dict(rows | {"all": self._scores(slice(None))}, orient="index").rename_axis("query")
@@ -240,10 +268,25 @@ class Verifications(Sequence[Verification]):
             "retrained": float(actual.mean()),
             "relative_error": relative_error(change, actual),
             "delta_correlation": _mean_of_known([delta_correlation(*pair) for pair in pairs]),
+            "group_correlation": _mean_of_known(self._group_correlations[rows].ravel()),
+            "within_correlation": _mean_of_known([within_correlation_of(*pair, self.groups) for pair in pairs]),
             "hit_rate": _mean_of_known([hit_rate(*pair) for pair in pairs]),
             "coverage": share_within(self.forecasts.low, self.forecasts.high, self.final, rows),
             "seed_share": float("nan") if self.seed_changes is None else seed_share(self.seed_changes[rows]),
         }
+
+    @cached_property
+    def _group_correlations(self) -> Float[np.ndarray, "queries runs"]:
+        asked = zip(self.forecasts.curricula, self.actual_change, strict=True)
+        return np.array(
+            [
+                [
+                    group_correlation_of(run.curriculum, edited, self.groups, change)
+                    for run, edited, change in zip(self.forecasts.runs, curricula, changes, strict=True)
+                ]
+                for curricula, changes in asked
+            ]
+        )
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -255,12 +298,13 @@ class Verifications(Sequence[Verification]):
 
     def summary(self) -> str:
         """Summarise in text how accurate the forecasts were."""
-        scores = self.table.loc["all"]
+        scores = self._scores(slice(None))
+        beside = beside_groups(self.groups, scores["group_correlation"], scores["within_correlation"])
         changes = f"{scores['retrained']:+.3f} (forecast {scores['change']:+.3f})"
         return (
             f"Retrained {len(self)} curricula: mean change {changes}, "
             f"error {scores['relative_error']:.1%} of saying 'no change', "
-            f"delta correlation {scores['delta_correlation']:.3f}"
+            f"delta correlation {scores['delta_correlation']:.3f}{beside}"
         )
 
     @checked
@@ -276,6 +320,8 @@ class Verifications(Sequence[Verification]):
 
         scores = self._scores(slice(None))
         metrics = {name.replace("_", " "): scores[name] for name in ("delta_correlation", "relative_error")}
+        within = scores["within_correlation"]
+        metrics |= {} if np.isnan(within) else {"within groups": within}
         predicted, actual = (part.reshape(len(part), -1) for part in (self.forecasts.change, self.actual_change))
         title, names = title or _about(self.forecasts), list(self.forecasts.queries)
         return plots.scatter(predicted, actual, ax, title, metrics=metrics, groups=names)
@@ -298,7 +344,7 @@ class Verifications(Sequence[Verification]):
         forecast = self.forecasts[index]
         query, run = divmod(index % len(self), len(self.forecasts.runs))
         changes = None if self.seed_changes is None else self.seed_changes[query, run]
-        return Verification(forecast, self.losses[query][run], changes)
+        return Verification(forecast, self.losses[query][run], changes, self.groups)
 
 
 def _about(forecasts: Forecasts) -> str:
@@ -316,6 +362,6 @@ def _plot_changes(forecasts: Forecasts, actual: np.ndarray | None, ax: Any, titl
     return plots.changes(list(forecasts.queries), predicted, retrained, ax, title or _about(forecasts))
 
 
-def _mean_of_known(values: Sequence[float]) -> float:
+def _mean_of_known(values: Iterable[float]) -> float:
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")

@@ -6,6 +6,7 @@ forecasts = what_if(simulator, runs, {"no 3": Remove("label == 3"), …})   many
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
@@ -104,6 +105,7 @@ def _forecasts(
     task: Task | None,
 ) -> Forecasts:
     edited = [[_applied(name, edits, run, task) for run in runs] for name, edits in queries.items()]
+    start = time.perf_counter()
     base, change, ends = [], [], []
     for number, run in enumerate(runs):
         curricula = [row[number] for row in edited]
@@ -112,7 +114,10 @@ def _forecasts(
         if simulator.gives_intervals:
             ends.append(_final_intervals(simulator, curricula, run.initial_losses, confidence))
     low, high = np.stack(ends, axis=2) if ends else (None, None)
-    return Forecasts(simulator, runs, queries, edited, np.stack(base), np.stack(change, 1), low, high, confidence, task)
+    seconds = (time.perf_counter() - start) / (len(queries) * len(runs))
+    return Forecasts(
+        simulator, runs, queries, edited, np.stack(base), np.stack(change, 1), low, high, confidence, task, seconds
+    )
 
 
 def _final_intervals(

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from simfluence._internal.deprecation import with_old_columns
 from simfluence._internal.types import RunLosses
+from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
 from simfluence.runs import Run
@@ -46,6 +48,25 @@ def column_of(examples: Examples | None, name: str, side: str) -> pd.Series:
     if examples is None:
         raise InvalidInput(f"this run has no metadata for its {side} examples; pass task= to look up {name!r}")
     return pd.Series(examples.column(name), name=name)
+
+
+def taken_by(edited: Curriculum, base: Curriculum) -> Float[np.ndarray, " train"]:
+    """Count the showings of each training example that an edit takes away from the base; negative where it adds some.
+
+    Of an edit that only moves showings, return instead how many steps earlier, in sum, each example is shown.
+    """
+    fewer, earlier = _exposure(base) - _exposure(edited)
+    taken: np.ndarray = fewer if fewer.any() else earlier
+    return taken
+
+
+def _exposure(curriculum: Curriculum) -> Float[np.ndarray, "2 train"]:
+    """Return how often each training example is shown, and the sum of the steps at which it is."""
+    steps = np.repeat(np.arange(len(curriculum)), curriculum.sizes)
+    shown, times = (
+        np.bincount(curriculum.indices, weights, curriculum.n_train) for weights in (np.ones(len(steps)), steps)
+    )
+    return np.stack([shown, times])
 
 
 def tidy(columns: Mapping[str, RunLosses]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Estimate of the time, disk and memory of a recording, from a few measured steps."""
+"""Estimate of the time, disk and memory of a recording, from a few measured steps; and when to retrain instead."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge
 
 from simfluence._internal.checked import checked
 from simfluence._internal.deprecation import warn_renamed
@@ -26,7 +28,9 @@ from simfluence.recording.trials import check_before_training
 from simfluence.storage.store import RunStore
 from simfluence.task import Task
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "Seconds", "break_even", "estimate"]
+
+Seconds = Annotated[float, Ge(0)]
 
 _WARM_UP = 2  # steps before measuring
 _PARQUET_OVERHEAD = 6_000  # bytes of schema, metadata and page headers of a run file
@@ -57,6 +61,11 @@ class Estimate:
     memory: int
 
     @property
+    def seconds_per_run(self) -> float:
+        """Time of one training, as many at once as will be; NaN if there is nothing to record."""
+        return self.seconds / self.runs if self.runs else float("nan")
+
+    @property
     def there(self) -> int:
         """Old name of ``already_recorded``."""
         warn_renamed("Estimate.there", "Estimate.already_recorded")
@@ -65,10 +74,31 @@ class Estimate:
     def __str__(self) -> str:
         engines = ", ".join(f"{count} by {name}" for name, count in self.engines.items()) or "none"
         memory = size_of(self.memory) if self.memory else "unknown on this system"
+        a_run = f"\nA run takes {duration(self.seconds_per_run)} to train: where a forecast takes longer, retrain."
         return (
             f"{self.runs} runs to record ({engines}), {self.already_recorded} recorded already\n"
-            f"time    about {_duration(self.seconds)}\ndisk    about {size_of(self.disk)}\nmemory  about {memory}"
+            f"time    about {duration(self.seconds)}\ndisk    about {size_of(self.disk)}\nmemory  about {memory}"
+            f"{a_run if self.runs else ''}"
         )
+
+
+@checked
+def break_even(fit: Seconds | None, simulate: Seconds | None, retrain: Seconds) -> float:
+    """Compute how many questions a fitted simulator must answer before it has saved time: fit / (retrain − simulate).
+
+    Args:
+        fit, simulate, retrain: seconds to fit the simulator, to answer one question with it, and to answer it by
+            retraining.
+
+    Returns:
+        Infinity if retraining is cheaper, so that it never pays off; else NaN if a time is not known.
+
+    >>> break_even(fit=30.0, simulate=0.5, retrain=2.0), break_even(fit=30.0, simulate=0.5, retrain=0.02)
+    (20.0, inf)
+    """
+    if simulate is not None and simulate >= retrain:
+        return float("inf")
+    return float("nan") if fit is None or simulate is None else fit / (retrain - simulate)
 
 
 @checked
@@ -170,7 +200,10 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words, such as "0.02 s" or "3.5 h"."""
+    if seconds < 1:
+        return f"{seconds:.1g} s"
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -174,7 +174,8 @@ class Simulator(BaseEstimator, ABC):
     def score(self, runs: Runs | Sequence[Run], y: Any = None) -> float:
         """Return the skill on other runs: 1 − SSE(simulated) / SSE(mean trajectory of the fitting runs).
 
-        Sums go over the runs, the steps after time 0 and the test examples. ``evaluate`` gives intervals too.
+        Sums go over the runs, the steps after time 0 and the test examples, but not beyond the longest fitting run, where
+        there is no mean trajectory. ``evaluate`` gives intervals too.
 
         Args:
             runs: held-out runs. Those that the simulator was fitted on are left out, with a warning.
@@ -190,9 +191,9 @@ class Simulator(BaseEstimator, ABC):
             raise InvalidInput(
                 "an older version fitted this simulator, without the mean trajectory to compare with: fit it again"
             )
-        times = np.minimum(np.arange(simulated.shape[1]), len(self.baseline_) - 1)
-        true = held_out.losses.astype(np.float64)
-        error, baseline = (np.nansum(((losses - true) ** 2)[:, 1:]) for losses in (simulated, self.baseline_[times]))
+        known = slice(1, min(simulated.shape[1], len(self.baseline_)))
+        true = held_out.losses.astype(np.float64)[:, known]
+        error, baseline = (np.nansum((losses - true) ** 2) for losses in (simulated[:, known], self.baseline_[known]))
         return float(1 - error / baseline) if baseline > 0 else float("nan")
 
     @checked
