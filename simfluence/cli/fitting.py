@@ -27,6 +27,7 @@ from simfluence.cli.options import (
     ready_made_task,
     simulator_class,
     unfitted,
+    usual_held_out,
     with_intervals,
 )
 from simfluence.cli.text import complain, say
@@ -74,7 +75,7 @@ def fit(
     out: Annotated[Path, typer.Option(help="File for the fitted simulator (.safetensors).")],
     simulator: Named = "best",
     parameters: Parameters = None,
-    held_out: HeldOut = 8,
+    held_out: HeldOut = None,
     seed: Seed = 0,
     intervals: Intervals = False,
     task: OwnTask = None,
@@ -95,7 +96,7 @@ def evaluate(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of recorded runs.")],
     simulator: Annotated[list[str] | None, typer.Option(help=f"{SIMULATOR_FORMS}; repeatable; by default all.")] = None,
     parameters: Parameters = None,
-    held_out: HeldOut = 8,
+    held_out: HeldOut = None,
     seed: Seed = 0,
     metric: Annotated[list[str] | None, typer.Option(help="Metric; repeatable; by default all.")] = None,
     intervals: Intervals = False,
@@ -116,7 +117,7 @@ def evaluate(
     from simfluence.evaluation.held_out import evaluate as evaluate_simulators
     from simfluence.storage.store import RunStore
 
-    splits = {str(store): RunStore(store).load().split(held_out, seed) for store in stores}
+    splits = {str(store): opened_and_split(store, held_out, seed)[1:] for store in stores}
     tables = {}
     for store, (part, held) in splits.items():
         opened, interval_seed = RunStore(store), seed if intervals else None
@@ -151,7 +152,7 @@ def tune(
     trials: Annotated[int, typer.Option(help="Number of candidates to try.")] = 20,
     parameters: Parameters = None,
     folds: Annotated[int, typer.Option(help="Number of cross-validation folds.")] = 4,
-    held_out: HeldOut = 8,
+    held_out: HeldOut = None,
     seed: Seed = 0,
     storage: Annotated[Path | None, typer.Option(help="SQLite file to store trials in, and resume from.")] = None,
     task: OwnTask = None,
@@ -194,7 +195,7 @@ def learning_curve(
     simulator: Named = "best",
     parameters: Parameters = None,
     repeats: Annotated[int, typer.Option(help="Number of random sets of fitting runs of each size.")] = 5,
-    held_out: HeldOut = 8,
+    held_out: HeldOut = None,
     seed: Seed = 0,
     task: OwnTask = None,
     plot: Plot = None,
@@ -210,7 +211,8 @@ def learning_curve(
     opened, chosen = RunStore(store), simulator_class(simulator)()
     task_parameter = {"task": built_task(opened, task)} if chosen.needs_task else {}
     chosen = chosen.with_parameters(**parsed(parameters), **task_parameter)
-    table = curve(chosen, opened.load(), held_out=held_out, repeats=repeats, seed=seed)
+    runs = opened.load()
+    table = curve(chosen, runs, held_out=held_out or usual_held_out(runs), repeats=repeats, seed=seed)
     if plot:
         draw(plot, lambda ax: plots.learning_curve(table, ax, f"{plots.heading(table)}, {chosen.name}"))
     if as_json:

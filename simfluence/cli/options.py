@@ -47,6 +47,7 @@ __all__ = [
     "simulator_class",
     "target",
     "unfitted",
+    "usual_held_out",
     "with_intervals",
 ]
 
@@ -70,7 +71,9 @@ METHOD_NAMES = (
 SIMULATOR_FORMS = "Name, package.module:Class, FILE, or package.module:Class=FILE for a file of your own class"
 StorePath = Annotated[Path, typer.Argument(help="Folder of recorded runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-HeldOut = Annotated[int, typer.Option(help="Number of runs to hold out from fitting.")]
+HeldOut = Annotated[
+    int | None, typer.Option(help="Number of runs to hold out from fitting; by default a quarter, at most 8.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the split into fitting and held-out runs.")]
 Parameters = Annotated[list[str] | None, typer.Option("--set", help="A simulator's parameter: l2=10, prior=zero, …")]
 Intervals = Annotated[bool, typer.Option("--intervals", help="Fit intervals too, which takes 15 times as long.")]
@@ -211,12 +214,18 @@ def fitted_all(
     return fitted
 
 
-def opened_and_split(store: Path, held_out: int, seed: int) -> tuple[RunStore, Runs, Runs]:
+def opened_and_split(store: Path, held_out: int | None, seed: int) -> tuple[RunStore, Runs, Runs]:
     """Open a store, and split its runs into fitting and held-out runs."""
     from simfluence.storage.store import RunStore
 
     opened = RunStore(store)
-    return opened, *opened.load().split(held_out, seed)
+    runs = opened.load()
+    return opened, *runs.split(usual_held_out(runs) if held_out is None else held_out, seed)
+
+
+def usual_held_out(runs: Runs) -> int:
+    """Return how many runs are held out if nothing is said: a quarter, at least 1 and at most 8."""
+    return min(8, max(1, len(runs) // 4))
 
 
 def parsed(parameters: list[str] | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -64,12 +65,12 @@ def what_if(
     then: Annotated[str | None, typer.Option(help="Show these after --first: a filter, rows:… or ids:….")] = None,
     fill: Annotated[str, typer.Option(help="How to fill removed slots: shrink, repack or resample.")] = "shrink",
     spec: Annotated[Path | None, typer.Option(help="YAML file of queries, instead of these edits.")] = None,
-    simulator: NameOrFile = "linear",
+    simulator: NameOrFile = "best",
     parameters: Parameters = None,
     intervals: Intervals = False,
     run: BaseRun = None,
     bases: Annotated[int, typer.Option(help="Number of held-out runs to edit, without --run.")] = 1,
-    held_out: HeldOut = 8,
+    held_out: HeldOut = None,
     seed: Seed = 0,
     verify: Annotated[bool, typer.Option(help="Retrain to confirm; STORE keeps the retrained runs.")] = False,
     seeds: Annotated[int, typer.Option(help="For --verify: number of seeds, to measure their noise.")] = 1,
@@ -139,10 +140,10 @@ def _costs(forecast: Forecast | Forecasts, task: Task, recipe: Recipe) -> str:
 
 def leave_one_out(
     store: StorePath,
-    simulator: NameOrFile = "linear",
+    simulator: NameOrFile = "best",
     parameters: Parameters = None,
     run: BaseRun = None,
-    held_out: HeldOut = 8,
+    held_out: HeldOut = None,
     seed: Seed = 0,
     test: TestTarget = None,
     by: Annotated[str | None, typer.Option(help="Leave out groups: a column of the training examples.")] = None,
@@ -215,11 +216,11 @@ def removal(
     test: TestTarget = None,
     exact: Annotated[bool, typer.Option(help="Find a proven optimum; for --simulator additive.")] = False,
     fill: Annotated[str, typer.Option(help="For --where and --by: shrink, repack or resample.")] = "shrink",
-    simulator: NameOrFile = "linear",
+    simulator: NameOrFile = "best",
     parameters: Parameters = None,
     intervals: Intervals = False,
     run: BaseRun = None,
-    held_out: HeldOut = 8,
+    held_out: HeldOut = None,
     seed: Seed = 0,
     task: OwnTask = None,
     out: Out = None,
@@ -306,6 +307,9 @@ class _Answer:
         if forecast.run.test is not None:
             answer["test"] = forecast.run.test.ids
         answer |= {"final_loss": final, "change": forecast.change.tolist()}
+        if forecast.judgement:
+            judged = forecast.judgement
+            answer["judgement"] = dataclasses.asdict(judged) | {"trusted": judged.trusted, "doubts": judged.doubts}
         if self.verified:
             names = (
                 "final_mse", "delta_correlation", "group_correlation", "within_correlation", "relative_error",

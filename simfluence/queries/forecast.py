@@ -32,6 +32,7 @@ from simfluence.evaluation.metrics import (
     within_correlation,
 )
 from simfluence.examples import Examples
+from simfluence.queries.judgement import Judgement
 from simfluence.queries.retraining import retrained
 from simfluence.queries.tables import column_of, described, taken_by, tidy
 from simfluence.recipe import Recipe
@@ -62,6 +63,7 @@ class Forecast:
         low, high: ends of the interval of each loss in ``what_if``, if the simulator gives intervals.
         task: task to train in ``verify``, if known.
         seen: whether the simulator was fitted on the base run; None if it does not know.
+        judgement: how far the forecast of the mean change can be trusted.
         simulate_seconds, fit_seconds: time that it took to simulate, and to fit the simulator, if known.
 
     >>> import simfluence as sf
@@ -84,6 +86,7 @@ class Forecast:
     seen: bool | None = None
     simulate_seconds: float | None = None
     fit_seconds: float | None = None
+    judgement: Judgement | None = None
 
     @classmethod
     def of(
@@ -114,6 +117,7 @@ class Forecast:
             simulator.was_fitted_on(run),
             seconds,
             getattr(simulator, "fit_seconds_", None),
+            Judgement.of(simulator, base[run.steps], changed[len(edited)], len(edited)),
         )
 
     @property
@@ -181,6 +185,7 @@ class Forecast:
             f"Base run {self.run.id}: {_extent(self.run.curriculum)}; edited: {_extent(self.curriculum)}.",
         ]
         lines += [SEEN] if self.seen else []
+        lines += [str(self.judgement)] if self.judgement and not self.changes_nothing else []
         rises, falls = int((self.change > 0).sum()), int((self.change < 0).sum())
         lines.append(f"Of {len(self.change)} test examples {rises} rise and {falls} fall.")
         for index, row in self.ranking().head(3).iterrows():
@@ -204,7 +209,9 @@ class Forecast:
 
     def _repr_html_(self) -> str:
         question, _, answer = str(self).partition("? ")
-        return card(f"{question}?", {self.run.task_name or "forecast": answer}, picture(self.plot))
+        facts = {self.run.task_name or "forecast": answer}
+        facts |= {"judgement": str(self.judgement)} if self.judgement and not self.changes_nothing else {}
+        return card(f"{question}?", facts, picture(self.plot))
 
     @checked
     def to_parquet(self, path: str | Path) -> None:
@@ -453,11 +460,17 @@ def _plot_fan(forecast: Forecast, actual: np.ndarray | None, ax: Any, title: str
     noun = "test example" if len(chosen) == 1 else "test examples"
     return plots.fan(
         {name: part[:, chosen].astype(np.float64).mean(1) for name, part in losses.items()}, ax,
-        title or f"{_question(forecast)} {'Mean of ' if len(chosen) > 1 else ''}{len(chosen)} {noun}",
+        title or f"{_question(forecast)}{_mark(forecast)} {'Mean of ' if len(chosen) > 1 else ''}{len(chosen)} {noun}",
         interval=interval,
         ylabel="test loss" if len(chosen) == 1 else "mean test loss",
         interval_name="interval of the forecast" if len(chosen) == 1 else "intervals, averaged",
     )  # fmt: skip
+
+
+def _mark(forecast: Forecast) -> str:
+    """Return the mark of a forecast that is not to be trusted, for pictures."""
+    doubted = forecast.judgement is not None and not forecast.judgement.trusted and not forecast.changes_nothing
+    return " (forecast not to be trusted)" if doubted else ""
 
 
 def _extent(curriculum: Curriculum) -> str:

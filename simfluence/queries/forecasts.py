@@ -32,6 +32,7 @@ from simfluence.queries.forecast import (
     share_within,
     within_correlation_of,
 )
+from simfluence.queries.judgement import Judgement
 from simfluence.queries.retraining import retrained
 from simfluence.queries.tables import column_of
 from simfluence.recipe import Recipe
@@ -98,6 +99,23 @@ class Forecasts(Sequence[Forecast]):
         return final
 
     @cached_property
+    def judgements(self) -> pd.DataFrame:
+        """How far each forecast of a mean change can be trusted: a row per query and base run, indexed by both.
+
+        Columns: change, error, distance, trusted and doubts (text, empty if trusted); see ``Judgement``.
+        """
+        names = list(self.queries)
+        rows = []
+        for query, run in np.ndindex(len(names), len(self.runs)):
+            steps = len(self.curricula[query][run])
+            judged = Judgement.of(self.simulator, self.base[run], self.what_if[query, run], steps)
+            named = {"query": names[query], "run": self.runs[run].id, "change": judged.change, "error": judged.error}
+            rows.append(
+                named | {"distance": judged.distance, "trusted": judged.trusted, "doubts": "; ".join(judged.doubts)}
+            )
+        return pd.DataFrame(rows).set_index(["query", "run"])
+
+    @cached_property
     def frame(self) -> pd.DataFrame:
         """Tidy: a row per query, base run and test example; columns query, run, test, base, what_if, change and, if
         the simulator gives intervals, low and high."""
@@ -128,10 +146,12 @@ class Forecasts(Sequence[Forecast]):
         return table.T.groupby(values.to_numpy()).mean().T.rename_axis(columns=column)
 
     def ranking(self) -> pd.DataFrame:
-        """The queries, from the one that raises the mean final loss most: columns change, base, what_if, edits and
-        unchanged_runs (the number of base runs that the query does not change)."""
+        """The queries, from the one that raises the mean final loss most: columns change, base, what_if,
+        trusted_runs (the number of base runs of which the forecast is trusted), edits and unchanged_runs (the number of
+        base runs that the query does not change)."""
         same = [sum(c == run.curriculum for c, run in zip(row, self.runs, strict=True)) for row in self.curricula]
         means = {"change": self.change.mean((1, 2)), "base": self.base.mean(), "what_if": self.what_if.mean((1, 2))}
+        means["trusted_runs"] = self.judgements["trusted"].to_numpy().reshape(len(self.queries), -1).sum(axis=1)
         edits = [described_edits(edits) for edits in self.queries.values()]
         table = pd.DataFrame(means | {"edits": edits, "unchanged_runs": same}, pd.Index(self.queries, name="query"))
         return table.sort_values("change", ascending=False, kind="stable")
@@ -143,8 +163,9 @@ class Forecasts(Sequence[Forecast]):
         noted = f" The simulator was fitted on {seen} of these base runs." if seen else ""
         lines = [f"{counts}.{noted} Mean final loss {self.base.mean():.3f}; by query:"]
         for name, row in self.ranking().iterrows():
-            nothing = " (nothing changes)" if row["unchanged_runs"] == len(self.runs) else ""
-            lines.append(f"  {name}: {row['change']:+.3f}{nothing}")
+            noted = f", trusted on {row['trusted_runs']} of {len(self.runs)} runs" if self.simulator.trust else ""
+            noted = " (nothing changes)" if row["unchanged_runs"] == len(self.runs) else noted
+            lines.append(f"  {name}: {row['change']:+.3f}{noted}")
         return "\n".join(lines)
 
     @checked
@@ -355,11 +376,16 @@ def _about(forecasts: Forecasts) -> str:
 
 
 def _plot_changes(forecasts: Forecasts, actual: np.ndarray | None, ax: Any, title: str) -> Any:
-    """Plot the mean change by query."""
+    """Plot the mean change by query; a question mark is beside those that are not to be trusted."""
     from simfluence import plots
 
     predicted, retrained = forecasts.change.mean((1, 2)), None if actual is None else actual.mean((1, 2))
-    return plots.changes(list(forecasts.queries), predicted, retrained, ax, title or _about(forecasts))
+    doubted: set[str] = set()
+    if forecasts.simulator.trust:
+        table = forecasts.judgements.reset_index()
+        doubted = set(table.loc[~table["trusted"], "query"])
+    names = [f"{name} (?)" if name in doubted else name for name in forecasts.queries]
+    return plots.changes(names, predicted, retrained, ax, title or _about(forecasts))
 
 
 def _mean_of_known(values: Iterable[float]) -> float:

@@ -174,8 +174,8 @@ class Simulator(BaseEstimator, ABC):
     def score(self, runs: Runs | Sequence[Run], y: Any = None) -> float:
         """Return the skill on other runs: 1 − SSE(simulated) / SSE(mean trajectory of the fitting runs).
 
-        Sums go over the runs, the steps after time 0 and the test examples, but not beyond the longest fitting run, where
-        there is no mean trajectory. ``evaluate`` gives intervals too.
+        Sums go over the runs, the steps after time 0 and the test examples, but not beyond the longest fitting run,
+        where there is no mean trajectory. ``evaluate`` gives intervals too.
 
         Args:
             runs: held-out runs. Those that the simulator was fitted on are left out, with a warning.

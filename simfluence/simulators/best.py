@@ -24,6 +24,7 @@ from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.markov.simulators import LinearSimulator
 from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.stacking import stacking_weights
+from simfluence.simulators.tangent.cost import reference_operations
 from simfluence.simulators.tangent.simulator import TangentKernelSimulator
 from simfluence.simulators.trust import Trust
 from simfluence.task import Task
@@ -31,6 +32,7 @@ from simfluence.task import Task
 __all__ = ["BestSimulator"]
 
 _LEAST_WEIGHT = 1e-3  # members with less at every time are left out
+_MOST_OPERATIONS = 3e13  # of the tangent kernel's references: a few minutes of a processor
 
 
 class BestSimulator(Simulator):
@@ -150,11 +152,27 @@ class BestSimulator(Simulator):
     def _fit(self, runs: Runs) -> None:
         self.left_out_: dict[str, str] = {}
         self.mean_ = mean_trajectory(runs)
-        candidates = _candidates(self.task, runs) if self.members is None else list(self.members)
+        candidates = self._candidates(runs) if self.members is None else list(self.members)
         if len(set(runs.ids)) == 1:
             self._fit_first(candidates, runs)
         else:
             self._fit_stack(candidates, runs)
+
+    def _candidates(self, runs: Runs) -> list[Simulator]:
+        """Return the simulators to try, those before that need fewer runs; say why one is too dear to be tried."""
+        usual, recipe = TangentKernelSimulator(self.task), runs[0].recipe
+        others: list[Simulator] = [BoostedSimulator(), LinearSimulator(around="mean", l2="auto")]
+        if self.task is None or recipe is None:
+            return others
+        operations = reference_operations(self.task, recipe, usual.n_features, usual.n_checkpoints)
+        affordable = int(_MOST_OPERATIONS // max(operations, 1.0))
+        if not affordable:
+            self.left_out_[usual.name] = (
+                f"its kernels take {operations:.0e} operations, which is many minutes: to try it all the same, pass "
+                "members=[TangentKernelSimulator(task, n_references=1), …]"
+            )
+            return others
+        return [usual.with_parameters(n_references=min(usual.n_references, affordable)), *others]
 
     def _fit_first(self, candidates: Sequence[Simulator], runs: Runs) -> None:
         """Take the first simulator that can be fitted on a single run."""
@@ -318,9 +336,3 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     shape = np.broadcast_shapes(part.shape, whole.shape)
     ratio: np.ndarray = np.divide(part, whole, out=np.zeros(shape), where=np.broadcast_to(whole > 0, shape))
     return ratio
-
-
-def _candidates(task: Task | None, runs: Runs) -> list[Simulator]:
-    """Return the simulators to try, those before that need fewer runs."""
-    with_task: list[Simulator] = [] if task is None else [TangentKernelSimulator(task)]
-    return [*with_task, BoostedSimulator(), LinearSimulator(around="mean", l2="auto")]
