@@ -144,12 +144,15 @@ class Examples:
             raise FilterError(f"filter {text!r} matches none of the {len(self)} examples. Columns: {self._columns()}")
         return indices
 
+    @cached_property
+    def _row_of_id(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.ids)}
+
     def _indices_of(self, ids: Any) -> Indices:
-        position = {name: index for index, name in enumerate(self.ids)}
-        unknown = [name for name in ids if name not in position]
+        unknown = [name for name in ids if name not in self._row_of_id]
         if unknown:
             raise InvalidInput(f"no example {unknown[0]!r}, {did_you_mean(unknown[0], self.ids[:1000])[:200]}")
-        return np.array([position[name] for name in ids])
+        return np.array([self._row_of_id[name] for name in ids])
 
     def _columns(self) -> str:
         return "; ".join(f"{name} ({_first_values(self.table[name])})" for name in self.table.columns)

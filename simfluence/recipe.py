@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Interval
 from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,8 @@ from simfluence._internal.spec import Spec
 from simfluence.errors import did_you_mean
 
 __all__ = ["Recipe"]
+
+_MOST_STEPS = 10_000_000  # each is computed by itself
 
 NonNegative = Annotated[float, Field(ge=0)]
 Scalar = bool | int | float | str | None
@@ -99,7 +101,7 @@ class Recipe(Spec):
         return build(parameters, lr=self.lr, **self._arguments())
 
     @checked
-    def learning_rates(self, steps: Annotated[int, Ge(0)]) -> Float[np.ndarray, " steps"]:
+    def learning_rates(self, steps: Annotated[int, Interval(ge=0, le=_MOST_STEPS)]) -> Float[np.ndarray, " steps"]:
         """Compute the learning rate of each step."""
         return self.lr * np.array([self._factor(step) for step in range(steps)])
 

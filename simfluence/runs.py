@@ -50,7 +50,7 @@ class Run:
         engine: engine that trained the run, if known.
 
     Raises:
-        InvalidInput: the losses do not have ``steps + 1`` rows.
+        InvalidInput: the losses do not have ``steps + 1`` rows, or another array does not have the shape given above.
 
     >>> run = Run("a", Curriculum([[0, 1], [2]]), np.ones((3, 5)))
     >>> run.steps, run.initial_losses.shape, run.diverged
@@ -79,6 +79,15 @@ class Run:
                 f"run {self.id}: {len(self.curriculum)} steps need {len(self.curriculum) + 1} rows of losses "
                 f"(the first before any update), got {self.losses.shape[0]}"
             )
+        shapes = {"learning_rates": (self.learning_rates, (self.steps,))}
+        shapes |= {"recorded": (self.recorded, self.losses.shape[:1])}
+        shapes |= {f"measure {name!r}": (values, self.losses.shape) for name, values in self.measures.items()}
+        for name, (values, shape) in shapes.items():
+            if values is not None and values.shape != shape:
+                raise InvalidInput(
+                    f"run {self.id}: {name} must have the shape {list(shape)}, as its losses are "
+                    f"{list(self.losses.shape)}; got {list(values.shape)}"
+                )
 
     @property
     def initial_losses(self) -> Float[np.ndarray, " test"]:

@@ -167,6 +167,7 @@ class ExplicitCurricula(CurriculaSpec):
     curricula: tuple[tuple[tuple[int, ...], ...], ...] = Field(min_length=1)
 
     @classmethod
+    @checked
     def of(cls, curricula: Sequence[Curriculum]) -> ExplicitCurricula:
         return cls(curricula=[curriculum.tolist() for curriculum in curricula])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import hypothesis
@@ -9,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from jaxtyping import install_import_hook
+import typechecking
 from torch import nn
 
-install_import_hook("simfluence", "typechecking.check")
+typechecking.install()
 
 import simfluence as sf  # noqa: E402 (after its hook)
 
@@ -63,10 +64,17 @@ def runs(task, recipe, curricula) -> sf.Runs:
     return sf.record(task, recipe, curricula)
 
 
+@pytest.fixture(scope="session")
+def _recorded(task, recipe, curricula, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded") / "store"
+    sf.record(task, recipe, curricula, folder)
+    return folder
+
+
 @pytest.fixture
-def store(task, recipe, curricula, tmp_path) -> sf.RunStore:
-    sf.record(task, recipe, curricula, tmp_path / "store")
-    return sf.RunStore(tmp_path / "store")
+def store(_recorded, tmp_path) -> sf.RunStore:
+    """A store of the runs, of the test's own."""
+    return sf.RunStore(shutil.copytree(_recorded, tmp_path / "store"))
 
 
 class KnownProcess:

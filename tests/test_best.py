@@ -225,7 +225,7 @@ def test_forecasts_stop_at_ten_times_the_largest_loss(runs):
     [
         (0.5, 0.04, 1.0, "Trusted: the change is right to within 0.04"),
         (0.1, 0.06, 1.0, "Not to be trusted: the error may be 60 % of the change"),
-        (0.5, float("nan"), 1.0, "its error is not known: fit with cross_fit"),
+        (0.5, float("nan"), 1.0, "Its error is not known"),
         (0.0, 0.1, 1.0, "many times"),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_forecast_is_judged_by_errors_of_held_out_differences(best, runs):
     size = np.sqrt((edited**2).mean())
     assert judgement.change == pytest.approx(0.1)
     assert judgement.error == pytest.approx(best.trust.change_error * size)
-    assert judgement.distance == pytest.approx(size / np.sqrt(best.spread_[-1]))
+    assert judgement.distance == pytest.approx(size / np.sqrt(best.spread_of_runs_[-1]))
     far = Judgement.of(best, mean, mean + 100 * edited, 20)
     assert far.error > 100 * judgement.error  # errors grow faster than changes there
     assert far.ran_away or far.distance > 3
@@ -256,7 +256,8 @@ def test_bad_parameters_are_refused():
     ):
         with pytest.raises(InvalidInput, match=said):
             sf.BestSimulator(**parameters).fit(made_runs(4))
-    for parameters, said in (({"members": ["linear"]}, "members must be a list"), ({"task": "x"}, "task must be a Task")):
+    wrong = {"members must be a list": {"members": ["linear"]}, "task must be a Task": {"task": "digits"}}
+    for said, parameters in wrong.items():
         with pytest.raises(InvalidInput, match=said):
             sf.BestSimulator().set_params(**parameters).fit(made_runs(4))
 

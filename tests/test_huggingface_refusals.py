@@ -47,6 +47,16 @@ def test_what_is_said_when_something_is_missing(models, folders, tmp_path, monke
     wrong = [{"prompt": "a", "choices": ["b", "c"], "answer": 2}]
     with pytest.raises(InvalidInput, match="answer 2 of row 0 is not the number of a choice, 0 to 1"):
         sf.tasks.multiple_choice(models["gpt2"], wrong, wrong)
+    letters = [{"prompt": "a", "choices": "bc", "answer": 0}]
+    with pytest.raises(InvalidInput, match="column 'choices' must have a list of choices in row 0, got 'bc'"):
+        sf.tasks.multiple_choice(models["gpt2"], letters, letters)
+    number = [{"text": "the dog", "said": "ran"}, {"text": 3, "said": "ran"}]
+    for kind in ("gpt2", "t5"):
+        with pytest.raises(InvalidInput, match="row 1 must have text, got 3"):
+            sf.tasks.language_modelling(models[kind], number, number, prompt="text", target="said")
+    for label in (3, ["dog"]):
+        with pytest.raises(InvalidInput, match="the labels in column 'label' must be all texts or all numbers"):
+            classified(models, [{"text": "a", "label": label}, *LABELLED[1:]])
     with pytest.raises(InvalidInput, match="no column 'choice1'"):
         sf.tasks.copa(model=models["gpt2"], source=folders["rte"])
     with pytest.raises(InvalidInput, match=r"needs a file train\.jsonl"):

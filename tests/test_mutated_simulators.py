@@ -43,6 +43,7 @@ VALUES = [
 pytestmark = [
     pytest.mark.filterwarnings("ignore::simfluence.errors.UnseenWarning"),
     pytest.mark.filterwarnings("ignore::simfluence.errors.BeyondReferenceWarning"),
+    pytest.mark.filterwarnings("ignore::simfluence.errors.RunawayWarning"),
     pytest.mark.filterwarnings("ignore:overflow|invalid value|divide by zero|All-NaN:RuntimeWarning"),
 ]
 
@@ -165,3 +166,16 @@ def test_flipped_bytes_are_noticed(name, files, tmp_path):
     for wrong in (tmp_path, tmp_path / "none" / "file"):
         with pytest.raises(StoreError, match=str(wrong)):
             sf.Simulator.load(wrong)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_files_with_a_number_that_is_not_finite_are_refused(name, files, tmp_path):
+    about, arrays = read(files[name])
+    numbers = {key for key, array in arrays.items() if array.dtype.kind == "f" and array.size }
+    for key in numbers:
+        for wrong in (np.nan, np.inf, -np.inf):
+            changed = arrays[key].copy()
+            changed.flat[-1] = wrong
+            write(tmp_path / "changed.safetensors", about, arrays | {key: changed})
+            with pytest.raises(StoreError, match="has a NaN or an infinity"):
+                sf.Simulator.load(tmp_path / "changed.safetensors")

@@ -115,7 +115,9 @@ def test_the_fan(verified, ax):
     assert labels(ax)[0] == "intervals, averaged"
     ends = forecast.low.mean(1).min(), forecast.high.mean(1).max()
     assert np.allclose(ax.collections[0].get_datalim(ax.transData).intervaly, ends)
-    assert ax.get_title() == "small: what if we remove examples where group == 'a'? Mean of 5 test examples"
+    assert ax.get_title() == (
+        "small: what if we remove examples where group == 'a'? (forecast not to be trusted) Mean of 5 test examples"
+    )
 
 
 def test_the_fan_of_one_test_example_without_intervals(task, runs, simulators, ax):

@@ -37,6 +37,7 @@ def test_forecasts_of_removals(linear, runs):
     assert np.allclose(many.change[0, 1], sf.what_if(linear, runs[1], sf.Remove("group == 'a'")).change)
 
 
+@pytest.mark.filterwarnings("ignore::simfluence.errors.RunawayWarning")  # additive effects have no floor
 @pytest.mark.parametrize("test", [2, [0, 3]])
 @pytest.mark.parametrize("run", [0, 3])
 def test_the_smallest_removal_is_proved(additive, runs, test, run):
@@ -62,6 +63,7 @@ def test_the_smallest_removal_is_proved(additive, runs, test, run):
         assert len(greedy.examples) >= size
 
 
+@pytest.mark.filterwarnings("ignore::simfluence.errors.RunawayWarning")  # additive effects have no floor
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_the_best_removal_is_proved(additive, runs, k):
     every = {some: loss for size in range(k + 1) for some, loss in by_brute_force(additive, runs[0], [1], size).items()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -52,6 +53,20 @@ def test_shorter_runs_are_padded_with_nan():
     assert np.isnan(runs.losses[1, 2]).all()
     assert runs.losses[1, 1].tolist() == [1, 1]
     assert not any(run.diverged for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"learning_rates": np.ones(3)}, r"learning_rates must have the shape \[2\]"),
+        ({"recorded": np.ones(2, bool)}, r"recorded must have the shape \[3\]"),
+        ({"measures": {"margin": np.ones((3, 4))}}, r"measure 'margin' must have the shape \[3, 5\]"),
+    ],
+)
+def test_arrays_of_other_shapes_than_the_losses(wrong, said, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own check of shapes
+    with pytest.raises(InvalidInput, match=said):
+        sf.Run("a", sf.Curriculum([[0], [1]]), np.ones((3, 5)), **wrong)
 
 
 def test_bad_arrays():

@@ -40,6 +40,12 @@ def test_a_run_survives_unchanged(store, runs, recipe, task):
     assert loaded.test.ids == task.test.ids
 
 
+def test_learning_rates_that_are_not_known_stay_so(store, runs):
+    run = dataclasses.replace(runs[0], id="without", learning_rates=None)
+    store.write(run)
+    assert store.read("without").learning_rates is None
+
+
 def test_ragged_double_precision_and_nan_survive(store, task, recipe):
     curriculum = sf.Curriculum([[], [3, 3, 1], [0]], n_train=12)
     losses = np.array([[0.1] * 5, [np.nan] * 5, [np.inf] * 5, [-1 / 3] * 5])

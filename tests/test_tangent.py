@@ -28,6 +28,7 @@ RECIPES = {
     "clipping": {"clip_norm": 0.2},
     "adam": {"optimizer": "adam", "optimizer_args": {"betas": [0.8, 0.99]}},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "rmsprop": {"optimizer": "rmsprop", "optimizer_args": {"alpha": 0.95}},
     "clipping, momentum, decay": {"clip_norm": 0.3, "momentum": 0.5, "weight_decay": 0.05},
 }
 
@@ -125,7 +126,7 @@ def test_references_of_different_length(short_and_long):
     assert np.abs(fitted.simulate(long.curricula[2:], long.initial_losses[2:])[0] - long[2].losses).max() < 1e-6
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
 def test_the_references_own_curriculum_gives_its_own_losses(task, curricula, optimizer):
     recipe = sf.Recipe(optimizer=optimizer, lr=0.3 if optimizer == "sgd" else 0.02)
     runs = sf.record(task, recipe, curricula)
@@ -367,8 +368,9 @@ def test_bad_input(task, runs):
     bare = sf.Runs.from_arrays(runs.curricula, runs.losses)
     for bad, message in (
         (simulator(), "task is required"),
-        (simulator(task, sf.Recipe(optimizer="rmsprop")), "does not cover optimizer 'rmsprop'"),
-        (simulator(task, sf.Recipe(optimizer="adam", weight_decay=0.1)), "Adam's weight decay"),
+        (simulator(task, sf.Recipe(optimizer="adagrad")), "does not cover optimizer 'adagrad'"),
+        (simulator(task, sf.Recipe(optimizer="adam", weight_decay=0.1)), "Adam's or RMSprop's weight decay"),
+        (simulator(task, sf.Recipe(optimizer="rmsprop", momentum=0.5)), "RMSprop's momentum or centred moments"),
         (simulator(task, sf.Recipe(optimizer="adamw", clip_norm=1.0)), "clipping together with"),
         (simulator(task, memory=1e-7), "GiB, but a reference may take"),
         (simulator(task, n_checkpoints=0), "n_checkpoints must be a whole number"),

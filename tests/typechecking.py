@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import typing
 from typing import Any
 
 import jaxtyping
@@ -18,21 +19,27 @@ def install() -> None:
     """
     of_shapes = jaxtyping.jaxtyped
 
-    def decorator(context: Any = None, *, typechecker: Any = None) -> Any:
-        if typechecker is None:  # not the import hook's: the library opens a new context
-            return of_shapes(context)
+    def jaxtyped(*arguments: Any, **options: Any) -> Any:
+        return of_shapes(*arguments) if arguments else lambda thing: decorated(thing, **options)
 
-        def decorated(thing: Any) -> Any:
-            if "<locals>" in getattr(thing, "__qualname__", ""):
-                return thing
-            if inspect.isfunction(thing) and not _has_shapes(thing):
-                return check(thing)
-            return of_shapes(thing, typechecker=typechecker)
+    def decorated(thing: Any, typechecker: Any) -> Any:
+        if "<locals>" in getattr(thing, "__qualname__", ""):
+            return thing
+        if inspect.isfunction(thing) and _is_resolved(thing) and not _has_shapes(thing):
+            return check(thing)
+        return of_shapes(thing, typechecker=typechecker)
 
-        return decorated
-
-    jaxtyping.jaxtyped = decorator
+    jaxtyping.jaxtyped = jaxtyped
     jaxtyping.install_import_hook("simfluence", f"{__name__}.check")
+
+
+def _is_resolved(function: Any) -> bool:
+    """Whether every name in the annotations is known: some are imported for type checkers only."""
+    try:
+        typing.get_type_hints(function)
+    except NameError:
+        return False
+    return True
 
 
 def _has_shapes(function: Any) -> bool:

@@ -20,6 +20,7 @@ from simfluence.cli.options import (
     Seed,
     StorePath,
     built_task,
+    cross_fitted,
     fitted_all,
     fitted_by_name,
     opened_and_split,
@@ -85,7 +86,7 @@ def fit(
     opened, part, _ = opened_and_split(store, held_out, seed)
     chosen = unfitted(simulator, parameters, opened, task)
     chosen = with_intervals(chosen, seed) if intervals else chosen
-    fitted = chosen.cross_fit(part) if len(set(part.ids)) > 1 else chosen.fit(part)
+    fitted = cross_fitted(chosen, part)
     fitted.save(out)
     say(f"{fitted!r} fitted on {len(part)} runs: {out}")
     if fitted.trust:
@@ -123,7 +124,9 @@ def evaluate(
         opened, interval_seed = RunStore(store), seed if intervals else None
         if simulator:
             chosen = {
-                name: fitted_by_name(name, part, parameters, opened, task, interval_seed=interval_seed)
+                name: fitted_by_name(
+                    name, part, parameters, opened, task, interval_seed=interval_seed, judged=False
+                )
                 for name in simulator
             }
         else:

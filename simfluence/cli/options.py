@@ -39,6 +39,7 @@ __all__ = [
     "base_runs",
     "built_task",
     "check_numbers",
+    "cross_fitted",
     "fitted_all",
     "fitted_by_name",
     "opened_and_split",
@@ -93,6 +94,7 @@ def fitted_by_name(
     task: str | None = None,
     *,
     interval_seed: int | None = None,
+    judged: bool = True,
 ) -> Simulator:
     """Load a simulator from a file, or fit one.
 
@@ -103,6 +105,7 @@ def fitted_by_name(
         store: store of the runs.
         task: the user's own task, ``package.module:function``; by default the store's.
         interval_seed: seed of a ``ConformalSimulator`` to fit around a simulator without intervals; None for none.
+        judged: whether to learn from held-out runs how far its forecasts can be trusted.
 
     Raises:
         InvalidInput: there is no such simulator, or it cannot be fitted on these runs.
@@ -113,7 +116,14 @@ def fitted_by_name(
     simulator = simulator or unfitted(name, parameters, store, task)
     if interval_seed is not None and not simulator.gives_intervals:
         return with_intervals(simulator, interval_seed).fit(part)
-    return simulator if is_fitted else simulator.fit(part)
+    if is_fitted:
+        return simulator
+    return cross_fitted(simulator, part) if judged else simulator.fit(part)
+
+
+def cross_fitted(simulator: Simulator, part: Runs) -> Simulator:
+    """Fit a simulator, and learn from held-out runs how far to trust it, if there is more than one run."""
+    return simulator.cross_fit(part) if len(set(part.ids)) > 1 else simulator.fit(part)
 
 
 def _loaded(name: str) -> Simulator | None:

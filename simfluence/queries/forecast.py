@@ -469,7 +469,7 @@ def _plot_fan(forecast: Forecast, actual: np.ndarray | None, ax: Any, title: str
 
 def _mark(forecast: Forecast) -> str:
     """Return the mark of a forecast that is not to be trusted, for pictures."""
-    doubted = forecast.judgement is not None and not forecast.judgement.trusted and not forecast.changes_nothing
+    doubted = forecast.judgement is not None and forecast.judgement.doubts and not forecast.changes_nothing
     return " (forecast not to be trusted)" if doubted else ""
 
 

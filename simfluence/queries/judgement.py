@@ -74,20 +74,18 @@ class Judgement:
 
     @property
     def trusted(self) -> bool:
-        """Whether the change is likely to be right to within a quarter, for a curriculum that can be judged."""
-        return not self.doubts
+        """Whether the error is known and nothing speaks against the forecast."""
+        return not np.isnan(self.error) and not self.doubts
 
     @property
     def doubts(self) -> list[str]:
-        """Why the forecast is not to be trusted; empty if it is."""
+        """What speaks against the forecast: each a clause, such as "the error may be 60 % of the change"."""
         said = []
         if self.ran_away:
             said.append("it ran away from every recorded loss")
         if self.longer:
             said.append("no fitting run is as long")
-        if np.isnan(self.share):
-            said.append("no runs were held out in fitting, so its error is not known: fit with cross_fit(runs)")
-        elif self.share > TOLERANCE:
+        if self.share > TOLERANCE:
             size = f"{100 * self.share:.0f} % of" if self.share < 10 else "many times"
             said.append(f"the error may be {size} the change")
         return said
@@ -95,13 +93,15 @@ class Judgement:
     def __str__(self) -> str:
         if self.doubts:
             return f"Not to be trusted: {'; '.join(self.doubts)}."
+        if np.isnan(self.error):
+            return "Its error is not known, as no runs were held out in fitting: fit with cross_fit(runs)."
         share = f" ({100 * self.share:.0f} %)" if self.change else ""
         return f"Trusted: the change is right to within {self.error:.2g}{share} in nine of ten cases."
 
 
 def _distance(simulator: Simulator, what_if: np.ndarray, steps: int) -> float:
     """Return the distance of final losses from the mean of the fitting runs; see ``Judgement``."""
-    mean, spread = getattr(simulator, "baseline_", None), getattr(simulator, "spread_", None)
+    mean, spread = getattr(simulator, "baseline_", None), getattr(simulator, "spread_of_runs_", None)
     if mean is None or spread is None:
         return float("nan")
     at = min(steps, len(mean) - 1)

@@ -181,7 +181,12 @@ class AttributedSimulator(Simulator):
 
 def _rates(run: Run) -> np.ndarray:
     if run.learning_rates is not None:
-        return np.asarray(run.learning_rates, np.float64)
+        rates = np.asarray(run.learning_rates, np.float64)
+        if not np.isfinite(rates).all():
+            raise InvalidInput(
+                f"run {run.id} has no learning rate at some steps, which TracIn's effects need: record one at each step"
+            )
+        return rates
     if run.recipe is None:
         raise InvalidInput(
             f"run {run.id} has no learning rates, which TracIn's effects need: record runs with a recipe"

@@ -126,7 +126,7 @@ class Simulator(BaseEstimator, ABC):
             self.n_test_ = runs.n_test
             self.fingerprint_ = runs[0].fingerprint
             self.baseline_ = mean_trajectory(runs)
-            self.bounds_, self.spread_ = _bounds(runs), _spread(runs, self.baseline_)
+            self.bounds_, self.spread_of_runs_ = _bounds(runs), _spread(runs, self.baseline_)
             self._fit(runs)
             self.fitted_ids_ = sorted({*runs.ids, *self._ids_of_parts()})
             self.fit_seconds_ = time.perf_counter() - start
@@ -529,7 +529,7 @@ class Simulator(BaseEstimator, ABC):
         if hasattr(self, "baseline_"):  # not in files of older versions
             check_arrays(self, {"baseline_": "float times test"})
         if hasattr(self, "bounds_"):
-            check_arrays(self, {"bounds_": "float 2", "spread_": "float times"})
+            check_arrays(self, {"bounds_": "float 2", "spread_of_runs_": "float times"})
         if getattr(self, "fingerprint_", None) is not None and not isinstance(self.fingerprint_, str):
             raise InvalidInput("fingerprint_ is not text")
         if getattr(self, "trust_", None) is not None:

@@ -19,7 +19,7 @@ from simfluence.runs import Run, Runs
 from simfluence.simulators.base import InitialLosses, Simulator
 from simfluence.simulators.boosted import BoostedSimulator
 from simfluence.simulators.folds import at_times, fold_of, means_of_others, quiet
-from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths
+from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths, mean_over_runs, widened
 from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.markov.simulators import LinearSimulator
 from simfluence.simulators.mean import mean_trajectory
@@ -230,32 +230,16 @@ class BestSimulator(Simulator):
             squares[held], errors[held] = stacked**2, stacked - actual[held]
         usual = UsualErrors.of(errors)
         self.variance_ = usual.variance
-        self.usual_square_, self.usual_disagreement_ = (_mean_over_runs(part) for part in (squares, disagreements))
+        self.usual_square_, self.usual_disagreement_ = (mean_over_runs(part) for part in (squares, disagreements))
         expected = self._widened(usual.without, squares, disagreements)
         self.quantiles_ = usual.quantiles(expected)
         inside = np.abs(errors) <= half_widths(self.quantiles_, expected, USUAL_CONFIDENCE)
         self.trust_ = dataclasses.asdict(Trust.of(means + actual + errors, means + actual, means, inside))
 
     def _widened(self, variance: np.ndarray, squares: np.ndarray, disagreements: np.ndarray) -> np.ndarray:
-        """Return expected squared errors ``[runs, times, test]``, larger than usual for unusual curricula.
-
-        Errors are taken to grow in proportion: with the distance of the whole curriculum from the mean trajectory
-        beyond the usual one, with the deviation of each loss, and with the disagreement of the members about it.
-
-        Args:
-            variance: usual squared errors, ``[runs or 1, times, test]``.
-            squares: squared deviations of the forecasts from the mean trajectory, ``[runs, times, test]``.
-            disagreements: variances of the members' forecasts, ``[runs, times, test]``.
-        """
-        times = squares.shape[1]
-        usual = [at_times(part, times) for part in (self.usual_square_, self.usual_disagreement_)]
-        error = at_times(self.variance_, times).mean(axis=1, keepdims=True)  # [times, 1]
-        distance = _ratio(squares.mean(axis=2, keepdims=True), usual[0].mean(axis=1, keepdims=True))
-        widened = variance * np.maximum(distance, 1.0)
-        for part, size in zip((squares, disagreements), usual, strict=True):
-            share = _ratio(error, size.mean(axis=1, keepdims=True))
-            widened = widened + share * np.maximum(part - size, 0.0)
-        return np.asarray(widened)
+        """Widen usual squared errors by the deviations from the mean and by the members' disagreement."""
+        unusual = (squares, self.usual_square_), (disagreements, self.usual_disagreement_)
+        return widened(variance, self.variance_, *unusual)
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
         with quiet():
@@ -323,16 +307,3 @@ def _stacked(deviations: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, n
     shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     centre = np.einsum("tm,mrtz->rtz", shares, deviations)
     return stacked, np.einsum("tm,mrtz->rtz", shares, (deviations - centre) ** 2)
-
-
-def _mean_over_runs(values: np.ndarray) -> np.ndarray:
-    """Average ``[runs, times, test]`` over the runs that have the time."""
-    known = ~np.isnan(values)
-    return np.asarray(np.where(known, values, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide; 0 where there is nothing to compare with."""
-    shape = np.broadcast_shapes(part.shape, whole.shape)
-    ratio: np.ndarray = np.divide(part, whole, out=np.zeros(shape), where=np.broadcast_to(whole > 0, shape))
-    return ratio

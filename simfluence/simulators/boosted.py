@@ -193,6 +193,8 @@ class BoostedSimulator(Simulator):
         )  # fmt: skip
         if not isinstance(getattr(self, "classes_", None), bool):
             raise InvalidInput("classes_ is not true or false")
+        splits = {"trees_thresholds_": "float splits", "trees_values_": "float leaves"}
+        check_arrays(self, splits, empty=("splits", "leaves"))
         if self._trees().features.max(initial=0) >= 2 * surrogates + 2:
             raise InvalidInput("a tree compares a feature that does not exist")
 

@@ -16,7 +16,7 @@ from simfluence.errors import InvalidInput
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import InitialLosses, Simulator
 from simfluence.simulators.folds import at_times, fold_of, means_of_others, quiet
-from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths
+from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths, mean_over_runs, widened
 from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.markov.simulators import LinearSimulator
 from simfluence.simulators.trust import Trust
@@ -34,8 +34,9 @@ class ConformalSimulator(Simulator):
 
     where q_t is the quantile, over runs and test examples, of |r| / √(v + s²), with v taken without the run itself
     (split conformal prediction with a local scale: Lei et al. 2018; cross-validated: Barber et al. 2021). v is the
-    usual error for curricula like those of the runs; s grows for a curriculum unlike them. Coverage holds for runs
-    like the recorded ones; for a curriculum far from all of them, intervals may miss more often.
+    usual error for curricula like those of the runs. For a curriculum unlike them s grows, and v is taken to grow in
+    proportion to the distance of its forecast from the mean trajectory. Coverage holds for runs like the recorded ones;
+    far from all of them, intervals are a guess.
 
     Args:
         simulator: the simulator to fit, which is cloned; by default a linear one around the mean.
@@ -46,6 +47,7 @@ class ConformalSimulator(Simulator):
     Attributes:
         fitted_: simulators fitted on all runs, then on each resample.
         variance_: v, ``[steps + 1, test]``.
+        usual_square_: mean squared deviation of held-out forecasts from the mean trajectory, ``[steps + 1, test]``.
         quantiles_: q at confidences of 0.50, 0.51, … 0.99, ``[steps + 1, levels]``.
 
     >>> rng = np.random.default_rng(0)
@@ -87,7 +89,8 @@ class ConformalSimulator(Simulator):
         """
         self._check_fitted()
         forecast = self.simulate(curricula, initial_losses)
-        variance = at_times(self.variance_, forecast.shape[1]) + self._spread(curricula, initial_losses)
+        variance = self._widened(at_times(self.variance_, forecast.shape[1])[None], forecast)
+        variance = variance + self._spread(curricula, initial_losses)
         half = half_widths(self.quantiles_, variance, confidence)
         return forecast - half, forecast + half
 
@@ -118,15 +121,19 @@ class ConformalSimulator(Simulator):
             errors = UsualErrors.of(forecasts - runs.losses)
             self.fitted_ = [fitted, *(self._base().fit(sample) for sample in samples)]
             spread = self._spread(runs.curricula, runs.initial_losses)
-        self.variance_ = errors.variance
-        self.quantiles_ = errors.quantiles(errors.without + spread)
-        half = half_widths(self.quantiles_, errors.without + spread, USUAL_CONFIDENCE)
-        inside = np.abs(forecasts - runs.losses) <= half
-        self.trust_ = dataclasses.asdict(Trust.of(forecasts, runs.losses, means_of_others(runs, folds), inside))
+        means = means_of_others(runs, folds)
+        squares = (forecasts - means) ** 2
+        self.variance_, self.usual_square_ = errors.variance, mean_over_runs(squares)
+        expected = widened(errors.without, self.variance_, (squares, self.usual_square_)) + spread
+        self.quantiles_ = errors.quantiles(expected)
+        inside = np.abs(forecasts - runs.losses) <= half_widths(self.quantiles_, expected, USUAL_CONFIDENCE)
+        self.trust_ = dataclasses.asdict(Trust.of(forecasts, runs.losses, means, inside))
 
     def _check_learned(self) -> None:
         super()._check_learned()
         check_arrays(self, {"variance_": "float times test", "quantiles_": f"float times {len(LEVELS)}"})
+        if hasattr(self, "usual_square_"):
+            check_arrays(self, {"usual_square_": "float times test"})
         fitted = getattr(self, "fitted_", None)
         if not isinstance(fitted, list) or len(fitted) < 3 or not all(isinstance(part, Simulator) for part in fitted):
             raise InvalidInput("fitted_ is not a list of three simulators or more")
@@ -142,6 +149,13 @@ class ConformalSimulator(Simulator):
 
     def _base(self) -> Simulator:
         return LinearSimulator(around="mean") if self.simulator is None else sklearn.base.clone(self.simulator)
+
+    def _widened(self, variance: np.ndarray, forecast: np.ndarray) -> np.ndarray:
+        """Widen usual squared errors by how far forecasts are from the mean trajectory of the fitting runs."""
+        if not hasattr(self, "usual_square_"):  # the file of an older version
+            return variance
+        squares = (forecast - at_times(self.baseline_, forecast.shape[1])) ** 2
+        return widened(variance, self.variance_, (squares, self.usual_square_))
 
     def _spread(self, curricula: Sequence[Curriculum], initial_losses: np.ndarray) -> np.ndarray:
         """Return the variance of the members' forecasts, ``[runs, times, test]``."""

@@ -13,7 +13,7 @@ import numpy as np
 from simfluence.errors import InvalidInput
 from simfluence.simulators.folds import at_times
 
-__all__ = ["LEVELS", "USUAL_CONFIDENCE", "UsualErrors", "half_widths"]
+__all__ = ["LEVELS", "USUAL_CONFIDENCE", "UsualErrors", "half_widths", "mean_over_runs", "widened"]
 
 #: Confidences at which quantiles are stored; others are interpolated.
 LEVELS = np.linspace(0.5, 0.99, 50)
@@ -91,3 +91,45 @@ def half_widths(quantiles: np.ndarray, variance: np.ndarray, confidence: float) 
     half: np.ndarray = factors[:, None] * np.sqrt(variance)
     half[:, 0] = 0.0
     return half
+
+
+def widened(
+    variance: np.ndarray,
+    usual_error: np.ndarray,
+    deviation: tuple[np.ndarray, np.ndarray],
+    *further: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Return expected squared errors ``[runs, times, test]``, larger than usual for unusual curricula.
+
+    Errors are taken to grow in proportion: with the distance of the whole curriculum from the mean trajectory beyond
+    the usual one; and beyond their usual sizes, with the deviation of each loss and whatever else tells of its error.
+
+    Args:
+        variance: usual squared errors, ``[runs or 1, times, test]``.
+        usual_error: mean of the squared errors of held-out runs, ``[times, test]``; the last ones are held.
+        deviation: squared deviations of the forecasts from the mean trajectory, ``[runs, times, test]``, and their mean
+            over the held-out runs, ``[times, test]``.
+        further: the same of other signs of an error, such as the variance of several simulators' forecasts.
+    """
+    times = deviation[0].shape[1]
+    error = at_times(usual_error, times).mean(axis=1, keepdims=True)  # [times, 1]
+    usual = at_times(deviation[1], times).mean(axis=1, keepdims=True)
+    found = variance * np.maximum(_ratio(deviation[0].mean(axis=2, keepdims=True), usual), 1.0)
+    for now, before in (deviation, *further):
+        size = at_times(before, times)
+        share = _ratio(error, size.mean(axis=1, keepdims=True))
+        found = found + share * np.maximum(now - size, 0.0)
+    return np.asarray(found)
+
+
+def mean_over_runs(values: np.ndarray) -> np.ndarray:
+    """Average ``[runs, times, test]`` over the runs that have the time."""
+    known = ~np.isnan(values)
+    return np.asarray(np.where(known, values, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide; 0 where there is nothing to compare with."""
+    shape = np.broadcast_shapes(part.shape, whole.shape)
+    ratio: np.ndarray = np.divide(part, whole, out=np.zeros(shape), where=np.broadcast_to(whole > 0, shape))
+    return ratio

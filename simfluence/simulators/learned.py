@@ -20,7 +20,9 @@ _KINDS = {"float": "f", "int": "iu", "bool": "b", "number": "fiu"}
 
 
 def check_arrays(simulator: Any, shapes: Mapping[str, str], empty: Collection[str] = ()) -> dict[str, int]:
-    """Check that learned arrays have the right kind of number and axes of sizes that agree; return the sizes by axis.
+    """Check that learned arrays have finite numbers of the right kind, and axes of sizes that agree.
+
+    Return the sizes by axis.
 
     Args:
         simulator: has the arrays as attributes.
@@ -30,7 +32,7 @@ def check_arrays(simulator: Any, shapes: Mapping[str, str], empty: Collection[st
         empty: axes that may have the size 0.
 
     Raises:
-        InvalidInput: an array is missing or does not fit.
+        InvalidInput: an array is missing, does not fit, or has a NaN or an infinity.
 
     >>> class Fitted:
     ...     n_train_, n_test_ = 3, 2
@@ -49,6 +51,8 @@ def check_arrays(simulator: Any, shapes: Mapping[str, str], empty: Collection[st
             expected = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
             if size != expected or (size == 0 and axis not in empty):
                 raise InvalidInput(f"{name} has {size} {axis}, not {expected or 'any'}")
+        if array.dtype.kind == "f" and array.size and not np.isfinite([array.min(), array.max()]).all():
+            raise InvalidInput(f"{name} has a NaN or an infinity")
     return sizes
 
 

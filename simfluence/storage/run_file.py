@@ -133,7 +133,7 @@ def read_run(file: Path) -> Run:
         about = _header(schema.metadata or {}, file)
         _check_columns(schema)
         table = _decoded(content)
-        batches, rates = table.column("batch").combine_chunks(), table.column("lr")
+        batches, rates = table.column("batch").combine_chunks(), table.column("lr").to_numpy()[1:]
         if not np.array_equal(table.column("step").to_numpy(), np.arange(len(table))):
             raise InvalidInput("its steps are not 0, 1, … in order")
         if batches.null_count or batches.values.null_count or len(batches[:1].flatten()):
@@ -146,7 +146,7 @@ def read_run(file: Path) -> Run:
                 batches.flatten().to_numpy(), batches.value_lengths().to_numpy()[1:], about.n_train
             ),
             losses=losses,
-            learning_rates=rates.to_numpy()[1:],
+            learning_rates=None if np.isnan(rates).all() else rates,
             recipe=about.recipe,
             fingerprint=about.fingerprint,
             recorded=None if recorded.all() else recorded,

@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from simfluence._internal.checked import checked
+from simfluence._internal.types import Seed
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Data, Task
@@ -20,7 +21,7 @@ __all__ = ["digits"]
 
 
 @checked
-def digits(n_train: int = 300, n_test: int = 100, model: str = "mlp", seed: int = 0) -> Task:
+def digits(n_train: int = 300, n_test: int = 100, model: str = "mlp", seed: Seed = 0) -> Task:
     """Build a task of scikit-learn's 1,797 digit images: pixels divided by 16, cross-entropy over ten classes.
 
     Args:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Seed
 from simfluence.errors import InvalidInput
 from simfluence.examples import Examples
 from simfluence.task import Task
@@ -18,8 +20,9 @@ from simfluence.tasks.losses import squared_error
 __all__ = ["synthetic", "synthetic_optimum"]
 
 
+@checked
 def synthetic(
-    n_train: int = 40, n_test: int = 20, features: int = 5, noise: float = 0.1, l2: float = 0.01, seed: int = 0
+    n_train: int = 40, n_test: int = 20, features: int = 5, noise: float = 0.1, l2: float = 0.01, seed: Seed = 0
 ) -> Task:
     """Build a task ``y = ⟨x, w⟩ + noise`` with normal x and w: a linear layer without bias, squared error.
 

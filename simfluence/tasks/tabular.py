@@ -11,6 +11,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from torch import nn
 
 from simfluence._internal.checked import checked
+from simfluence._internal.types import Seed
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Task
@@ -21,7 +22,7 @@ __all__ = ["breast_cancer", "diabetes"]
 
 @checked
 def breast_cancer(
-    n_train: int = 200, n_test: int = 150, model: str = "logistic", l2: float | None = None, seed: int = 0
+    n_train: int = 200, n_test: int = 150, model: str = "logistic", l2: float | None = None, seed: Seed = 0
 ) -> Task:
     """Build a task of scikit-learn's 569 breast-cancer diagnoses: 30 measurements, standardised on the training
     examples, and two classes.
@@ -58,7 +59,7 @@ def breast_cancer(
 
 
 @checked
-def diabetes(n_train: int = 200, n_test: int = 150, seed: int = 0) -> Task:
+def diabetes(n_train: int = 200, n_test: int = 150, seed: Seed = 0) -> Task:
     """Build a task of scikit-learn's 442 diabetes patients: 10 measurements and the disease's progression, standardised
     on the training examples; an MLP 10-64-1 (ReLU) with squared error.
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib.util
 import inspect
+import json
 import os
 import random
 import reprlib
@@ -19,6 +21,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +34,15 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import simfluence as sf
+from simfluence import specs
 from simfluence.attribution import EKFAC, GradientCosine, GradientDot, TracInCP
 from simfluence.evaluation import metrics
+from simfluence.recording import follow, run_id
+from simfluence.simulators import check_simulator
 from simfluence.tasks.losses import cross_entropy
+from simfluence.tasks.text.tables import read_rows
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for tiny_models
 
 SECONDS = 20  # of the processor, for one call
 GIBIBYTES = 1.0  # that one call may add to the process
@@ -66,6 +75,11 @@ class World:
         self.forecast = sf.what_if(self.simulator, self.run, sf.Remove([0]), task=self.task)
         self.forecasts = sf.what_if(self.simulator, self.runs[:2], {"no 0": sf.Remove([0])}, task=self.task)
         self.verified = self.forecast.verify()
+        observed = sf.record(
+            self.task, self.recipe, self.curricula[:1], folder / "seen", observe=sf.Observe(checkpoints=[1])
+        )
+        self.checkpoint = observed[0].checkpoints[1]
+        self.conformal = sf.ConformalSimulator(sf.AdditiveSimulator(), members=2, folds=2).fit(self.runs)
 
     def axes(self) -> Any:
         return Figure().subplots()
@@ -265,7 +279,9 @@ class World:
                 train=task.train,
                 test=task.test,
             ),
-            given(sf.tasks.digits, n_train=20, n_test=5),
+            given(sf.tasks.digits, n_train=20, n_test=5, seed=0),
+            given(sf.tasks.synthetic, n_train=4, n_test=2, features=2, noise=0.1, l2=0.1, seed=0),
+            given(sf.tasks.diabetes, n_train=4, n_test=2, seed=0),
             given(sf.tasks.build, name="digits", n_train=20, n_test=5),
             given(
                 sf.record,
@@ -288,7 +304,7 @@ class World:
             given(w.store.copy, path=new, where=None),
             given(w.store.checkpoints, run_id=run.id),
             given(w.store.recorder, run="mine", train=None, test=None, task=None, recipe=None, measures=()),
-            given(sf.Checkpoint.load, path=w.saved),
+            given(sf.Checkpoint.load, path=w.checkpoint),
             given(sf.LinearSimulator().fit, runs=runs[:3]),
             given(sf.AdditiveSimulator(around="mean").fit, runs=runs[:3]),
             given(sf.BoostedSimulator(rounds=2).fit, runs=runs[:3]),
@@ -300,7 +316,7 @@ class World:
             given(sim.save, path=w.folder / "again.safetensors"),
             given(sf.Simulator.load, path=w.saved),
             given(sf.TangentKernelSimulator, task=task),
-            given(sf.AttributedSimulator(w.scores).fit, runs=runs[:3]),
+            given(sf.AttributedSimulator(w.scores, fit_scale=True).fit, runs=runs[:3]),
             given(sf.what_if, simulator=sim, base=run, queries=sf.Remove([0]), task=None, confidence=0.9),
             given(sf.what_if, simulator=sim, base=runs[:2], queries={"a": sf.Remove([0])}, task=task),
             given(sf.leave_one_out, simulator=sim, run=run, method="simulate"),
@@ -365,7 +381,7 @@ class World:
             given(w.attributor.top_k, k=3),
             given(w.attributor.set_params, batch_size=3),
             given(TracInCP(checkpoints=[(w.model.state_dict(), 0.1)]).fit, model=w.model, data=task),
-            given(sf.attribution.attributor_from_run, method="grad-dot", task=task, run=run, checkpoints=2),
+            given(sf.attribution.attributor_from_run, method="dot", task=task, run=run, checkpoints=2),
             given(
                 sf.plots.scatter,
                 predicted=np.zeros(4),
@@ -379,7 +395,152 @@ class World:
             given(sf.plots.recorded, losses=np.ones((2, 4)), ax=w.axes(), title="t", mean=None, unit="loss"),
             given(sf.plots.changes, names=["a"], predicted=np.ones(1), actual=None, ax=w.axes(), title="t"),
             given(sf.plots.fan, losses={"a": np.ones(4)}, ax=w.axes(), title="t"),
+            *self._of_recordings(),
+            *self._of_specifications(),
+            *self._of_simulators(),
+            *self._of_texts(),
         ]
+
+    def _of_recordings(self) -> list[Call]:
+        w, losses = self, np.ones(5)
+
+        def recorded(before: Any, batch: Any, after: Any, lr: Any, measures: Any) -> None:
+            with sf.RunStore(w.folder / uuid.uuid4().hex).recorder("a", task=w.task, measures=["margin"]) as recorder:
+                recorder.read(before, measures={"margin": losses})
+                recorder.step(batch, after, lr=lr, measures=measures)
+
+        def followed(task: Any, run: Any, device: Any) -> None:
+            for training in follow(task, run, device):
+                if training.step == 2:
+                    return
+
+        return [
+            given(
+                sf.Recorder, store=w.store, run="mine", train=w.task.train, test=w.task.test, task=w.task,
+                recipe=w.recipe, measures=["margin"], resume=0,
+            ),
+            given(recorded, before=losses, batch=[0, 1], after=losses, lr=0.1, measures={"margin": losses}),
+            given(
+                sf.record, task=w.task, recipe=w.recipe, curricula=w.curricula[:1], store=w.folder / "seen too",
+                observe=sf.Observe(every=2, checkpoints=(1,)), engine="loop", device="cpu",
+                verification=False, activation_cache_bytes=0,
+            ),
+            given(followed, task=w.task, run=w.run, device="cpu"),
+            given(run_id, task=w.task, recipe=w.recipe, curriculum=w.curricula[0]),
+            given(
+                sf.random_curricula, n_train=12, runs=2, steps=3, batch_size=2, sort_by=list(range(12)), descending=True
+            ),
+            given(sf.random_curricula, n_train=4, runs=2, steps=4, batch_size=1, stages=[[0, 1], [2, 3]]),
+            given(sf.random_curricula, n_train=4, runs=2, steps=4, batch_size=1, replacement=True),
+        ]  # fmt: skip
+
+    def _of_specifications(self) -> list[Call]:
+        w = self
+        numbers = {"runs": 2, "steps": 3, "batch_size": 2, "subset": 0.5, "seed": 0}
+        recording = {
+            "task": {"name": "digits", "arguments": {"n_train": 20}}, "recipe": {"lr": 0.1, "optimizer": "sgd"},
+            "curricula": {"kind": "subset", **numbers}, "observe": {"every": 2, "checkpoints": [1]},
+        }  # fmt: skip
+        path, text = w.folder / "recording.yaml", json.dumps(recording)
+        path.write_text(text)
+
+        def parsed(**content: Any) -> None:
+            specs.RecordingSpec.parse(json.dumps(content, default=str)).dump()
+
+        def curricula(**content: Any) -> None:
+            specs.RecordingSpec.parse(json.dumps({"curricula": content}, default=str)).curricula.build(w.task.train)
+
+        def queries(edit: Any, name: Any, **content: Any) -> None:
+            query = {str(name): [{"edit": edit, **content}]}
+            specs.WhatIfSpec.parse(json.dumps({"queries": query}, default=str)).dump()
+
+        return [
+            given(specs.RecordingSpec.read, path=path),
+            given(specs.RecordingSpec.parse, text=text),
+            given(specs.WhatIfSpec.parse, text="queries: {a: {edit: remove, target: label == 0}}"),
+            given(specs.RecordingSpec, **recording),
+            given(specs.WhatIfSpec, queries={"a": [sf.Remove([0])]}),
+            given(specs.ExplicitCurricula, curricula=[[[0], [1]]]),
+            given(specs.ExplicitCurricula.of, curricula=w.curricula[:1]),
+            given(specs.TaskSpec, name="digits", arguments={}),
+            given(parsed, **recording),
+            given(curricula, kind="subset", **numbers),
+            given(curricula, kind="sorted", column="label", descending=True, **numbers),
+            given(curricula, kind="staged", column="label", stages=[[0], [1]], **numbers),
+            given(curricula, kind="explicit", curricula=[[[0], [1]]]),
+            given(queries, edit="remove", name="a", target=[0], fill="shrink", seed=0),
+            given(queries, edit="insert", name="a", target={"rows": [0]}, at=1, fill="repack"),
+            given(queries, edit="concatenate", name="a", batches=[[0], [1]]),
+        ]
+
+    def _of_simulators(self) -> list[Call]:
+        w, task, run = self, self.task, self.run
+        both: dict[str, Any] = {"curricula": w.curricula[:2], "initial_losses": run.initial_losses}
+
+        def conformal(**parameters: Any) -> None:
+            sf.ConformalSimulator(**parameters).fit(w.runs)
+
+        return [
+            given(conformal, simulator=sf.AdditiveSimulator(), members=2, folds=2, seed=0),
+            given(w.conformal.simulate, **both),
+            given(w.conformal.interval, confidence=0.9, **both),
+            given(sf.what_if, simulator=w.conformal, base=run, queries=sf.Remove([0]), task=task, confidence=0.9),
+            given(sf.simulators.build, name="additive", l2=1.0),
+            given(check_simulator, simulator=sf.MeanTrajectorySimulator()),
+            given(sf.leave_one_out, simulator=w.simulator, run=run, method="derivative"),
+            given(sf.leave_group_out, simulator=w.conformal, run=run, groups={"a": [0, 1], "b": "label == 1"}),
+            given(sf.show_again, simulator=w.conformal, run=run, at=2),
+            given(sf.rank_suspects, source=w.conformal, base=run, test=[0], by="group", examples=None),
+            given(sf.smallest_removal, simulator=w.simulator, run=run, test="id == '0'", past=0.1, exact=True, most=2),
+        ]
+
+    def _of_texts(self) -> list[Call]:
+        """Tables of text and their encoding, by tiny models with random weights."""
+        rows = [{"text": f"the dog {k}", "label": "ab"[k % 2]} for k in range(4)]
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a wrong name of a model is not asked for elsewhere
+        tables = [
+            given(read_rows, source=rows),
+            given(sf.tasks.Pretrained, name="x", tuning="full", tuning_args={}, dropout=0.0),
+        ]
+        if importlib.util.find_spec("transformers") is None:
+            return tables
+        import tiny_models
+
+        folders = {kind: tiny_models.saved(kind, self.folder / kind) for kind in ("bert", "gpt2")}
+        bert, gpt2 = (sf.tasks.Pretrained(folder) for folder in folders.values())
+        choices = [{"prompt": "the dog", "choices": ["ran", "fell"], "answer": k % 2} for k in range(4)]
+        limits: dict[str, Any] = {"max_length": 9, "truncate": True, "features": False}
+
+        def classified(text: Any, label: Any) -> None:
+            sf.tasks.classification(bert, [*rows, {"text": text, "label": label}], rows, features=False)
+
+        def ranked(prompt: Any, choices: Any, answer: Any) -> None:
+            row = {"prompt": prompt, "choices": choices, "answer": answer}
+            sf.tasks.multiple_choice(gpt2, [row, row], [row], features=False)
+
+        def modelled(prompt: Any, target: Any) -> None:
+            row = {"prompt": prompt, "text": target}
+            sf.tasks.language_modelling(gpt2, [row], [row], prompt="prompt", features=False)
+
+        return [
+            *tables,
+            given(
+                sf.tasks.classification, model=bert, train=rows, test=rows, text="text", label="label",
+                classes=["a", "b"], keep_text=True, name="a", arguments=None, **limits,
+            ),
+            given(
+                sf.tasks.multiple_choice, model=gpt2, train=choices, test=choices, prompt="prompt", choices="choices",
+                answer="answer", name="a", **limits,
+            ),
+            given(
+                sf.tasks.language_modelling, model=gpt2, train=rows, test=rows, target="text", prompt=None,
+                keep_text=False, name="a", **limits,
+            ),
+            given(classified, text="the cat", label="a"),
+            given(ranked, prompt="the dog", choices=["ran", "fell"], answer=0),
+            given(modelled, prompt="the dog", target="ran"),
+            given(sf.tasks.topics, n_train=2, n_test=1, shape="gpt2", length=16, seed=0),
+        ]  # fmt: skip
 
 
 def given(function: Callable[..., Any], /, **kwargs: Any) -> Call:
@@ -449,6 +610,8 @@ def main() -> int:
         (Path(folder) / "work").mkdir()
         world = World(Path(folder) / "work")
         calls = [call for call in world.calls() if arguments.only in call[0]]
+        if not calls:
+            parser.error(f"no function has {arguments.only!r} in its name")
         rng = random.Random(arguments.seed)
         for number in range(arguments.calls):
             name, function, right = calls[number % len(calls)]

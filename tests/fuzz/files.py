@@ -366,6 +366,8 @@ def main() -> int:
     seconds: collections.Counter[str] = collections.Counter()
     try:
         every = [case for case in cases(folder) if arguments.only in case.name]
+        if not every:
+            parser.error(f"no case has {arguments.only!r} in its name")
         originals = [(case.path.read_bytes(), case.read()) for case in every]
         for number in range(arguments.files):
             place = number % len(every)

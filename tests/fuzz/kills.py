@@ -219,6 +219,8 @@ def main() -> int:
     failed = total = 0
     try:
         every = [operation for operation in operations(folder) if arguments.only in operation.name]
+        if not every:
+            parser.error(f"no operation has {arguments.only!r} in its name")
         for operation in every:
             turns = -(-arguments.kills // (len(every) * PROCESSES))
             try:

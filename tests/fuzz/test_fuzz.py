@@ -1,4 +1,4 @@
-"""A few minutes' worth of the fuzzers; ``make fuzz`` runs them for longer.
+"""Two minutes' worth of the fuzzers, for ``make fuzz-ci``; ``make fuzz`` runs them for longer.
 
 They run in processes of their own, without the tests' runtime type checker, which would refuse wrong types first.
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.fuzz
 
+HERE = Path(__file__).parent
 
 RUNS = {"calls.py": ["--calls", "2000"], "files.py": ["--files", "2000"], "kills.py": ["--kills", "54"]}
 

@@ -15,6 +15,9 @@ reference's true path, and the equations add only the difference between the cur
 curriculum gives the reference's own losses. Momentum, weight decay and clipping have their counterparts, and a model
 that is linear in its parameters is simulated exactly. Under Adam, W takes Adam's own steps, and the kernel is
 ``J P Jᵀ``, with P from the second moments in expectation over random batches along the reference.
+
+Kernels know no bound. So features, and the head with them, stay within *reach* of the reference: deviations that grow
+beyond a share of the reference's own size are shrunk to it, and their momentum with them.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ from simfluence.tasks.losses import BY_NAME, token_cross_entropy
 __all__ = ["COVERED", "STRENGTHS", "TangentKernelSimulator", "check_covered"]
 
 #: Optimizers whose update has a counterpart in function space.
-COVERED = ("sgd", "adam", "adamw")
+COVERED = ("sgd", "adam", "adamw", "rmsprop")
 #: Fractions of the mean error that the correction may add back; the best in leave-one-out is chosen.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -381,6 +384,8 @@ class TangentKernelSimulator(Simulator):
             raise InvalidInput("shape_ does not fit the head")
         if not isinstance(self.targets_, np.ndarray) or self.targets_.ndim == 0 or len(self.targets_) != examples:
             raise InvalidInput("targets_ does not have a target for each example")
+        if self.targets_.dtype.kind == "f" and not np.isfinite(self.targets_).all():
+            raise InvalidInput("targets_ has a NaN or an infinity")
         if self.loss_ == "cross_entropy":
             check_arrays(self, {"targets_": "int64 examples"})
             check_indices("targets_", self.targets_[self.targets_ != _IGNORED], shape[0])
@@ -497,8 +502,10 @@ def check_covered(task: Task, recipe: Recipe) -> None:
         problems.append("language modelling, which has too many outputs per example (choices by rank are covered)")
     if recipe.optimizer not in COVERED:
         problems.append(f"optimizer {recipe.optimizer!r} (covered: {', '.join(COVERED)})")
-    if recipe.optimizer == "adam" and recipe.weight_decay:
-        problems.append("Adam's weight decay, which enters the second moments (AdamW's is covered)")
+    if recipe.optimizer in ("adam", "rmsprop") and recipe.weight_decay:
+        problems.append("Adam's or RMSprop's weight decay, which enters the second moments (AdamW's is covered)")
+    if recipe.optimizer == "rmsprop" and (recipe.momentum or recipe.optimizer_args.get("centered")):
+        problems.append("RMSprop's momentum or centred moments")
     if recipe.optimizer_args.get("amsgrad"):
         problems.append("amsgrad")
     if recipe.optimizer_args.get("maximize"):

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Seed
 from simfluence.errors import InvalidInput
 from simfluence.task import Task
 from simfluence.tasks.text.pretrained import Pretrained
@@ -33,6 +35,7 @@ PACKAGES = ("asyncio", "email", "importlib", "logging", "mailbox", "multiprocess
 MINILM = "minilm"
 
 
+@checked
 def docstrings(
     n_train: int = 200,
     n_test: int = 100,
@@ -40,7 +43,7 @@ def docstrings(
     tuning: str = "ia3",
     tuning_args: Mapping[str, Any] | None = None,
     max_length: int = 24,
-    seed: int = 0,
+    seed: Seed = 0,
     python: str | None = None,
 ) -> Task:
     """Build a task that classifies docstrings of the standard library by package (of eight) with a language model.

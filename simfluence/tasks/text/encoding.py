@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from simfluence._internal.checked import shown
 from simfluence.errors import InvalidInput
 from simfluence.tasks.text.padding import IGNORED
 from simfluence.tasks.text.pretrained import Pretrained
@@ -44,11 +46,17 @@ def padded_alike(pretrained: Pretrained, parts: Sequence[list[list[int]]]) -> li
 
 
 def continuations(
-    pretrained: Pretrained, parts: Sequence[list[tuple[str, str]]], max_length: int | None, truncate: bool
+    pretrained: Pretrained, parts: Sequence[list[tuple[Any, Any]]], max_length: int | None, truncate: bool
 ) -> list[dict[str, Tensor]]:
-    """Return a model's inputs for pairs (prompt, target), and ``labels``: the target token of each position."""
+    """Return a model's inputs for pairs (prompt, target), and ``labels``: the target token of each position.
+
+    Raises:
+        InvalidInput: a part of a pair is not text, a target is empty, or a pair is longer than allowed.
+    """
     encode = _encoder_decoder if pretrained.config.is_encoder_decoder else _causal
     limit = _limit(pretrained, max_length)
+    for pairs in parts:
+        _check_texts(pairs)
     encoded = [[encode(pretrained, *pair, limit if truncate else None) for pair in part] for part in parts]
     for part in encoded:
         for row, (source, target) in enumerate(part):
@@ -102,6 +110,13 @@ def _decoder_inputs(pretrained: Pretrained, parts: Sequence[list[_Pair]]) -> lis
 
 def _padded(rows: Sequence[Sequence[int]], length: int, padding: int) -> Tensor:
     return torch.tensor([[*row, *[padding] * (length - len(row))] for row in rows])
+
+
+def _check_texts(pairs: Sequence[tuple[Any, Any]]) -> None:
+    for row, pair in enumerate(pairs):
+        for text in pair:
+            if not isinstance(text, str):
+                raise InvalidInput(f"row {row} must have text, got {shown(text)}: convert the column to text")
 
 
 def _limit(pretrained: Pretrained, max_length: int | None) -> int | None:

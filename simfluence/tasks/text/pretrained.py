@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from simfluence._internal.fields import check_fields
 from simfluence.errors import InvalidInput, did_you_mean
 
 __all__ = ["PRECISIONS", "TUNINGS", "Factory", "Outputs", "Pretrained", "extra"]
@@ -67,6 +68,7 @@ class Pretrained:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.tuning not in TUNINGS:
             raise InvalidInput(f"unknown tuning {self.tuning!r}, {did_you_mean(self.tuning, TUNINGS)}")
         if self.precision not in PRECISIONS:

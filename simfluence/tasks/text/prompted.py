@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Seed
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.task import Task
 from simfluence.tasks.text.pretrained import Pretrained, extra
@@ -111,6 +113,7 @@ DATA: Mapping[str, Prompted] = {
 }  # fmt: skip
 
 
+@checked
 def prompted(
     data: str,
     model: str,
@@ -121,7 +124,7 @@ def prompted(
     tuning_args: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     truncate: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Task:
     """Build a task from one of ``DATA``, by rank classification of its choices.
 

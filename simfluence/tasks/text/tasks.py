@@ -6,14 +6,17 @@ text. Losses do not depend on padding: an example has the same loss alone and in
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from simfluence._internal.checked import checked, shown
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Data, Task
@@ -38,6 +41,7 @@ Model = Pretrained | str | Path
 _Measure = Callable[[Any, Tensor], Tensor]
 
 
+@checked
 def classification(
     model: Model,
     train: Rows,
@@ -90,6 +94,7 @@ def classification(
     return _text_task(name, factory, inputs, targets, cross_entropy, examples, CLASSIFICATION, arguments)
 
 
+@checked
 def multiple_choice(
     model: Model,
     train: Rows,
@@ -148,6 +153,7 @@ def multiple_choice(
     return _text_task(name, factory, inputs, targets, cross_entropy, examples, CLASSIFICATION, arguments)
 
 
+@checked
 def language_modelling(
     model: Model,
     train: Rows,
@@ -258,29 +264,45 @@ def _classes(
     own = [pretrained.config.id2label[number] for number in sorted(pretrained.config.id2label)]
     if classes is not None:
         names = list(classes)
-    elif set(tables[0][label]) <= set(own):
-        names = own
     else:
-        names = sorted(set(tables[0][label]))
+        found, _ = (_distinct(label, table[label]) for table in tables)
+        names = own if set(found) <= set(own) else found
     for table, part in zip(tables, ("training", "test"), strict=True):
         for row, value in enumerate(table[label]):
             if value not in names:
                 raise InvalidInput(
-                    f"label {value!r} of {part} row {row} is unknown to the model, {did_you_mean(value, names)}"
+                    f"label {value!r} of {part} row {row} is unknown to the model, "
+                    f"{did_you_mean(str(value), map(str, names))}"
                 )
     if len(names) < 2:
         raise InvalidInput(f"all training labels are {names[0]!r}: a classifier needs two classes or more")
     return names
 
 
+def _distinct(column: str, labels: pd.Series) -> list[Any]:
+    """Return the distinct labels in ascending order.
+
+    Raises:
+        InvalidInput: the labels have no order.
+    """
+    try:
+        return sorted(set(labels))
+    except TypeError:
+        raise InvalidInput(f"the labels in column {column!r} must be all texts or all numbers") from None
+
+
 def _choices(table: pd.DataFrame, choices: str | Sequence[str]) -> list[list[str]]:
     rows = table[choices] if isinstance(choices, str) else table[list(choices)].to_numpy().tolist()
+    for number, row in enumerate(rows):
+        if not isinstance(row, list | tuple | np.ndarray):
+            raise InvalidInput(f"column {choices!r} must have a list of choices in row {number}, got {shown(row)}")
     return [[str(choice) for choice in row] for row in rows]
 
 
 def _numbers(labels: pd.Series, count: int) -> Tensor:
     for row, value in enumerate(labels):
-        if isinstance(value, bool | str) or value != int(value) or not 0 <= value < count:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not float(value).is_integer() or not 0 <= value < count:
             raise InvalidInput(f"answer {value!r} of row {row} is not the number of a choice, 0 to {count - 1}")
     return torch.tensor(labels.astype(int).to_numpy())
 

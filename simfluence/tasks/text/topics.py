@@ -14,6 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from simfluence._internal.checked import checked
+from simfluence._internal.types import Seed
 from simfluence.errors import InvalidInput, did_you_mean
 from simfluence.examples import Examples
 from simfluence.task import Data, Task
@@ -29,12 +31,13 @@ _START = 256
 _WORDS = 257
 
 
+@checked
 def topics(
     n_train: int = 200,
     n_test: int = 100,
     shape: str = "gpt2",
     length: int = 64,
-    seed: int = 0,
+    seed: Seed = 0,
     python: str | None = None,
 ) -> Task:
     """Build a task that predicts Python's help topics with a small, randomly initialised model; mean cross-entropy.
