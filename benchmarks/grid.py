@@ -103,8 +103,8 @@ def summary(results: list[dict[str, Any]]) -> str:
     return (
         f"{len(best)} results: skill 0 or more on {(best >= 0).sum()}; within 0.02 of the best single "
         f"simulator, or above, on {(best >= single - 0.02).sum()}; no forecast above ten times the largest recorded "
-        f"loss on {sum(result['farthest'] <= 10 for result in results)}; median skill {np.median(best):.3f}; intervals cover "
-        f"{np.mean([result['coverage'] for result in results]):.1%}."
+        f"loss on {sum(result['farthest'] <= 10 for result in results)}; median skill {np.median(best):.3f}; "
+        f"intervals cover {np.mean([result['coverage'] for result in results]):.1%}."
     )
 
 

@@ -7,6 +7,7 @@ were written down before any of them was run.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,7 +155,7 @@ def mlp(*widths: int, act: type[nn.Module] = nn.ReLU, norm: type[nn.Module] | No
 
     def build() -> nn.Module:
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-2], widths[1:-1], strict=True):
+        for before, after in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), *([] if norm is None else [norm(after)]), act()]
         return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
