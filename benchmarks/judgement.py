@@ -1,8 +1,8 @@
 """Do forecasts know when they are wrong? Edits of held-out runs, forecast by the default simulator and retrained.
 
 For each edit: the mean change of the final loss as forecast and as retrained, the relative error over test examples,
-the coverage of the 90 % intervals, and whether the forecast was trusted. Of the trusted ones nine in ten should be right
-to within a quarter.
+the coverage of the 90 % intervals, and whether the forecast was trusted. Of the trusted ones nine in ten should be
+right to within a quarter.
 
     python benchmarks/judgement.py [--settings base moons …] [--seeds 1]
 """
@@ -91,10 +91,11 @@ def main() -> None:
 def said(table: pd.DataFrame) -> str:
     trusted = table[table["trusted"]]
     right = f"{trusted['right'].mean():.0%} of them are" if len(trusted) else "none is"
-    large = table[(table["relative_error"] > 1) & table["trusted"]]
+    large = len(table[(table["relative_error"] > 1) & table["trusted"]])
     return (
         f"{len(table)} edits, {len(trusted)} trusted ({1 - len(trusted) / len(table):.0%} marked), {right} right to "
-        f"within a quarter; intervals cover {table['coverage'].mean():.0%}; {len(large)} trusted with a relative error above 1"
+        f"within a quarter; intervals cover {table['coverage'].mean():.0%}; {large} trusted with a relative "
+        "error above 1"
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from annotated_types import Ge, Interval
 from jaxtyping import Float
 
@@ -111,3 +112,14 @@ def test_a_call_is_checked_and_swaps_are_named():
         drawn(edit, 1, width="wide")
     with pytest.raises(TypeError, match="missing a required argument: 'count'"):
         drawn(edit)
+
+
+def test_an_array_of_one_number_is_no_iterable():
+    @checked
+    def counted(values: Iterable[int]) -> int:
+        return len(list(values))
+
+    assert counted(np.array([3, 4])) == 2
+    for single in (np.array(3), torch.tensor(3)):
+        with pytest.raises(InvalidInput, match="values must be an iterable"):
+            counted(single)

@@ -215,7 +215,8 @@ def _container(name: str, value: Any, hint: Any) -> Any:
     kind = typing.get_origin(hint) or hint
     if isinstance(value, np.ndarray | pd.Series | pd.Index) and kind is not collections.abc.Mapping and value.ndim:
         value = value.tolist()
-    _accepted(name, value, hint, isinstance(value, kind) and not isinstance(value, str | bytes))
+    single = getattr(value, "ndim", 1) == 0  # arrays and tensors of one number have an iterator that fails
+    _accepted(name, value, hint, isinstance(value, kind) and not isinstance(value, str | bytes) and not single)
     element = (*typing.get_args(hint), Any)[0]
     if kind is collections.abc.Sequence and element is not Any and not _holds_only_classes(element):
         return [fitting(f"{name}[{index}]", entry, element) for index, entry in enumerate(value)]
