@@ -39,6 +39,7 @@ from .simulators import (
     MeanTrajectorySimulator,
     MultiplicativeSimulator,
     PersistenceSimulator,
+    ResponseSimulator,
     Simulator,
     TangentKernelSimulator,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "Remove",
     "Reorder",
     "Repeat",
+    "ResponseSimulator",
     "Run",
     "RunStore",
     "Runs",

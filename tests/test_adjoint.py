@@ -111,7 +111,12 @@ def test_landmarks_no_head_longer_curricula_and_few_tests_at_once(monkeypatch):
     task = small_task(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
     runs = recorded(task, sf.Recipe(lr=0.2, momentum=0.5, dtype="float64"), 2)
     twice = sf.Curriculum(runs[1].curriculum.tolist() * 2, N_TRAIN)
-    longer = dataclasses.replace(runs[1], curriculum=twice, losses=np.repeat(runs[1].losses, 2, axis=0)[1:])
+    longer = dataclasses.replace(
+        runs[1],
+        curriculum=twice,
+        losses=np.repeat(runs[1].losses, 2, axis=0)[1:],
+        learning_rates=np.tile(runs[1].learning_rates, 2),
+    )
     for landmarks in (None, 4):
         fitted = sf.TangentKernelSimulator(task, n_checkpoints=3, landmarks=landmarks).fit(runs[:1])
         with pytest.warns(BeyondReferenceWarning, match="18 steps, but no reference has more than 9"):

@@ -115,8 +115,9 @@ def test_intervals_widen_where_the_members_differ(task, runs, tmp_path):
     assert np.array_equal(loaded.interval(runs.curricula, runs.initial_losses)[0], low)
     spread = np.std([member.simulate(runs.curricula, runs.initial_losses) for member in fitted.fitted_[1:]], 0, ddof=1)
     assert spread[:, -1].max() > 1e-4
+    usual = fitted._widened(fitted.variance_[None], forecast)
     for time in (4, 10):
-        half, scale = ((high - low) / 2)[:, time], np.sqrt(fitted.variance_[time] + spread[:, time] ** 2)
+        half, scale = ((high - low) / 2)[:, time], np.sqrt(usual[:, time] + spread[:, time] ** 2)
         assert np.allclose(half / scale, (half / scale)[0, 0], rtol=1e-3)
 
 

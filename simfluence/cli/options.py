@@ -63,6 +63,7 @@ SIMULATOR_NAMES = (
     "featurized",
     "boosted",
     "tangent",
+    "response",
 )
 #: Names of the library's own attribution methods, for help texts; a test compares them with the registry.
 METHOD_NAMES = (

@@ -14,6 +14,7 @@ from simfluence.simulators.conformal import ConformalSimulator
 from simfluence.simulators.featurized import FeaturizedSimulator
 from simfluence.simulators.markov.simulators import AdditiveSimulator, LinearSimulator, MultiplicativeSimulator
 from simfluence.simulators.registry import SIMULATORS
+from simfluence.simulators.response.simulator import ResponseSimulator
 from simfluence.simulators.tangent.simulator import TangentKernelSimulator
 
 
@@ -49,6 +50,7 @@ __all__ = [
     "MeanTrajectorySimulator",
     "MultiplicativeSimulator",
     "PersistenceSimulator",
+    "ResponseSimulator",
     "Simulator",
     "TangentKernelSimulator",
     "build",

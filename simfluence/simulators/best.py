@@ -18,13 +18,14 @@ from simfluence.errors import InvalidInput
 from simfluence.runs import Run, Runs
 from simfluence.simulators.base import InitialLosses, Simulator
 from simfluence.simulators.boosted import BoostedSimulator
+from simfluence.simulators.cost import ModelCost
 from simfluence.simulators.folds import at_times, fold_of, means_of_others, quiet
 from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths, mean_over_runs, widened
 from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.markov.simulators import LinearSimulator
 from simfluence.simulators.mean import mean_trajectory
+from simfluence.simulators.response.simulator import ResponseSimulator
 from simfluence.simulators.stacking import stacking_weights
-from simfluence.simulators.tangent.cost import reference_operations
 from simfluence.simulators.tangent.simulator import TangentKernelSimulator
 from simfluence.simulators.trust import Trust
 from simfluence.task import Task
@@ -39,9 +40,9 @@ class BestSimulator(Simulator):
     """The mean trajectory, plus the deviations that several simulators forecast, each as far as it has proved right.
 
     Every simulator that the runs allow is tried: a linear one around the mean, the boosted one if examples have
-    features, and with ``task`` the tangent kernel. Each forecasts every run while it is held out (cross-validation over
-    whole runs). With m the mean trajectory, f_k the forecasts and w_k ≥ 0 the weights that do best on the held-out
-    runs (stacked regression: Breiman 1996),
+    features, and with ``task`` the tangent kernel and the response. Each forecasts every run while it is held out
+    (cross-validation over whole runs). With m the mean trajectory, f_k the forecasts and w_k ≥ 0 the weights that do
+    best on the held-out runs (stacked regression: Breiman 1996),
 
         L_t = m_t + Σ_k w_k(t) (f_k,t − m_t)
 
@@ -160,19 +161,23 @@ class BestSimulator(Simulator):
 
     def _candidates(self, runs: Runs) -> list[Simulator]:
         """Return the simulators to try, those before that need fewer runs; say why one is too dear to be tried."""
-        usual, recipe = TangentKernelSimulator(self.task), runs[0].recipe
         others: list[Simulator] = [BoostedSimulator(), LinearSimulator(around="mean", l2="auto")]
-        if self.task is None or recipe is None:
+        if self.task is None or runs[0].recipe is None:
             return others
-        operations = reference_operations(self.task, recipe, usual.n_features, usual.n_checkpoints)
-        affordable = int(_MOST_OPERATIONS // max(operations, 1.0))
-        if not affordable:
-            self.left_out_[usual.name] = (
-                f"its kernels take {operations:.0e} operations, which is many minutes: to try it all the same, pass "
-                "members=[TangentKernelSimulator(task, n_references=1), …]"
-            )
-            return others
-        return [usual.with_parameters(n_references=min(usual.n_references, affordable)), *others]
+        cost = ModelCost.of(self.task, runs[0].recipe)
+        tangent, response = TangentKernelSimulator(self.task), ResponseSimulator(self.task)
+        of_reference = cost.of_derivatives(cost.outputs + tangent.n_features, tangent.n_checkpoints)
+        of_response = cost.of_derivatives(cost.outputs, response.n_checkpoints) + cost.of_training(runs)
+        of_response *= self.folds + 1  # it is fitted anew for each fold
+        tangent.n_references = min(tangent.n_references, int(_MOST_OPERATIONS // max(of_reference, 1.0)))
+        dear = {tangent: of_reference, response: of_response}
+        for simulator, operations in dear.items():
+            if operations > _MOST_OPERATIONS:
+                self.left_out_[simulator.name] = (
+                    f"fitting it takes {operations:.0e} operations, which is many minutes: to try it all the same, "
+                    f"pass members=[{type(simulator).__name__}(task), …]"
+                )
+        return [*(each for each in dear if each.name not in self.left_out_), *others]
 
     def _fit_first(self, candidates: Sequence[Simulator], runs: Runs) -> None:
         """Take the first simulator that can be fitted on a single run."""

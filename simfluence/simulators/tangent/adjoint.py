@@ -41,11 +41,11 @@ def final_derivatives(space: FunctionSpace, curriculum: Curriculum) -> tuple[np.
         losses.append(final)
         for position in reversed(path):
             update = position.update
-            if update is None or not bool(update.active):  # the end, or an empty batch
-                continue
-            gradients, by_weights = backwards.step_back(position, update, gradients)
-            removals = by_removal(update.weights, by_weights)  # [chunk, batch]
-            derivatives[update.batch[:, None], chunk - space.n_train] += removals.T
+            if update is not None and bool(update.active):  # neither the end nor an empty batch
+                gradients, by_weights = backwards.step_back(position, update, gradients)
+                removals = by_removal(update.weights, by_weights)  # [chunk, batch]
+                derivatives[update.batch[:, None], chunk - space.n_train] += removals.T
+            gradients = _before_shrinking(position, gradients)
     return np.concatenate(losses), derivatives.numpy()
 
 
@@ -59,7 +59,7 @@ def by_removal(weights: Any, by_weights: Any) -> Any:
 
 def _first_row(position: Position) -> Position:
     """Drop the reference row and keep only the first row's batch."""
-    state, moments, update = position
+    state, moments, update, kept = position
     state, first = state.map(lambda part: part[:1].clone()), moments.first.map(lambda part: part[:1].clone())
     if update is not None:
         used = update.weights[0] != 0
@@ -69,7 +69,14 @@ def _first_row(position: Position) -> Position:
             n_updates=update.n_updates[:1],
             active=update.active[:1],
         )
-    return Position(state, Moments(first, moments.squares[:1].clone()), update)
+    return Position(state, Moments(first, moments.squares[:1].clone()), update, kept.map(lambda part: part[:1]))
+
+
+def _before_shrinking(position: Position, gradients: list[Tensor]) -> list[Tensor]:
+    """Turn derivatives by state and momentum within reach into those before shrinking, taking the shares as given."""
+    head, features = position.kept
+    *shrunk, squares = gradients
+    return [*(gradient * share for gradient, share in zip(shrunk, (head, features) * 2, strict=True)), squares]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +125,7 @@ class _Backwards(FunctionSpace):
 
     def _rows(self, position: Position) -> list[Tensor]:
         """Repeat state, first moments and squares for each test example; rows differ only in their test example."""
-        rows, (state, moments, _) = len(self.test), position
+        rows, (state, moments, *_) = len(self.test), position
 
         def narrow(features: Tensor) -> Tensor:
             return torch.cat([features[:, self.train].expand(rows, -1, -1), features[0, self.test, None]], 1)

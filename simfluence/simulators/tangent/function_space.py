@@ -19,6 +19,12 @@ from simfluence.simulators.batches import batch_weights
 
 __all__ = ["FunctionSpace", "Moments", "Position", "State", "Update"]
 
+#: How far a head, its features and, without a head, outputs may be from the reference's, as a share of their own size
+#: along its path.
+REACH_OF_HEAD, REACH_OF_FEATURES, REACH_OF_OUTPUTS = 1.0, 0.5, 2.0
+#: Least second moment of a head's weight under Adam, as a share of the mean over the weights of its output.
+LEAST_SQUARE = 0.03
+
 
 class State(NamedTuple):
     """What training changes, one row per curriculum.
@@ -69,11 +75,18 @@ class Update(NamedTuple):
 
 
 class Position(NamedTuple):
-    """All rows before a step, and the update to come; None at the end."""
+    """All rows before a step.
+
+    Args:
+        state, moments: within the reference's reach.
+        update: the update to come; None at the end.
+        kept: the shares of the deviations from the reference that were kept to stay within reach, ``[rows, 1, 1]``.
+    """
 
     state: State
     moments: Moments
     update: Update | None
+    kept: State
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +108,8 @@ class FunctionSpace:
         reference: curriculum of the reference run.
         shape: shape of the model's outputs for one example.
         l2: the objective's own penalty.
+        bounded: whether deviations stay within reach of the reference and Adam's second moments have a floor; files of
+            older versions simulate without.
     """
 
     loss: Any
@@ -110,6 +125,7 @@ class FunctionSpace:
     reference: Curriculum
     shape: tuple[int, ...]
     l2: float
+    bounded: bool
 
     def roll(self, curricula: Sequence[Curriculum], longest: int) -> np.ndarray:
         """Simulate the test losses, ``[runs, longest + 1, test]``."""
@@ -132,18 +148,20 @@ class FunctionSpace:
         state = self._start(len(with_reference))
         moments = Moments(state.map(torch.zeros_like), torch.zeros_like(state.head))
         n_updates = torch.zeros(len(with_reference), 1, 1, dtype=state.head.dtype)
-        rows = np.arange(len(with_reference)) * steps
+        rows, reach = np.arange(len(with_reference)) * steps, self._reach()
         for step in range(longest):
             self._reset_reference(state, step)
+            state, moments, kept = self._within(reach, state, moments, step)
             active = torch.from_numpy(updates[:, step])[:, None, None]
             n_updates = n_updates + active
             update = Update(step, float(rates[step]), *_batch(weights[rows + step], state.head), n_updates, active)
-            yield Position(state, moments, update)
+            yield Position(state, moments, update, kept)
             moments, following = self.updated(state, moments, update)
             if updates[-1, step]:
                 following = self._anchored(following, step)
             state = state.map(lambda before, after, on=active: torch.where(on, after, before), following)
-        yield Position(state, moments, None)
+        state, moments, kept = self._within(reach, state, moments, longest)
+        yield Position(state, moments, None, kept)
 
     def updated(self, state: State, moments: Moments, update: Update) -> tuple[Moments, State]:
         """Return moments and state after an update under the kernels, before anchoring."""
@@ -168,6 +186,32 @@ class FunctionSpace:
         """Put the reference row back on its recorded path."""
         state.head[-1] = self.heads[self._at(step)]
         state.features[-1] = 0.0
+
+    def _reach(self) -> State:
+        """Return how far heads and tracked features may be from the reference's, as root mean squares."""
+        n_tracked, path = self.kernels.shape[2], slice(len(self.reference) + 1)
+        of_features = REACH_OF_FEATURES if self.learned else REACH_OF_OUTPUTS
+        features = self.features[path, :, :n_tracked]
+        return State(REACH_OF_HEAD * _size(self.heads[path]), of_features * _size(features))
+
+    def _within(self, reach: State, state: State, moments: Moments, step: int) -> tuple[State, Moments, State]:
+        """Shrink deviations that are out of reach, and their momentum with them.
+
+        A kernel knows no bound, but a network has one: what moves its features as far as they are large also changes
+        its kernel. A head is exact where no features are tracked, and so is not bounded.
+
+        Returns:
+            State, moments, and the shares of the deviations that were kept.
+        """
+        if not self.kernels.shape[2] or not self.bounded:
+            whole = state.head.new_ones(len(state.head), 1, 1)
+            return state, moments, State(whole, whole)
+        reference = State(self.heads[self._at(step)], torch.zeros_like(state.features[-1]))
+        kept = state.map(_share_within, reference, reach)
+        if all(bool((share == 1).all()) for share in kept):
+            return state, moments, kept
+        first = moments.first.map(lambda part, share: _shrunk(part, part[-1], share), kept)
+        return state.map(_shrunk, reference, kept), moments._replace(first=first), kept
 
     def _anchored(self, following: State, step: int) -> State:
         """Add to all rows the error that the kernels make in the reference's own step."""
@@ -283,15 +327,27 @@ class FunctionSpace:
         return moments._replace(first=first), moves
 
     def _adam_step(self, moments: Moments, gradient: State, n_updates: Tensor, active: Tensor) -> tuple[Moments, State]:
-        """Take Adam's own step for the head, in the model's coordinates. The kernels contain the second moments."""
-        beta, beta_squares = self._optimizer_args.get("betas", (0.9, 0.999))
+        """Take Adam's own step for the head, in the model's coordinates. The kernels contain the second moments.
+
+        RMSprop is Adam without first moments, whose second moments start at 0 without a correction.
+        """
+        if self.recipe.optimizer == "rmsprop":
+            beta, beta_squares = 0.0, self._optimizer_args.get("alpha", 0.99)
+        else:
+            beta, beta_squares = self._optimizer_args.get("betas", (0.9, 0.999))
         eps, n_updates = self._optimizer_args.get("eps", 1e-8), n_updates.clamp(min=1)
         gradient = gradient._replace(head=gradient.head @ self.basis)
         first = moments.first.map(lambda m, g: torch.where(active, beta * m + (1 - beta) * g, m), gradient)
         squares = beta_squares * moments.squares + (1 - beta_squares) * gradient.head**2
         squares = torch.where(active, squares, moments.squares)
         moves = first.map(lambda m: m / (1 - beta**n_updates))
-        sizes = _root(squares / (1 - beta_squares**n_updates)) + eps
+        grown = 1 - beta_squares**n_updates
+        unbiased = squares / grown
+        if self.bounded and moves.features.shape[-1]:  # inexact features have small gradients where the model's are 0
+            unbiased = torch.maximum(unbiased, LEAST_SQUARE * unbiased.mean(-1, keepdim=True))
+        if self.recipe.optimizer == "rmsprop":
+            unbiased, moves = unbiased * grown, moves._replace(features=moves.features / _root(grown))
+        sizes = _root(unbiased) + eps
         return Moments(first, squares), moves._replace(head=(moves.head / sizes) @ self.basis.T)
 
 
@@ -299,6 +355,21 @@ def _batch(rows: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the training examples in any row of the weights ``[rows, train]``, and their weights in each row."""
     indices = np.unique(rows.indices)
     return torch.from_numpy(indices.astype(np.int64)), torch.from_numpy(rows[:, indices].toarray()).to(like)
+
+
+def _size(tensor: Tensor) -> Tensor:
+    """Return the root mean square."""
+    return tensor.square().mean().sqrt()
+
+
+def _share_within(part: Tensor, reference: Tensor, reach: Tensor) -> Tensor:
+    """Return what each row's deviation must be multiplied by for its root mean square to be within reach."""
+    sizes = torch.linalg.vector_norm(part - reference, dim=(1, 2), keepdim=True) / reference.numel() ** 0.5
+    return torch.where(sizes > reach, reach / sizes, 1.0)
+
+
+def _shrunk(part: Tensor, reference: Tensor, share: Tensor) -> Tensor:
+    return torch.where(share < 1, reference + share * (part - reference), part)
 
 
 def _root(squares: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def collect_reference(
             _check_memory(readings[0][0], n_train, n_tracked, len(times), run.steps, landmarks, memory)
         if training.step not in times or training.finished:
             continue
-        if isinstance(training.optimizer, torch.optim.Adam):  # AdamW is one
+        if isinstance(training.optimizer, torch.optim.Adam | torch.optim.RMSprop):  # AdamW is an Adam
             expected = _expected_squares(model, task, training.setup.train_data, usual_batch_size([run.curriculum]))
             moments = SecondMoments.after(moments, training.step, expected, training.optimizer.param_groups[0])
         parameters = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
@@ -158,7 +158,7 @@ class SecondMoments:
         squares: expected squares of a batch's mean gradient at that step, by parameter name.
         sums: exponentially weighted sums of the squares so far, by parameter name.
         weight: sum of the weights, which corrects the bias of the first steps.
-        beta, eps: Adam's second beta, and its ε.
+        beta, eps: Adam's second beta, or RMSprop's alpha, and ε.
     """
 
     step: int
@@ -173,7 +173,7 @@ class SecondMoments:
         cls, before: SecondMoments | None, step: int, squares: Mapping[str, Tensor], group: Mapping[str, Any]
     ) -> SecondMoments:
         """Return the moments at a checkpoint, given those at the previous one."""
-        beta, eps = float(group["betas"][1]), float(group["eps"])
+        beta, eps = float(group["alpha"] if "alpha" in group else group["betas"][1]), float(group["eps"])
         if before is None:
             return cls(
                 step, squares, {name: (1 - beta) * square for name, square in squares.items()}, 1 - beta, beta, eps

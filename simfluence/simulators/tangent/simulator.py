@@ -194,6 +194,7 @@ class TangentKernelSimulator(Simulator):
         self.targets_ = torch.cat([setup.train_data[1], setup.test_data[1]]).numpy()
         self.loss_, self.l2_ = _loss_name(self.task), self.task.l2
         self.shape_ = _output_shape(self.task, recipe, setup)
+        self.bounded_ = True
         references = list(runs[: self.n_references])
         self._collect_references(references, setup)
         reference_ids = {reference.id for reference in references}
@@ -330,6 +331,7 @@ class TangentKernelSimulator(Simulator):
             reference=reference,
             shape=tuple(self.shape_),
             l2=self.l2_,
+            bounded=getattr(self, "bounded_", False),
         )
 
     def _loss(self) -> Any:
@@ -374,6 +376,8 @@ class TangentKernelSimulator(Simulator):
         for name in ("shape_", "targets_", "learned_", "recipe_", "loss_", "l2_"):
             if not hasattr(self, name):
                 raise InvalidInput(f"it lacks {name}")
+        if not isinstance(getattr(self, "bounded_", False), bool):
+            raise InvalidInput("bounded_ is not true or false")
         if not isinstance(self.learned_, bool) or (self.loss_ is not None and self.loss_ not in BY_NAME):
             raise InvalidInput("learned_ or loss_ is unknown")
         number("l2_", self.l2_, least=0)

@@ -42,7 +42,7 @@ def read_rows(source: Rows) -> pd.DataFrame:
         table = source.reset_index(drop=True)
     elif hasattr(source, "to_pandas"):  # datasets.Dataset
         table = _with_class_names(source)
-    elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes) and getattr(source, "ndim", 1):
+    elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes) and getattr(source, "ndim", 1) != 0:
         table = _from_mappings(list(source))
     else:
         raise InvalidInput(f"rows must be a data frame, a list of mappings, a dataset or a file, got {shown(source)}")
