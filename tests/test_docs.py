@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 ROOMS = ("attribution", "evaluation", "plots", "recording", "simulators", "specs", "tasks")
 
 
-@pytest.mark.parametrize("page", ["adding_a_simulator", "adding_an_attributor"])
+@pytest.mark.parametrize("page", ["adding_a_simulator", "adding_an_attributor", "trust"])
 def test_the_page_runs(page, capsys):
     text = (DOCS / f"{page}.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

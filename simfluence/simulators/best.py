@@ -33,7 +33,9 @@ from simfluence.task import Task
 __all__ = ["BestSimulator"]
 
 _LEAST_WEIGHT = 1e-3  # members with less at every time are left out
-_MOST_OPERATIONS = 3e13  # of the tangent kernel's references: a few minutes of a processor
+_MOST_OPERATIONS = 3e13  # of fitting one member: a few minutes of a processor
+_KERNELS = 2 * 2**30  # bytes of the tangent kernel's references, beyond the first: half a minute
+_USUAL_L2 = 30.0
 
 
 class BestSimulator(Simulator):
@@ -161,23 +163,28 @@ class BestSimulator(Simulator):
 
     def _candidates(self, runs: Runs) -> list[Simulator]:
         """Return the simulators to try, those before that need fewer runs; say why one is too dear to be tried."""
-        others: list[Simulator] = [BoostedSimulator(), LinearSimulator(around="mean", l2="auto")]
+        has_features = runs.train is not None and runs.train.features is not None
+        # Where the surrogates compare features, the linear simulator adds so little that its penalty is not chosen.
+        linear = LinearSimulator(around="mean", l2=_USUAL_L2 if has_features else "auto")
+        others: list[Simulator] = [BoostedSimulator(), linear]
         if self.task is None or runs[0].recipe is None:
             return others
         cost = ModelCost.of(self.task, runs[0].recipe)
         tangent, response = TangentKernelSimulator(self.task), ResponseSimulator(self.task)
-        of_reference = cost.of_derivatives(cost.outputs + tangent.n_features, tangent.n_checkpoints)
+        kernels = cost.of_kernels(runs.n_train, tangent.n_features, tangent.n_checkpoints)
+        tangent.n_references = max(1, min(tangent.n_references, int(_KERNELS // kernels)))
         of_response = cost.of_derivatives(cost.outputs, response.n_checkpoints) + cost.of_training(runs)
-        of_response *= self.folds + 1  # it is fitted anew for each fold
-        tangent.n_references = min(tangent.n_references, int(_MOST_OPERATIONS // max(of_reference, 1.0)))
-        dear = {tangent: of_reference, response: of_response}
-        for simulator, operations in dear.items():
-            if operations > _MOST_OPERATIONS:
+        operations = {
+            tangent: cost.of_derivatives(cost.outputs + tangent.n_features, tangent.n_checkpoints),
+            response: of_response * (self.folds + 1),  # it is fitted anew for each fold
+        }
+        for simulator, count in operations.items():
+            if count > _MOST_OPERATIONS:
                 self.left_out_[simulator.name] = (
-                    f"fitting it takes {operations:.0e} operations, which is many minutes: to try it all the same, "
-                    f"pass members=[{type(simulator).__name__}(task), …]"
+                    f"fitting it takes {count:.0e} operations, which is many minutes: to try it all the same, pass "
+                    f"members=[{type(simulator).__name__}(task), …]"
                 )
-        return [*(each for each in dear if each.name not in self.left_out_), *others]
+        return [*(each for each in operations if each.name not in self.left_out_), *others]
 
     def _fit_first(self, candidates: Sequence[Simulator], runs: Runs) -> None:
         """Take the first simulator that can be fitted on a single run."""

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from simfluence.attribution.gradients.hooks import evaluating
-from simfluence.attribution.gradients.tangent_kernel import one_tensor
+from simfluence.attribution.gradients.tangent_kernel import kernel_bytes, one_tensor
 from simfluence.recipe import Recipe
 from simfluence.recording.engines.base import TrainingSetup
 from simfluence.runs import Runs
@@ -47,6 +47,10 @@ class ModelCost:
     def of_derivatives(self, tracked: int, checkpoints: int) -> float:
         """Count the operations of differentiating ``tracked`` numbers of each example at some checkpoints."""
         return 3 * self.forward * tracked * self.examples * checkpoints
+
+    def of_kernels(self, n_train: int, further: int, checkpoints: int) -> float:
+        """Return the bytes of the tangent kernels of one reference, in single precision."""
+        return checkpoints * kernel_bytes(n_train, self.examples - n_train, self.outputs + further, 4)
 
     def of_training(self, runs: Runs) -> float:
         """Count the operations of training the runs again."""

@@ -1,0 +1,1 @@
+"""Simulation of training as a deviation from the mean path of recorded runs."""
