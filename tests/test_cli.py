@@ -115,7 +115,7 @@ def test_evaluate(run, folder):
     code, out, _ = run("evaluate", folder / "runs", "--held-out", 3, "--json")
     rows = {row["simulator"]: row for row in json.loads(out)}
     assert code == 0
-    assert list(rows) == [name for name in SIMULATOR_NAMES if name != "tangent"]
+    assert list(rows) == [name for name in SIMULATOR_NAMES if name not in ("tangent", "response")]
     fit, held = sf.RunStore(folder / "runs").load().split(held_out=3)
     expected = sf.evaluate({"linear": sf.LinearSimulator().fit(fit)}, held, fit)
     assert rows["linear"]["skill"] == pytest.approx(expected.loc["linear", "skill"])
