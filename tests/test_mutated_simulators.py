@@ -171,7 +171,7 @@ def test_flipped_bytes_are_noticed(name, files, tmp_path):
 @pytest.mark.parametrize("name", KINDS)
 def test_files_with_a_number_that_is_not_finite_are_refused(name, files, tmp_path):
     about, arrays = read(files[name])
-    numbers = {key for key, array in arrays.items() if array.dtype.kind == "f" and array.size }
+    numbers = {key for key, array in arrays.items() if array.dtype.kind == "f" and array.size}
     for key in numbers:
         for wrong in (np.nan, np.inf, -np.inf):
             changed = arrays[key].copy()

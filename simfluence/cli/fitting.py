@@ -124,9 +124,7 @@ def evaluate(
         opened, interval_seed = RunStore(store), seed if intervals else None
         if simulator:
             chosen = {
-                name: fitted_by_name(
-                    name, part, parameters, opened, task, interval_seed=interval_seed, judged=False
-                )
+                name: fitted_by_name(name, part, parameters, opened, task, interval_seed=interval_seed, judged=False)
                 for name in simulator
             }
         else:
