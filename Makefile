@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 # Packages that we compare with live in an environment of their own.
 PEERS = .venv-peers
 
-.PHONY: demo test test-slow coverage fuzz fuzz-ci lint format bench peers bench-peers table tangent-table text-table what-if-table \
+.PHONY: demo test test-slow coverage fuzz fuzz-ci grid lint format bench peers bench-peers table tangent-table text-table what-if-table \
 	attribution-table notebooks docs front-page wheel runs clean
 
 $(READY): pyproject.toml constraints.txt

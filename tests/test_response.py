@@ -275,7 +275,7 @@ def test_recorded_checkpoints_of_a_large_model_are_read_instead_of_training_agai
 
 def test_what_it_cannot_do_is_refused_by_name(bent):
     task, runs = bent
-    with pytest.raises(InvalidInput, match="needs the task"):
+    with pytest.raises(InvalidInput, match="task is required"):
         ResponseSimulator().fit(runs)
     with pytest.raises(InvalidInput, match="does not cover optimizer 'rprop'"):
         ResponseSimulator(task, recipe=sf.Recipe(optimizer="rprop", lr=0.01)).fit(runs)

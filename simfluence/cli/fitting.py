@@ -116,12 +116,11 @@ def evaluate(
     from simfluence.cli.output import draw, print_json, print_table, records
     from simfluence.evaluation.held_out import METRICS
     from simfluence.evaluation.held_out import evaluate as evaluate_simulators
-    from simfluence.storage.store import RunStore
 
-    splits = {str(store): opened_and_split(store, held_out, seed)[1:] for store in stores}
+    splits = {str(store): opened_and_split(store, held_out, seed) for store in stores}
     tables = {}
-    for store, (part, held) in splits.items():
-        opened, interval_seed = RunStore(store), seed if intervals else None
+    interval_seed = seed if intervals else None
+    for store, (opened, part, held) in splits.items():
         if simulator:
             chosen = {
                 name: fitted_by_name(name, part, parameters, opened, task, interval_seed=interval_seed, judged=False)
@@ -139,7 +138,7 @@ def evaluate(
         print_json(records(table))
     else:
         titles = [
-            f"{store}: {len(held)} held-out runs, {len(part)} to fit on" for store, (part, held) in splits.items()
+            f"{store}: {len(held)} held-out runs, {len(part)} to fit on" for store, (_, part, held) in splits.items()
         ]
         print_table(readable(table), "\n".join(titles))
 
@@ -213,7 +212,9 @@ def learning_curve(
     task_parameter = {"task": built_task(opened, task)} if chosen.needs_task else {}
     chosen = chosen.with_parameters(**parsed(parameters), **task_parameter)
     runs = opened.load()
-    table = curve(chosen, runs, held_out=held_out or usual_held_out(runs), repeats=repeats, seed=seed)
+    table = curve(
+        chosen, runs, held_out=usual_held_out(runs) if held_out is None else held_out, repeats=repeats, seed=seed
+    )
     if plot:
         draw(plot, lambda ax: plots.learning_curve(table, ax, f"{plots.heading(table)}, {chosen.name}"))
     if as_json:

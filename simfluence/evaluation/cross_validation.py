@@ -34,5 +34,5 @@ def fitted_errors(simulator: Simulator, part: Runs, held: Runs) -> Float[np.ndar
         simulated = fitted.simulate(held.curricula, held.initial_losses)
         true = held.losses.astype(np.float64)
         errors = np.stack([all_errors(simulated, true), final_errors(simulated, true)])
-    errors[:, (fitted.bounds_stop(simulated) & np.isfinite(true)).any(axis=(1, 2))] = np.inf
+    errors[:, (fitted.beyond_bounds(simulated) & np.isfinite(true)).any(axis=(1, 2))] = np.inf
     return errors

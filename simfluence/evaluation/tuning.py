@@ -121,9 +121,10 @@ def search(
 
     Args:
         simulator: a name, a class (your own too) or an instance. Parameters of an instance that differ from the
-            defaults are fixed. With "best", every kind is tried with its defaults, followed by successive halving: the
-            kinds share the trials of a round equally, and the better half stays for the next round. So most trials are
-            spent on the best kinds, and few on slow kinds that do not pay off.
+            defaults are fixed. With "best", the best single kind is sought (``BestSimulator`` weighs several): every
+            kind is tried with its defaults, followed by successive halving. The kinds share the trials of a round
+            equally, and the better half stays for the next round. So most trials are spent on the best kinds, and few
+            on slow kinds that do not pay off.
         runs: runs to cross-validate on, in any order; diverged ones are left out with a warning.
         trials: total number of candidates; "best" tries at least one of each kind.
         seed: seed of the folds and of the sampler.

@@ -61,7 +61,7 @@ class Judgement:
             float(changes.mean()),
             error,
             distance,
-            bool(simulator.bounds_stop(what_if).any()),
+            bool(simulator.beyond_bounds(what_if).any()),
             mean is not None and steps >= len(mean),
         )
 

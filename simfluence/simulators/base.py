@@ -36,6 +36,7 @@ from simfluence.errors import (
     did_you_mean,
 )
 from simfluence.runs import Run, Runs
+from simfluence.simulators.bounds import bounds_of, kept_within, run_away
 from simfluence.simulators.folds import fold_of, means_of_others, refitted_forecasts
 from simfluence.simulators.learned import check_arrays, check_counts
 from simfluence.simulators.mean import mean_trajectory
@@ -58,7 +59,6 @@ __all__ = ["FORMAT", "Simulator", "SimulatorT", "not_fitted_on"]
 #: Version of the file format. Files without a version count as version 0. Older versions are read, newer ones refused.
 FORMAT = 2
 
-_FARTHEST = 10  # largest forecast, as a multiple of the largest recorded loss
 _AT_ONCE = 50  # edited curricula simulated at a time
 
 #: Losses before training, ``[runs, test]``, or ``[test]`` for all runs alike.
@@ -90,6 +90,8 @@ class Simulator(BaseEstimator, ABC):
     name: ClassVar[str] = ""
     #: Whether it wraps another object, given as a parameter, so that it cannot be built from its name alone.
     is_wrapper: ClassVar[bool] = False
+    #: Whether ``fit`` holds out runs, and so learns how far forecasts can be trusted.
+    holds_out: ClassVar[bool] = False
     #: Whether it needs the task as well as the runs, as a parameter ``task``.
     needs_task: ClassVar[bool] = False
 
@@ -126,7 +128,7 @@ class Simulator(BaseEstimator, ABC):
             self.n_test_ = runs.n_test
             self.fingerprint_ = runs[0].fingerprint
             self.baseline_ = mean_trajectory(runs)
-            self.bounds_, self.spread_of_runs_ = _bounds(runs), _spread(runs, self.baseline_)
+            self.bounds_, self.spread_of_runs_ = bounds_of(runs), _spread(runs, self.baseline_)
             self._fit(runs)
             self.fitted_ids_ = sorted({*runs.ids, *self._ids_of_parts()})
             self.fit_seconds_ = time.perf_counter() - start
@@ -202,7 +204,8 @@ class Simulator(BaseEstimator, ABC):
 
         Whole runs are held out in turn: each is forecast by a clone that was fitted on the runs of the other folds, so
         this takes about ``folds`` + 1 times as long as ``fit``. What comes out is ``trust``, which files carry and
-        forecasts show. The simulators that give intervals do all of this in ``fit`` already.
+        forecasts show. Where ``fit`` holds runs out already (``holds_out``), this is ``fit``, with the simulator's own
+        folds.
 
         Args:
             runs: two runs or more, of one task and one recipe.
@@ -221,6 +224,8 @@ class Simulator(BaseEstimator, ABC):
         runs = (runs if isinstance(runs, Runs) else Runs(runs)).usable("fit")
         if len(set(runs.ids)) < 2:
             raise InvalidInput("one run cannot be held out and fitted on: give two or more, or use fit(runs)")
+        if self.holds_out:
+            return self.fit(runs)
         numbers = fold_of(runs, folds, seed)
         forecasts = self._cross_fit(runs, numbers)
         self.trust_ = dataclasses.asdict(Trust.of(forecasts, runs.losses, means_of_others(runs, numbers)))
@@ -266,11 +271,7 @@ class Simulator(BaseEstimator, ABC):
         curricula = list(curricula)
         initial = self._check_initial(curricula, initial_losses)
         self._warn_beyond(curricula)
-        losses = self._bounded(self._simulate(curricula, initial), curricula)
-        losses[:, 0] = initial
-        for index, curriculum in enumerate(curricula):
-            losses[index, len(curriculum) + 1 :] = np.nan
-        return losses
+        return self._finished(self._simulate(curricula, initial), curricula, initial)
 
     @checked
     def changes(self, base: Curriculum, edited: Sequence[Curriculum], initial_losses: InitialLosses) -> Changes:
@@ -288,7 +289,7 @@ class Simulator(BaseEstimator, ABC):
         initial = self._check_initial([base, *edited], initial_losses)[0]
         if not edited:
             return np.empty((0, self.n_test_))
-        return self._bounded_changes(base, self._changes(base, edited, initial), initial)
+        return self._changes(base, edited, initial)
 
     @checked
     def changes_without(self, base: Curriculum, groups: Groups, initial_losses: InitialLosses) -> Changes:
@@ -308,7 +309,7 @@ class Simulator(BaseEstimator, ABC):
         initial = self._check_initial([base], initial_losses)[0]
         members = _members(groups, self.n_train_)
         _check_remaining(base, members)
-        return self._bounded_changes(base, self._changes_without(base, members, initial), initial)
+        return self._changes_without(base, members, initial)
 
     @checked
     def derivatives_without(self, base: Curriculum, initial_losses: InitialLosses) -> Float[np.ndarray, "train test"]:
@@ -488,37 +489,45 @@ class Simulator(BaseEstimator, ABC):
                 stacklevel=4,
             )
 
+    def _finished(self, losses: np.ndarray, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
+        """Keep losses ``[runs, times, test]`` within the bounds, from the initial ones to each curriculum's end."""
+        losses = self._bounded(losses, curricula)
+        losses[:, 0] = initial
+        for index, curriculum in enumerate(curricula):
+            losses[index, len(curriculum) + 1 :] = np.nan
+        return losses
+
     def _bounded(self, losses: np.ndarray, curricula: Sequence[Curriculum]) -> np.ndarray:
         """Keep losses ``[runs, times, test]`` within the bounds, and warn of forecasts that run away."""
         if not hasattr(self, "bounds_"):  # the file of an older version
             return losses
-        kept = _kept(losses, self.bounds_)
+        kept = kept_within(losses, self.bounds_)
         times, lengths = np.arange(losses.shape[1]), np.array([len(curriculum) for curriculum in curricula])
         within = (times > 0) & (times <= lengths[:, None])  # [runs, times]
-        run_away = (_runs_away(losses, self.bounds_).any(axis=2) & within).any(axis=1)
-        if run_away.any():
+        away = (run_away(losses, self.bounds_).any(axis=2) & within).any(axis=1)
+        if away.any():
             warnings.warn(
-                f"{run_away.sum()} of {len(losses)} forecasts of {self.name or type(self).__name__} ran away and were "
+                f"{away.sum()} of {len(losses)} forecasts of {self.name or type(self).__name__} ran away and were "
                 "stopped at ten times the largest loss of the fitting runs: do not trust them",
                 RunawayWarning,
                 stacklevel=4,
             )
         return kept
 
-    def bounds_stop(self, losses: np.ndarray) -> np.ndarray:
+    def beyond_bounds(self, losses: np.ndarray) -> np.ndarray:
         """Tell which forecast losses a bound had to stop, or would have to, as booleans of the same shape."""
         bounds = getattr(self, "bounds_", np.array([-np.inf, np.inf]))  # the file of an older version has none
-        stopped: np.ndarray = _runs_away(losses, bounds) | (losses >= bounds[1])
+        stopped: np.ndarray = run_away(losses, bounds) | (losses >= bounds[1])
         return stopped
 
     def _bounded_changes(self, base: Curriculum, changes: np.ndarray, initial: np.ndarray) -> np.ndarray:
-        """Keep the losses that changes ``[edits, test]`` lead to within the bounds."""
+        """Keep the losses that changes ``[edits, test]`` lead to within the bounds, where they were not simulated."""
         if not hasattr(self, "bounds_") or not len(changes):
             return changes
         before = self.simulate([base], initial)[0, -1]
         after = before + changes
         outside = np.isnan(after) | (after < self.bounds_[0]) | (after > self.bounds_[1])
-        return np.where(outside, _kept(after, self.bounds_) - before, changes)
+        return np.where(outside, kept_within(after, self.bounds_) - before, changes)
 
     def _check_parameters(self) -> None:
         """Raise ``InvalidInput`` for parameters out of range."""
@@ -585,16 +594,6 @@ def not_fitted_on(simulators: Mapping[str, Simulator], held: Runs, stacklevel: i
     return Runs(run for run in held if run.id not in known)
 
 
-def _bounds(runs: Runs) -> np.ndarray:
-    """Return the least and the largest loss that is forecast, ``[2]``.
-
-    Ten times the largest loss of the runs in size; and not below 0 if none of them is, as most losses have no negative
-    values.
-    """
-    size, least = max(float(np.nanmax(np.abs(run.losses))) for run in runs), min(np.nanmin(run.losses) for run in runs)
-    return np.array([0.0 if least >= 0 else -_FARTHEST * size, _FARTHEST * size])
-
-
 def _spread(runs: Runs, mean: np.ndarray) -> np.ndarray:
     """Return the mean square of the runs' deviations from their mean trajectory, ``[times]``."""
     sums, counts = np.zeros(len(mean)), np.zeros(len(mean))
@@ -605,19 +604,6 @@ def _spread(runs: Runs, mean: np.ndarray) -> np.ndarray:
         counts[: len(known)] += known
     times = np.flatnonzero(counts)
     return np.interp(np.arange(len(mean)), times, sums[times] / counts[times])
-
-
-def _kept(losses: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Clip losses to the bounds; what is not a number has grown beyond them."""
-    kept: np.ndarray = np.clip(np.nan_to_num(losses, nan=bounds[1]), *bounds)
-    return kept
-
-
-def _runs_away(losses: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Tell losses that a bound had to stop from those that fell a little below 0."""
-    margin = bounds[1] / _FARTHEST
-    away: np.ndarray = ~((losses >= bounds[0] - margin) & (losses <= bounds[1]))  # NaN too
-    return away
 
 
 def _listed(ids: Iterable[str], most: int = 5) -> str:

@@ -11,11 +11,11 @@ import sklearn.base
 
 from simfluence._internal.checked import checked
 from simfluence._internal.progress import bar
-from simfluence._internal.types import Losses, Seed
+from simfluence._internal.types import Losses
 from simfluence._internal.validation import whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
-from simfluence.runs import Run, Runs
+from simfluence.runs import Runs
 from simfluence.simulators.base import InitialLosses, Simulator
 from simfluence.simulators.boosted import BoostedSimulator
 from simfluence.simulators.cost import ModelCost
@@ -23,7 +23,6 @@ from simfluence.simulators.folds import at_times, fold_of, means_of_others, quie
 from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths, mean_over_runs, widened
 from simfluence.simulators.learned import check_arrays
 from simfluence.simulators.markov.simulators import LinearSimulator
-from simfluence.simulators.mean import mean_trajectory
 from simfluence.simulators.response.simulator import ResponseSimulator
 from simfluence.simulators.stacking import stacking_weights
 from simfluence.simulators.tangent.simulator import TangentKernelSimulator
@@ -65,7 +64,7 @@ class BestSimulator(Simulator):
     Attributes:
         members_: the simulators with a weight, fitted on all runs.
         weights_: their weights, ``[steps + 1, members]``.
-        mean_: m, ``[steps + 1, test]``.
+        baseline_: m, ``[steps + 1, test]``.
         left_out_: why simulators have no weight, by name.
         variance_: mean square of the errors on held-out runs, ``[steps + 1, test]``.
         usual_square_, usual_disagreement_: mean squares, over held-out runs, of the forecasts' deviations from the
@@ -82,6 +81,7 @@ class BestSimulator(Simulator):
     """
 
     name = "best"
+    holds_out = True
 
     def __init__(
         self,
@@ -128,18 +128,13 @@ class BestSimulator(Simulator):
             raise InvalidInput("fitted on a single run, it knows nothing of its errors: fit it on several")
         curricula = list(curricula)
         initial = self._check_initial(curricula, initial_losses)
-        forecast = self.simulate(curricula, initial)
-        with quiet():
-            deviations = self._deviations(curricula, initial)
-        stacked, disagreements = _stacked(deviations, at_times(self.weights_, forecast.shape[1]))
-        variance = self._widened(at_times(self.variance_, forecast.shape[1])[None], stacked**2, disagreements)
+        self._warn_beyond(curricula)
+        stacked, disagreements = self._stack(curricula, initial)  # once, for the forecasts and their errors
+        times = stacked.shape[1]
+        forecast = self._finished(at_times(self.baseline_, times) + stacked, curricula, initial)
+        variance = self._widened(at_times(self.variance_, times)[None], stacked**2, disagreements)
         half = half_widths(self.quantiles_, variance, confidence)
         return forecast - half, forecast + half
-
-    @checked
-    def cross_fit(self, runs: Runs | Sequence[Run], folds: int = 4, seed: Seed = 0) -> BestSimulator:
-        """Fit like ``fit``, which holds runs out already; ``folds`` and ``seed`` are those of the simulator."""
-        return self.fit(runs)
 
     def _check_parameters(self) -> None:
         for name, least in (("folds", 2), ("stretches", 1), ("seed", 0)):
@@ -154,7 +149,6 @@ class BestSimulator(Simulator):
 
     def _fit(self, runs: Runs) -> None:
         self.left_out_: dict[str, str] = {}
-        self.mean_ = mean_trajectory(runs)
         candidates = self._candidates(runs) if self.members is None else list(self.members)
         if len(set(runs.ids)) == 1:
             self._fit_first(candidates, runs)
@@ -195,7 +189,7 @@ class BestSimulator(Simulator):
                 break
             except InvalidInput as problem:
                 self.left_out_[candidate.name] = str(problem)
-        self.weights_ = np.ones((len(self.mean_), len(self.members_)))
+        self.weights_ = np.ones((len(self.baseline_), len(self.members_)))
         self.variance_, self.quantiles_ = np.zeros((0, runs.n_test)), np.zeros((0, len(LEVELS)))
         self.usual_square_ = self.usual_disagreement_ = self.variance_
 
@@ -254,26 +248,25 @@ class BestSimulator(Simulator):
         return widened(variance, self.variance_, *unusual)
 
     def _simulate(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
-        with quiet():
-            deviations = self._deviations(curricula, initial)
-        weights = at_times(self.weights_, deviations.shape[2])
-        losses: np.ndarray = at_times(self.mean_, deviations.shape[2]) + _stacked(deviations, weights)[0]
+        stacked = self._stack(curricula, initial)[0]
+        losses: np.ndarray = at_times(self.baseline_, stacked.shape[1]) + stacked
         return losses
 
-    def _deviations(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> np.ndarray:
-        """Return what the members forecast minus the mean trajectory, ``[members, runs, times, test]``."""
+    def _stack(self, curricula: Sequence[Curriculum], initial: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weighted deviations from the mean trajectory, and the members' disagreement; see ``_stacked``."""
         times = max(len(curriculum) for curriculum in curricula) + 1
+        with quiet():
+            forecasts = [member.simulate(curricula, initial) for member in self.members_]
         shape = (len(self.members_), len(curricula), times, self.n_test_)
-        forecasts = [member.simulate(curricula, initial) for member in self.members_]
-        deviations: np.ndarray = np.asarray(forecasts).reshape(shape) - at_times(self.mean_, times)
-        return deviations
+        deviations = np.asarray(forecasts).reshape(shape) - at_times(self.baseline_, times)
+        return _stacked(deviations, at_times(self.weights_, times))
 
     def _changes_without(self, base: Curriculum, groups: Sequence[np.ndarray], initial: np.ndarray) -> np.ndarray:
         """Add up the members' changes, as curricula without a group are as long as the base."""
         weights = self.weights_[min(len(base), len(self.weights_) - 1)]
         changes = [member.changes_without(base, groups, initial) for member in self.members_]
         shaped = np.asarray(changes).reshape(len(weights), len(groups), self.n_test_)
-        return np.asarray(np.einsum("m,mgz->gz", weights, shaped))
+        return self._bounded_changes(base, np.einsum("m,mgz->gz", weights, shaped), initial)
 
     def _check_learned(self) -> None:
         super()._check_learned()
@@ -285,7 +278,7 @@ class BestSimulator(Simulator):
         check_arrays(
             self,
             {
-                "mean_": "float times test", "weights_": f"float times {len(members)}",
+                "weights_": f"float times {len(members)}",
                 "variance_": "float errors test", "usual_square_": "float errors test",
                 "usual_disagreement_": "float errors test", "quantiles_": f"float errors {len(LEVELS)}",
             },

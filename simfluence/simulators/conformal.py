@@ -9,11 +9,11 @@ import numpy as np
 import sklearn.base
 
 from simfluence._internal.checked import checked
-from simfluence._internal.types import Losses, Seed
+from simfluence._internal.types import Losses
 from simfluence._internal.validation import whole
 from simfluence.curriculum import Curriculum
 from simfluence.errors import InvalidInput
-from simfluence.runs import Run, Runs
+from simfluence.runs import Runs
 from simfluence.simulators.base import InitialLosses, Simulator
 from simfluence.simulators.folds import at_times, fold_of, means_of_others, quiet
 from simfluence.simulators.intervals import LEVELS, USUAL_CONFIDENCE, UsualErrors, half_widths, mean_over_runs, widened
@@ -59,6 +59,7 @@ class ConformalSimulator(Simulator):
     """
 
     name = "conformal"
+    holds_out = True
     is_wrapper = True
 
     def __init__(self, simulator: Simulator | None = None, members: int = 10, folds: int = 4, seed: int = 0) -> None:
@@ -93,11 +94,6 @@ class ConformalSimulator(Simulator):
         variance = variance + self._spread(curricula, initial_losses)
         half = half_widths(self.quantiles_, variance, confidence)
         return forecast - half, forecast + half
-
-    @checked
-    def cross_fit(self, runs: Runs | Sequence[Run], folds: int = 4, seed: Seed = 0) -> ConformalSimulator:
-        """Fit like ``fit``, which holds runs out already; ``folds`` and ``seed`` are those of the simulator."""
-        return self.fit(runs)
 
     def _check_parameters(self) -> None:
         if self.simulator is not None and not isinstance(self.simulator, Simulator):

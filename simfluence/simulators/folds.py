@@ -14,7 +14,15 @@ from simfluence.errors import BeyondReferenceWarning, InvalidInput, RunawayWarni
 from simfluence.runs import Runs
 from simfluence.simulators.mean import mean_trajectory
 
-__all__ = ["at_times", "check_held_out", "fold_of", "means_of_others", "quiet", "refitted_forecasts"]
+__all__ = [
+    "at_times",
+    "check_held_out",
+    "fold_of",
+    "forecasts_by_others",
+    "means_of_others",
+    "quiet",
+    "refitted_forecasts",
+]
 
 
 def fold_of(runs: Runs, folds: int, seed: int) -> np.ndarray:
@@ -43,15 +51,24 @@ def refitted_forecasts(simulator: Any, runs: Runs, folds: np.ndarray) -> np.ndar
             on one that is held out.
     """
     forecasts = np.full((len(runs), max(run.steps for run in runs) + 1, runs.n_test), np.nan)
-    with quiet():
-        for fold in np.unique(folds):
-            rows = np.flatnonzero(folds == fold)
-            held = runs.take(rows)
-            fitted = sklearn.base.clone(simulator).fit(runs.take(np.flatnonzero(folds != fold)))
-            check_held_out(fitted, held)
-            losses = fitted.simulate(held.curricula, held.initial_losses)
-            forecasts[rows, : losses.shape[1]] = losses
+    for fold in np.unique(folds):
+        rows = np.flatnonzero(folds == fold)
+        losses = forecasts_by_others(simulator, runs.take(np.flatnonzero(folds != fold)), runs.take(rows))
+        forecasts[rows, : losses.shape[1]] = losses
     return forecasts
+
+
+def forecasts_by_others(simulator: Any, others: Runs, held: Runs) -> np.ndarray:
+    """Forecast runs that are held out by a clone of the simulator that is fitted on others, without a warning.
+
+    Raises:
+        InvalidInput: see ``refitted_forecasts``.
+    """
+    with quiet():
+        fitted = sklearn.base.clone(simulator).fit(others)
+        check_held_out(fitted, held)
+        losses: np.ndarray = fitted.simulate(held.curricula, held.initial_losses)
+    return losses
 
 
 def check_held_out(fitted: Any, held: Runs) -> None:

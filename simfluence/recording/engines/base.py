@@ -23,7 +23,7 @@ from simfluence.recording.activation_cache import (
 from simfluence.recording.checkpoints import Checkpoint
 from simfluence.recording.explain import PASSED_ON, explained
 from simfluence.recording.readings import LossReader
-from simfluence.task import Data, Task, cast, convert, set_seed
+from simfluence.task import Data, Task, cast, convert, set_seed, tensors
 
 __all__ = ["Training", "TrainingSetup", "first_pass"]
 
@@ -50,6 +50,13 @@ class TrainingSetup:
     activation_cache_bytes: int = ACTIVATION_CACHE_BYTES
     _activation_cache: ActivationCache | None = field(default=None, init=False, repr=False)
     _is_cache_built: bool = field(default=False, init=False, repr=False)
+
+    @property
+    def all_data(self) -> Data:
+        """The training data, then the test data."""
+        test_inputs = iter(tensors(self.test_data[0]))
+        inputs = convert(lambda tensor: torch.cat([tensor, next(test_inputs)]), self.train_data[0])
+        return inputs, torch.cat([self.train_data[1], self.test_data[1]])
 
     @classmethod
     def of(

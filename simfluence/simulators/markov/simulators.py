@@ -320,14 +320,15 @@ class MarkovSimulator(Simulator):
         if any(len(curriculum) != len(base) for curriculum in edited):
             return super()._changes(base, edited, initial)
         self._warn_of_unseen([base, *edited])
-        return self._dynamics().changes(base, Differences.between(base, edited), initial)
+        changes = self._dynamics().changes(base, Differences.between(base, edited), initial)
+        return self._bounded_changes(base, changes, initial)
 
     def _changes_without(self, base: Curriculum, groups: Sequence[np.ndarray], initial: np.ndarray) -> np.ndarray:
         self._warn_of_unseen([base])
         dynamics, changes = self._dynamics(), np.zeros((len(groups), self.n_test_))
         for block in Differences.blocks(base, groups):
             changes[block] = dynamics.changes(base, Differences.without(base, groups[block]), initial)
-        return changes
+        return self._bounded_changes(base, changes, initial)
 
     def _warn_of_unseen(self, curricula: Sequence[Curriculum]) -> None:
         shown = np.zeros(self.n_train_, bool)

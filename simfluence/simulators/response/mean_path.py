@@ -15,11 +15,10 @@ from simfluence.attribution.gradients.tangent_kernel import one_tensor
 from simfluence.errors import InvalidInput
 from simfluence.recording import follow
 from simfluence.recording.checkpoints import Checkpoint
-from simfluence.recording.engines.base import TrainingSetup
 from simfluence.runs import Run, Runs
-from simfluence.task import Data, Task, convert, forward, tensors
+from simfluence.task import Data, Task, forward
 
-__all__ = ["MOST_OUTPUTS", "MeanPath", "joined_data", "mean_path"]
+__all__ = ["MOST_OUTPUTS", "MeanPath", "mean_path"]
 
 #: Most outputs per example: each takes a pass over all examples at each checkpoint.
 MOST_OUTPUTS = 64
@@ -43,13 +42,6 @@ class MeanPath:
     weights: list[dict[str, Tensor]]
     samples: list[list[dict[str, Tensor]]]
     shape: tuple[int, ...]
-
-
-def joined_data(setup: TrainingSetup) -> Data:
-    """Return training data, then test data."""
-    test_inputs = iter(tensors(setup.test_data[0]))
-    inputs = convert(lambda tensor: torch.cat([tensor, next(test_inputs)]), setup.train_data[0])
-    return inputs, torch.cat([setup.train_data[1], setup.test_data[1]])
 
 
 def mean_path(

@@ -21,7 +21,6 @@ are normal (Stein's lemma); J at the mean weights is the slope at one point.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,15 +35,14 @@ from simfluence.errors import InvalidInput
 from simfluence.recipe import Recipe
 from simfluence.recording.engines.base import TrainingSetup
 from simfluence.runs import Runs
-from simfluence.simulators.base import Simulator
 from simfluence.simulators.batches import usual_batch_size
-from simfluence.simulators.learned import MOST, check_arrays, check_indices
+from simfluence.simulators.learned import check_arrays, check_indices
 from simfluence.simulators.response.dynamics import Response
-from simfluence.simulators.response.mean_path import MOST_OUTPUTS, joined_data, mean_path
+from simfluence.simulators.response.mean_path import MOST_OUTPUTS, mean_path
 from simfluence.simulators.response.optimizers import Optimizer
 from simfluence.simulators.response.projections import project
+from simfluence.simulators.with_task import TaskSimulator
 from simfluence.task import Task
-from simfluence.tasks.losses import BY_NAME
 
 __all__ = ["ResponseSimulator"]
 
@@ -52,7 +50,7 @@ _GIB = 2**30
 _AT_ONCE = 100  # curricula simulated together
 
 
-class ResponseSimulator(Simulator):
+class ResponseSimulator(TaskSimulator):
     """Simulate any curriculum as a deviation from the mean path of the fitting runs; the module has the equations.
 
     Args:
@@ -88,7 +86,6 @@ class ResponseSimulator(Simulator):
     """
 
     name = "response"
-    needs_task = True
 
     def __init__(
         self,
@@ -106,10 +103,6 @@ class ResponseSimulator(Simulator):
         self.n_samples = n_samples
         self.memory = memory
 
-    def __sklearn_clone__(self) -> ResponseSimulator:
-        """Clone the parameters, but share the task."""
-        return type(self)(**self.get_params(deep=False))
-
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
         return {
@@ -118,39 +111,31 @@ class ResponseSimulator(Simulator):
         }
 
     def _check_parameters(self) -> None:
+        super()._check_parameters()
         whole("n_checkpoints", self.n_checkpoints, 1)
         whole("n_directions", self.n_directions, 1)
         whole("n_samples", self.n_samples, 0)
         number("memory", self.memory, above=0)
-        for name, kind in (("task", Task), ("recipe", Recipe)):
-            if not isinstance(getattr(self, name), kind | None):
-                raise InvalidInput(f"{name} must be a {kind.__name__} or None, got {getattr(self, name)!r}")
 
     def _fit(self, runs: Runs) -> None:
-        if self.task is None:
-            raise InvalidInput("the response needs the task: ResponseSimulator(task)")
-        recipe = self.recipe or runs[0].recipe
-        if recipe is None:
-            raise InvalidInput("the runs have no recipe: pass ResponseSimulator(task, recipe=…)")
+        task, recipe = self._task_and_recipe(runs)
         optimizer = Optimizer.of(recipe)
         if optimizer.scales and recipe.clip_norm is not None:
             recipe = recipe.model_copy(update={"clip_norm": None})  # a step does not depend on a gradient's size
         for run in runs:
-            run.check_task(self.task)
-        setup = TrainingSetup.of(self.task, recipe)
-        data, steps = joined_data(setup), max(run.steps for run in runs)
+            run.check_task(task)
+        setup = TrainingSetup.of(task, recipe)
+        data, steps = setup.all_data, max(run.steps for run in runs)
         self.times_ = np.unique(np.linspace(0, max(steps - 1, 0), self.n_checkpoints).round().astype(np.int64))
-        self.recipe_, self.l2_ = recipe.model_dump(mode="json"), float(self.task.l2)
-        self.loss_ = next((name for name, loss in BY_NAME.items() if loss is self.task.loss), None)
         with bar("Response", len(runs) + 2 * len(self.times_), shown=True) as advance:
-            path = mean_path(self.task, runs, data, self.times_, self.n_samples, lambda: advance(1))
+            path = mean_path(task, runs, data, self.times_, self.n_samples, lambda: advance(1))
             self._check_memory(path.outputs.shape[1], path.outputs.shape[2], optimizer.scales)
-            model = self.task.build_model(recipe.seed).to(recipe.torch_dtype)
+            model = task.build_model(recipe.seed).to(recipe.torch_dtype)
             found = project(
-                self.task, model, path, data, self.times_, optimizer, self.n_directions,
-                usual_batch_size(runs.curricula), self._coupled(recipe) > 0, lambda: advance(1),
+                task, model, path, data, self.times_, optimizer, self.n_directions,
+                usual_batch_size(runs.curricula), _coupled(task.l2, recipe) > 0, lambda: advance(1),
             )  # fmt: skip
-        self.shape_, self.targets_ = list(path.shape), data[1].numpy()
+        self._keep(setup, list(path.shape))
         self.outputs_, self.reads_, self.kept_ = path.outputs.numpy(), found.reads.numpy(), found.kept.numpy()
         self.writes_ = found.reads[:, : self.n_train_].numpy() if found.writes is None else found.writes.numpy()
         size = self.reads_.shape[-1]
@@ -210,27 +195,11 @@ class ResponseSimulator(Simulator):
             writes=torch.from_numpy(self.writes_),
             decays=torch.from_numpy(self.decays_) if len(self.decays_) else None,
             n_train=self.n_train_,
-            coupled=self._coupled(recipe),
+            coupled=_coupled(self.l2_, recipe),
         )
-
-    def _coupled(self, recipe: Recipe) -> float:
-        """Return the weight decay in the gradient."""
-        return self.l2_ + (0.0 if recipe.optimizer == "adamw" else recipe.weight_decay)
-
-    def _loss(self) -> Any:
-        if self.task is not None:
-            return self.task.loss
-        if self.loss_ is None:
-            raise InvalidInput(
-                "the task's loss is a function of your own, which files do not hold: set simulator.task = task"
-            )
-        return BY_NAME[self.loss_]
 
     def _check_learned(self) -> None:
         super()._check_learned()
-        for name in ("shape_", "targets_", "recipe_", "loss_", "l2_"):
-            if not hasattr(self, name):
-                raise InvalidInput(f"it lacks {name}")
         sizes = check_arrays(
             self,
             {
@@ -249,29 +218,11 @@ class ResponseSimulator(Simulator):
             raise InvalidInput("the numbers of examples and checkpoints do not fit together")
         if len({array.dtype for array in (self.outputs_, self.reads_, self.writes_, self.path_, self.decays_)}) > 1:
             raise InvalidInput("the arrays of the response are of several types")
-        number("l2_", self.l2_, least=0)
-        shape = self.shape_
-        if not isinstance(shape, list) or not all(isinstance(size, int) and 0 < size <= MOST for size in shape):
-            raise InvalidInput("shape_ is no shape")
-        if math.prod(shape) != sizes["outputs"] or sizes["outputs"] > MOST_OUTPUTS:
-            raise InvalidInput("shape_ does not fit the outputs")
-        if (
-            not isinstance(self.targets_, np.ndarray)
-            or self.targets_.ndim == 0
-            or len(self.targets_) != sizes["examples"]
-        ):
-            raise InvalidInput("targets_ does not have a target for each example")
-        if self.loss_ is not None and self.loss_ not in BY_NAME:
-            raise InvalidInput("loss_ is unknown")
-        if self.loss_ == "cross_entropy":
-            check_arrays(self, {"targets_": "int64 examples"})
-            check_indices("targets_", self.targets_[self.targets_ != -100], shape[0])
-        if self.loss_ == "squared_error" and self.targets_.size != sizes["examples"] * sizes["outputs"]:
-            raise InvalidInput("targets_ does not have a target for each output")
-        Optimizer.of(Recipe(**self.recipe_))
+        if sizes["outputs"] > MOST_OUTPUTS:
+            raise InvalidInput("an example has too many outputs")
+        Optimizer.of(self._check_kept(sizes["outputs"]))
 
-    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Leave out task and recipe: the learned attributes hold what simulation needs of them."""
-        about, arrays = super()._state()
-        about["parameters"] |= {"task": None, "recipe": None}
-        return about, arrays
+
+def _coupled(l2: float, recipe: Recipe) -> float:
+    """Return the weight decay in the gradient: the task's L2, and the optimizer's own where it is there."""
+    return l2 + (0.0 if recipe.optimizer == "adamw" else recipe.weight_decay)

@@ -22,7 +22,6 @@ beyond a share of the reference's own size are shrunk to it, and their momentum 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,15 +43,15 @@ from simfluence.errors import BeyondReferenceWarning, InvalidInput
 from simfluence.recipe import Recipe
 from simfluence.recording.engines.base import TrainingSetup
 from simfluence.runs import Run, Runs
-from simfluence.simulators.base import Simulator
-from simfluence.simulators.folds import quiet, refitted_forecasts
-from simfluence.simulators.learned import MOST, check_arrays, check_indices
+from simfluence.simulators.folds import forecasts_by_others, quiet
+from simfluence.simulators.learned import check_arrays, check_indices
 from simfluence.simulators.tangent.adjoint import final_derivatives
 from simfluence.simulators.tangent.function_space import FunctionSpace
 from simfluence.simulators.tangent.reference_run import GIB, collect_reference
 from simfluence.simulators.tangent.reference_weights import reference_weights, reference_weights_without
-from simfluence.task import Task, convert, forward, take, tensors
-from simfluence.tasks.losses import BY_NAME, token_cross_entropy
+from simfluence.simulators.with_task import TaskSimulator
+from simfluence.task import Task, forward, take
+from simfluence.tasks.losses import token_cross_entropy
 
 __all__ = ["COVERED", "STRENGTHS", "TangentKernelSimulator", "check_covered"]
 
@@ -62,10 +61,9 @@ COVERED = ("sgd", "adam", "adamw", "rmsprop")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _AT_ONCE = 100  # curricula simulated together
-_IGNORED = -100  # target without a loss in torch's cross-entropy
 
 
-class TangentKernelSimulator(Simulator):
+class TangentKernelSimulator(TaskSimulator):
     """Simulate any curriculum from one recorded run or a few; the module has the equations.
 
     Args:
@@ -105,7 +103,6 @@ class TangentKernelSimulator(Simulator):
     """
 
     name = "tangent"
-    needs_task = True
 
     @renamed_arguments(checkpoints="n_checkpoints", references="n_references", features="n_features")
     def __init__(
@@ -126,10 +123,6 @@ class TangentKernelSimulator(Simulator):
         self.landmarks = landmarks
         self.memory = memory
 
-    def __sklearn_clone__(self) -> TangentKernelSimulator:
-        """Clone the parameters, but share the task."""
-        return type(self)(**self.get_params(deep=False))
-
     @classmethod
     def suggest(cls, trial: optuna.Trial) -> dict[str, Any]:
         return {
@@ -139,14 +132,12 @@ class TangentKernelSimulator(Simulator):
         }
 
     def _check_parameters(self) -> None:
+        super()._check_parameters()
         for name, least in (("n_checkpoints", 1), ("n_references", 1), ("n_features", 0)):
             whole(name, getattr(self, name), least)
         if self.landmarks is not None:
             whole("landmarks", self.landmarks, 1)
         number("memory", self.memory, above=0)
-        for name, kind in (("task", Task), ("recipe", Recipe)):
-            if not isinstance(getattr(self, name), kind | None):
-                raise InvalidInput(f"{name} must be a {kind.__name__} or None, got {getattr(self, name)!r}")
 
     def disagreement(self, curricula: Sequence[Curriculum]) -> Losses:
         """Return the standard deviation of the references' forecasts around their mean, ``[runs, steps + 1, test]``.
@@ -183,17 +174,10 @@ class TangentKernelSimulator(Simulator):
         return spread
 
     def _fit(self, runs: Runs) -> None:
-        if self.task is None:
-            raise InvalidInput("task is required: the kernels are those of the task's model")
-        recipe = self.recipe or runs[0].recipe
-        if recipe is None:
-            raise InvalidInput("these runs were recorded without a recipe: pass recipe=")
-        check_covered(self.task, recipe)
-        self.recipe_ = recipe.model_dump(mode="json")
-        setup = TrainingSetup.of(self.task, recipe)
-        self.targets_ = torch.cat([setup.train_data[1], setup.test_data[1]]).numpy()
-        self.loss_, self.l2_ = _loss_name(self.task), self.task.l2
-        self.shape_ = _output_shape(self.task, recipe, setup)
+        task, recipe = self._task_and_recipe(runs)
+        check_covered(task, recipe)
+        setup = TrainingSetup.of(task, recipe)
+        self._keep(setup, _output_shape(task, recipe, setup))
         self.bounded_ = True
         references = list(runs[: self.n_references])
         self._collect_references(references, setup)
@@ -208,7 +192,7 @@ class TangentKernelSimulator(Simulator):
         """Retrain each reference and store its features, heads and kernels."""
         steps = max(run.steps for run in runs)
         self.times_ = np.unique(np.linspace(0, steps, self.n_checkpoints, endpoint=False).astype(int))
-        data = _train_and_test(setup)
+        data = setup.all_data
         memory = self.memory * GIB / len(runs)
         landmarks = None if self.landmarks is None else min(self.landmarks, len(setup.task.train))
         with bar("Kernels", len(runs) * len(self.times_), shown=True) as advance:
@@ -240,7 +224,9 @@ class TangentKernelSimulator(Simulator):
         for fold in np.unique(folds):
             held, kept = folds == fold, np.flatnonzero(of_reference != fold)
             if not len(kept):
-                forecasts[held] = refitted_forecasts(self, runs, np.where(held, 0, 1))[held]
+                others, part = (runs.take(np.flatnonzero(rows)) for rows in (~held, held))
+                losses = forecasts_by_others(self, others, part)
+                forecasts[held, : losses.shape[1]] = losses
                 continue
             weights = reference_weights(curricula, [references[index] for index in kept], true.shape[1] - 1)
             mean = np.einsum("rkt,krtz->rtz", weights, parts[kept])
@@ -334,15 +320,6 @@ class TangentKernelSimulator(Simulator):
             bounded=getattr(self, "bounded_", False),
         )
 
-    def _loss(self) -> Any:
-        if self.task is not None:
-            return self.task.loss
-        if self.loss_ is None:
-            raise InvalidInput(
-                "the task's loss is a function of your own, which files do not hold: set simulator.task = task"
-            )
-        return BY_NAME[self.loss_]
-
     def _check_learned(self) -> None:
         super()._check_learned()
         sizes = check_arrays(
@@ -369,34 +346,13 @@ class TangentKernelSimulator(Simulator):
         if wrong or kernels.shape[-2 if kernels.ndim == 6 else 2] != examples:
             raise InvalidInput("the numbers of examples, steps and features do not fit together")
         self._reference_curricula()
-        self._check_outputs(examples, sizes["outputs"], sizes["width"])
-
-    def _check_outputs(self, examples: int, outputs: int, width: int) -> None:
-        """Check targets, loss and recipe of a file."""
-        for name in ("shape_", "targets_", "learned_", "recipe_", "loss_", "l2_"):
-            if not hasattr(self, name):
-                raise InvalidInput(f"it lacks {name}")
-        if not isinstance(getattr(self, "bounded_", False), bool):
+        if not isinstance(getattr(self, "learned_", None), bool):
+            raise InvalidInput("learned_ is not true or false")
+        if not isinstance(getattr(self, "bounded_", False), bool):  # not in files of older versions
             raise InvalidInput("bounded_ is not true or false")
-        if not isinstance(self.learned_, bool) or (self.loss_ is not None and self.loss_ not in BY_NAME):
-            raise InvalidInput("learned_ or loss_ is unknown")
-        number("l2_", self.l2_, least=0)
-        shape = self.shape_
-        if not isinstance(shape, list) or not all(isinstance(size, int) and 0 < size <= MOST for size in shape):
-            raise InvalidInput("shape_ is no shape")
-        if math.prod(shape) != (outputs if self.learned_ else width):
-            raise InvalidInput("shape_ does not fit the head")
-        if not isinstance(self.targets_, np.ndarray) or self.targets_.ndim == 0 or len(self.targets_) != examples:
-            raise InvalidInput("targets_ does not have a target for each example")
-        if self.targets_.dtype.kind == "f" and not np.isfinite(self.targets_).all():
-            raise InvalidInput("targets_ has a NaN or an infinity")
-        if self.loss_ == "cross_entropy":
-            check_arrays(self, {"targets_": "int64 examples"})
-            check_indices("targets_", self.targets_[self.targets_ != _IGNORED], shape[0])
-        if self.loss_ == "squared_error" and self.targets_.size != examples * math.prod(shape):
-            raise InvalidInput("targets_ does not have a target for each output")
-        if Recipe(**self.recipe_).optimizer not in COVERED:
-            raise InvalidInput(f"the optimizer {self.recipe_['optimizer']!r} is not covered")
+        recipe = self._check_kept(sizes["outputs"] if self.learned_ else sizes["width"])
+        if recipe.optimizer not in COVERED:
+            raise InvalidInput(f"the optimizer {recipe.optimizer!r} is not covered")
 
     @classmethod
     def _from_format_0(
@@ -406,12 +362,6 @@ class TangentKernelSimulator(Simulator):
         for name in ("checkpoints", "references", "features"):
             parameters[f"n_{name}"] = parameters.pop(name)
         return parameters, learned
-
-    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Leave out task and recipe: the learned attributes hold what simulation needs of them."""
-        about, arrays = super()._state()
-        about["parameters"] |= {"task": None, "recipe": None}
-        return about, arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -466,13 +416,6 @@ class _Correction:
         return corrected
 
 
-def _train_and_test(setup: TrainingSetup) -> Any:
-    """Concatenate training and test data."""
-    test_inputs = iter(tensors(setup.test_data[0]))
-    inputs = convert(lambda tensor: torch.cat([tensor, next(test_inputs)]), setup.train_data[0])
-    return inputs, torch.cat([setup.train_data[1], setup.test_data[1]])
-
-
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:
     """Append rows of zeros."""
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
@@ -484,11 +427,6 @@ def _output_shape(task: Task, recipe: Recipe, setup: TrainingSetup) -> list[int]
     with evaluating(model), torch.no_grad():
         outputs = one_tensor(forward(model, take(setup.train_data[0], torch.arange(1))))
     return list(outputs.shape[1:])
-
-
-def _loss_name(task: Task) -> str | None:
-    """Return the name of the task's loss if the library defines it."""
-    return next((name for name, loss in BY_NAME.items() if loss is task.loss), None)
 
 
 def check_covered(task: Task, recipe: Recipe) -> None:
